@@ -1,0 +1,161 @@
+"""`context_attention`: schema, checks, shape function, autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    INDEX_DTYPES,
+    ORACLE_DTYPES,
+    accumulate_dtype,
+    check_contiguous_rows,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
+from ..library import define_op, register_autograd
+from ..rope import RopeSpec
+from . import ref as ref
+
+_ROPE = "Tensor? inv_freq, bool interleaved, float attention_scaling, Tensor? sigma, Tensor? kv_bias, float scale"
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = accumulate_dtype(q.dtype)
+    mass_shape = (k.shape[0], k.shape[2]) if return_mass else (0,)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=acc), q.new_empty(mass_shape, dtype=acc)
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None,
+    interleaved: bool, attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float,
+    out: Tensor, lse: Tensor, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias = kv_bias.new_empty(kv_bias.shape) if kv_bias is not None else q.new_empty(0, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
+
+
+_op = define_op(
+    "context_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor kv_pos, {_ROPE}, bool return_mass, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake,
+)
+_op_backward = define_op(
+    "context_attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor kv_pos, {_ROPE}, Tensor out, Tensor lse,"
+    " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, _, backend = inputs
+    out, lse, mass = output
+    ctx.mark_non_differentiable(lse, mass)
+    ctx.save_for_backward(q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse)
+    ctx.constants = (interleaved, scaling, scale, backend)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _lse: Tensor, _mass: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse = ctx.saved_tensors
+    interleaved, scaling, scale, backend = ctx.constants
+    dq, dk, dv, dbias = _op_backward(
+        grad_out, q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, out, lse, backend
+    )
+    none = None
+    return dq, dk, dv, none, none, none, none, none, none, dbias if kv_bias is not None else none, none, none, none
+
+
+register_autograd("context_attention", _backward, _setup_context)
+
+
+def context_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor,
+    kv_pos: Tensor,
+    rope: RopeSpec | None,
+    *,
+    sigma: Tensor | None = None,
+    kv_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention over cache slots with RoPE applied to the keys while they are read.
+
+    Args:
+        q: [B, Hq, T, D] queries, unrotated; fp32, bf16 or fp16.
+        k, v: [B, Hkv, S, D], keys unrotated, q's dtype, any strides with a contiguous last dimension; Hkv divides Hq.
+        q_pos: [B, T] int64 or int32, positions of the queries.
+        kv_pos: [B, S] int64 or int32, positions of the slots; -1 marks an empty slot, whose content is never used
+            (it must be finite where the backend multiplies before it masks; the caches of this project are).
+        rope: rotation of queries and keys (`inv_freq` [D_rot/2]), or None for none.
+        sigma: [B, S] >= 0, spread of an entry's position in tokens: damps each band of its key (Gaussian RoPE).
+        kv_bias: [B, S], added to the logits of every head and query; receives a gradient.
+        scale: multiplies q.k; D**-0.5 by default.
+        return_lse: also return lse [B, Hq, T] fp32 (natural logarithm), -inf where a query sees nothing.
+        return_mass: also return mass [B, S] fp32: probability received, summed over heads and queries.
+        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
+
+    Returns:
+        out [B, Hq, T, D] in q's dtype (0 where a query sees nothing), followed by lse and mass where asked.
+        Entry s is visible to query t when 0 <= kv_pos[s] <= q_pos[t]. Nothing aliases the inputs.
+
+    Raises:
+        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+
+    Gradients flow to q, k, v and kv_bias; lse and mass are not differentiable.
+    Source: RoFormer (Su et al. 2021) for the rotation; FlashAttention-2 (Dao 2023) for the closed-form backward.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, ORACLE_DTYPES)
+    for name, x in (("q_pos", q_pos), ("kv_pos", kv_pos)):
+        check_tensor(name, x, INDEX_DTYPES)
+    dims: dict[str, int] = {}
+    check_shape("q", q, ("B", "Hq", "T", "D"), dims)
+    check_shape("k", k, ("B", "Hkv", "S", "D"), dims)
+    check_shape("v", v, ("B", "Hkv", "S", "D"), dims)
+    check_shape("q_pos", q_pos, ("B", "T"), dims)
+    check_shape("kv_pos", kv_pos, ("B", "S"), dims)
+    for name, optional in (("sigma", sigma), ("kv_bias", kv_bias)):
+        if optional is not None:
+            check_tensor(name, optional, ORACLE_DTYPES)
+            check_shape(name, optional, ("B", "S"), dims)
+    check_same_dtype(("q", q), k=k, v=v)
+    check_same_device(("q", q), k=k, v=v, q_pos=q_pos, kv_pos=kv_pos, sigma=sigma, kv_bias=kv_bias)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_contiguous_rows(name, x)
+    hq, hkv, d = dims["Hq"], dims["Hkv"], dims["D"]
+    if hkv == 0 or hq % hkv:
+        raise ValueError(f"k: expected a number of heads that divides Hq={hq}, got Hkv={hkv}")
+    if d == 0:
+        raise ValueError("q: expected D >= 1, got D=0")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    inv_freq, interleaved, scaling = None, False, 1.0
+    if rope is not None:
+        rope.check_head_dim(d)
+        if rope.inv_freq.dim() != 1:
+            raise ValueError("rope: expected inv_freq [D_rot/2] (one layer at a time), got one row per layer")
+        inv_freq, interleaved, scaling = rope.inv_freq_on(q.device), rope.interleaved, rope.attention_scaling
+    elif sigma is not None:
+        raise ValueError("sigma: expected None without rope (it damps rotary bands), got a tensor")
+    out, lse, mass = torch.ops.mc.context_attention(
+        q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias,
+        d**-0.5 if scale is None else float(scale), return_mass, backend,
+    )  # fmt: skip
+    extras = ([lse] if return_lse else []) + ([mass] if return_mass else [])
+    return (out, *extras) if extras else out
