@@ -1,0 +1,103 @@
+"""`gist_encode`: schema, checks, shape function, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    ORACLE_DTYPES,
+    check_contiguous_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    describe,
+)
+from ..library import define_op, register_autograd
+from . import ref as ref
+from .weights import SHAPES, GistEncodeWeights
+
+_TENSORS = ", ".join(f"Tensor {name}" for name in ("blocks", *SHAPES))
+_CONSTANTS = "int level, int n_heads, str pool, float rope_theta, float target_rms, str? backend"
+_N_TENSORS = 1 + len(SHAPES)
+_POOL_Q = 1 + list(SHAPES).index("pool_q")
+
+
+def _fake(blocks: Tensor, *args: Any, **_: Any) -> Tensor:
+    pool_q = args[_POOL_Q - 1]
+    return blocks.new_empty(blocks.shape[0], pool_q.shape[0], blocks.shape[2])
+
+
+def _fake_backward(grad: Tensor, *args: Any, **_: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in args[:_N_TENSORS])
+
+
+_op = define_op("gist_encode", f"({_TENSORS}, {_CONSTANTS}) -> Tensor", _fake)
+_op_backward = define_op(
+    "gist_encode_backward",
+    f"(Tensor grad, {_TENSORS}, {_CONSTANTS}) -> ({', '.join(['Tensor'] * _N_TENSORS)})",
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_N_TENSORS])
+    ctx.constants = inputs[_N_TENSORS:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _op_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return (*grads, *(None for _ in ctx.constants))
+
+
+register_autograd("gist_encode", _backward, _setup_context)
+
+
+def gist_encode(blocks: Tensor, weights: GistEncodeWeights, *, level: int = 1, backend: str | None = None) -> Tensor:
+    """Compress every window of K embeddings (or gists) into G gists in the base model's embedding space.
+
+    Args:
+        blocks: [N, K, E] input embeddings of tokens (level 1) or gists of the level below (level >= 2), raw, not
+            normalised; fp32, bf16 or fp16; any strides with a contiguous last dimension; K <= weights.max_block_size.
+        weights: its E is that of blocks. Its dtype may differ from blocks'.
+        level: of the gists produced, >= 1. Selects the level embedding (the last one beyond n_levels) and says what the
+            inputs are: tokens are centred by `weights.mu`; gists already are, so at level >= 2 `mu` is not taken off
+            again.
+        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
+
+    Returns:
+        gists [N, G, E] in blocks' dtype, RMS gain * target_rms, contiguous, aliasing nothing. With untrained weights:
+        the centred mean of the block at RMS target_rms. N = 0 gives an empty output; a block whose centred mean is zero
+        gives finite numbers.
+
+    Raises:
+        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+
+    Gradients flow to blocks and every tensor of the weights (once: no second derivative). The formula is in `ref`.
+    Source: gisting (Mu et al. 2023) and In-context Autoencoder (Ge et al. 2024) for the idea; `ref` names the layers'.
+    """
+    if not isinstance(weights, GistEncodeWeights):
+        raise TypeError(f"weights: expected GistEncodeWeights, got {describe(weights)}")
+    check_tensor("blocks", blocks, ORACLE_DTYPES)
+    check_shape("blocks", blocks, ("N", "K", "E"), {"E": weights.embed_dim})
+    k = blocks.shape[1]
+    if not 1 <= k <= weights.max_block_size:
+        raise ValueError(f"blocks: expected 1 <= K <= {weights.max_block_size} (max_block_size), got K={k}")
+    if not isinstance(level, int) or isinstance(level, bool):
+        raise TypeError(f"level: expected an int, got {describe(level)}")
+    if level < 1:
+        raise ValueError(f"level: expected at least 1, got {level}")
+    check_same_device(("blocks", blocks), weights=weights.mu)
+    check_contiguous_rows("blocks", blocks)
+    return torch.ops.mc.gist_encode(
+        blocks,
+        *weights.tensors(),
+        level,
+        weights.n_heads,
+        weights.pool,
+        weights.rope_theta,
+        weights.target_rms,
+        backend,
+    )

@@ -1,0 +1,111 @@
+"""Weights of `gist_pool`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..checks import ORACLE_DTYPES, check_same_device, check_same_dtype, check_shape, check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GistPoolWeights:
+    """One level's learned pooling, for every layer and KV head of the base model.
+
+    w: [L, Hkv, G, 2D] scores the normalised [key; value] of a child, one row per gist.
+    b: [L, Hkv, G, K] scores the place of a child in its block.
+    m: [L, Hkv, 2D, 2D] linear residual on the pooled vector, applied from the right (y @ m).
+    c: [L, Hkv, 2D] constant residual.
+    All of one dtype (fp32, bf16, fp16; fp64 for the oracle) and on one device. The tensors are not copied.
+
+    Raises TypeError (dtype, device) or ValueError (shape), naming the field.
+    """
+
+    w: Tensor
+    b: Tensor
+    m: Tensor
+    c: Tensor
+
+    def __post_init__(self) -> None:
+        for name, x in zip(("w", "b", "m", "c"), self.tensors(), strict=True):
+            check_tensor(f"weights.{name}", x, ORACLE_DTYPES)
+        dims: dict[str, int] = {}
+        check_shape("weights.w", self.w, ("L", "Hkv", "G", "2D"), dims)
+        check_shape("weights.b", self.b, ("L", "Hkv", "G", "K"), dims)
+        check_shape("weights.m", self.m, ("L", "Hkv", "2D", "2D"), dims)
+        check_shape("weights.c", self.c, ("L", "Hkv", "2D"), dims)
+        for name in ("L", "Hkv", "G", "K", "2D"):
+            if dims[name] == 0:
+                raise ValueError(f"weights: expected {name} >= 1, got 0")
+        if dims["2D"] % 2:
+            raise ValueError(f"weights.w: expected an even last dimension (key and value), got {dims['2D']}")
+        check_same_dtype(("weights.w", self.w), **{"weights.b": self.b, "weights.m": self.m, "weights.c": self.c})
+        check_same_device(("weights.w", self.w), **{"weights.b": self.b, "weights.m": self.m, "weights.c": self.c})
+
+    @classmethod
+    def zeros(
+        cls,
+        layers: int,
+        kv_heads: int,
+        n_gists: int,
+        block_size: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> GistPoolWeights:
+        """Untrained weights (L, Hkv, G, K, D): every gist is the mean of its block's keys and values."""
+
+        def new(*shape: int) -> Tensor:
+            return torch.zeros(layers, kv_heads, *shape, dtype=dtype, device=device)
+
+        both = 2 * head_dim
+        return cls(new(n_gists, both), new(n_gists, block_size), new(both, both), new(both))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields in the order of the op's schema."""
+        return self.w, self.b, self.m, self.c
+
+    @property
+    def layers(self) -> int:
+        return self.w.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.w.shape[1]
+
+    @property
+    def n_gists(self) -> int:
+        return self.w.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        return self.b.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        return self.c.shape[2] // 2
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistPoolWeights:
+        """The same weights on another device or in another dtype (fields that already fit are shared)."""
+        return GistPoolWeights(*(x.to(device=device, dtype=dtype) for x in self.tensors()))
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """Detached contiguous tensors by name, as safetensors takes them."""
+        return {prefix + f.name: getattr(self, f.name).detach().contiguous() for f in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> GistPoolWeights:
+        """Weights from the entries of `state` whose name starts with `prefix`.
+
+        Raises ValueError if one of w, b, m, c is missing, if another name carries the prefix, or for a wrong shape.
+        """
+        names = {f.name for f in fields(cls)}
+        have = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+        if have != names:
+            wanted, got = ", ".join(sorted(names)), ", ".join(sorted(have)) or "none"
+            raise ValueError(f"state: expected the entries {wanted} under prefix {prefix!r}, got {got}")
+        return cls(**{name: state[prefix + name] for name in names})

@@ -1,0 +1,136 @@
+"""`kv_splice_`: schema, checks, shape function. In place, no autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..library import define_op
+from ..rope import RopeSpec
+from . import ref as ref
+from .checks import check_cache, check_pages, check_plans, check_positions, check_rope
+from .plan import PageTable, SplicePlan
+
+_SCHEMA = (
+    "(Tensor(a!) k, Tensor(b!) v, Tensor k_new, Tensor v_new, Tensor? table, Tensor? rows, bool ordered,"
+    " Tensor segments, Tensor stays, Tensor insert_slots, Tensor offsets, Tensor? positions, Tensor? new_positions,"
+    " Tensor? inv_freq, bool interleaved, float attention_scaling, str? backend) -> ()"
+)
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+_op = define_op("kv_splice_", _SCHEMA, _fake)
+
+
+class PackedPlans(NamedTuple):
+    """The plans of a call as the op takes them: int64 tensors on the CPU, plan after plan.
+
+    segments, stays: [n, 3] (source, destination, count), see `SplicePlan`.
+    insert_slots: [sum of M].
+    offsets: [P+1, 5], where plan p's part begins (row p) and ends (row p+1): in segments, stays, insert_slots,
+        positions, new_positions.
+    """
+
+    segments: Tensor
+    stays: Tensor
+    insert_slots: Tensor
+    offsets: Tensor
+
+
+def pack_plans(plans: Sequence[SplicePlan]) -> PackedPlans:
+    """Concatenate the plans' arrays; the arrays of a single plan are passed as they are."""
+    ends = [[0, 0, 0, 0, 0]]
+    for p in plans:
+        sizes = (p.segments.shape[0], p.stays.shape[0], p.n_insert, p.length, p.new_length)
+        ends.append([a + b for a, b in zip(ends[-1], sizes, strict=True)])
+    offsets = torch.tensor(ends, dtype=torch.int64)
+    if len(plans) == 1:
+        return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, offsets)
+    segments, stays = torch.cat([p.segments for p in plans]), torch.cat([p.stays for p in plans])
+    return PackedPlans(segments, stays, torch.cat([p.insert_slots for p in plans]), offsets)
+
+
+def _by_slot(given: Tensor | Sequence[Tensor] | None, maps: Sequence[Tensor]) -> Tensor:
+    """Positions by slot, concatenated over plans; an entry's rank where none are given (maps: rank to slot)."""
+    if given is not None:
+        return given if isinstance(given, Tensor) else torch.cat(tuple(given))
+    parts = []
+    for slots in maps:
+        ranks = torch.empty_like(slots)
+        ranks[slots] = torch.arange(slots.shape[0])
+        parts.append(ranks)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def kv_splice_(
+    k: Tensor,
+    v: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    plan: SplicePlan | Sequence[SplicePlan],
+    rope: RopeSpec | None = None,
+    *,
+    rows: Tensor | Sequence[int] | None = None,
+    positions: Tensor | Sequence[Tensor] | None = None,
+    new_positions: Tensor | Sequence[Tensor] | None = None,
+    pages: PageTable | None = None,
+    backend: str | None = None,
+) -> None:
+    """Splice a KV cache in place: remove, insert and move entries in one call for all layers and sequences.
+
+    Args:
+        k, v: [R, Hkv, S, D] (R = layers x batch) or [L, B, Hkv, S, D] (R = L * B, row r = layer * B + b), fp32, bf16
+            or fp16, any strides with a contiguous last dimension; both may be views of one allocation. With `pages`:
+            [L, P, Hkv, page_size, D] or, for L = 1, [P, Hkv, page_size, D]. Written.
+        k_new, v_new: [R, Hkv, M, D] inserted entries of all edits in timeline order, keys unrotated. With several
+            plans M is at least the largest of them and what lies beyond a row's own plan is not read.
+        plan: what to do, or several plans (of one discipline) with `rows`.
+        rope: keys are stored rotated: every survivor whose position changes is re-rotated by
+            new_positions[destination] - positions[source], moved or not (bits are kept where that is zero), and
+            inserted keys are rotated at their new position, times `attention_scaling`. `inv_freq` [D_rot/2] or
+            [R, D_rot/2]. None: keys are stored unrotated, or keep the rotation they have.
+        rows: [R] index of each row's plan, -1 for a row that is left alone. None: one plan for all rows.
+        positions, new_positions: int64 >= 0 by *slot*, [length] before and [new_length] after (with several plans:
+            one tensor a plan), on the CPU or the cache's device. Default: the rank of the entry. Only with `rope`.
+        pages: the page table of a paged cache. A page that is written must not be used twice.
+        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
+
+    Aliasing: k, v, k_new and v_new must not share memory with each other (k_new with v_new may); interleaved views of
+    one allocation do not. Slots outside [0, length) are not read, slots outside [0, new_length) not written.
+    Empty plans, caches and batches are legal and do nothing.
+
+    Raises:
+        TypeError: dtype or device. ValueError: shape, stride, value or aliasing. BackendError: the named backend
+        cannot serve. All before anything is written. Under `torch.compile` what needs values or addresses (positions,
+        pages, aliasing) is not checked.
+
+    Not differentiable: with gradients enabled, tensors that require them are refused.
+    Source: RoFormer (Su et al. 2021); re-rotation composes because rotations by p and d multiply to one by p + d.
+    """
+    plans = (plan,) if isinstance(plan, SplicePlan) else tuple(plan)
+    kk, vv, n_rows, n_slots = check_cache(k, v, k_new, v_new, pages)
+    row_plans = check_plans(plans, rows, n_rows, n_slots, k_new.shape[2])
+    check_positions("positions", positions, rope, [p.length for p in plans], k.device)
+    check_positions("new_positions", new_positions, rope, [p.new_length for p in plans], k.device)
+    inv_freq, interleaved, scaling = check_rope(rope, n_rows, k)
+    ordered = plans[0].discipline == "ordered"
+    before: Tensor | None = None
+    after: Tensor | None = None
+    if rope is not None and not (ordered and positions is None and new_positions is None):
+        before = _by_slot(positions, [p.slots for p in plans])
+        after = _by_slot(new_positions, [p.new_slots for p in plans])
+    if pages is not None:
+        check_pages(pages, kk, plans, row_plans, before, after)
+    packed = pack_plans(plans)
+    torch.ops.mc.kv_splice_(
+        kk, vv, k_new, v_new, None if pages is None else pages.table, row_plans, ordered, packed.segments,
+        packed.stays, packed.insert_slots, packed.offsets, before, after, inv_freq, interleaved, scaling, backend,
+    )  # fmt: skip
+    if not torch.compiler.is_compiling() and not k.is_inference():
+        torch.autograd.graph.increment_version((k, v))
