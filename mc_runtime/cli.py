@@ -1,0 +1,216 @@
+"""The command `mc`: remember texts, ask them, look into a memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import inspection
+from .errors import MegaContextError
+
+app = typer.Typer(
+    name="mc",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A memory that outgrows a frozen language model's window.\n\n"
+    "A memory is a directory. [bold]mc ingest[/] puts texts into it, [bold]mc generate[/] asks one question, "
+    "[bold]mc chat[/] goes on with a conversation that survives a restart, [bold]mc inspect[/] shows what it holds.",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Memory = Annotated[Path, typer.Argument(help="Directory of the memory; made if it does not exist.", show_default=False)]
+Model = Annotated[
+    str, typer.Option(help="[bold]smollm2-135m[/], a Hugging Face directory or hub name, or a .gguf file.")
+]
+Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to, however long the history.")]
+Policy = Annotated[str, typer.Option(help="What decides where detail goes: blend, retrieval, attention, recency.")]
+GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
+Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
+Gistnet = Annotated[Path | None, typer.Option(help="Trained GistNet weights (safetensors).", show_default="untrained")]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from so many tokens at most; 0: no limit.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", show_default="random")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Show slots, edits and times after each answer.")]
+
+
+def _open(memory: Path, model: str, **settings: Any) -> Any:
+    from .session import Session  # torch takes seconds to import; `mc --help` does not need it
+
+    with err.status("loading the model"):
+        return Session.open(memory, model, **settings)
+
+
+@app.command()
+def ingest(
+    memory: Memory,
+    sources: Annotated[list[Path], typer.Argument(help="UTF-8 text files, or - for standard input.")],
+    fast: Annotated[bool, typer.Option("--fast", help="Encode with GistNet alone, without the model.")] = False,
+    title: Annotated[str | None, typer.Option(help="Name of the document.", show_default="the file's name")] = None,
+    model: Model = "smollm2-135m",
+    budget: Budget = 2048,
+    gistnet: Gistnet = None,
+) -> None:
+    """Read texts into a memory.
+
+    Each file becomes one document, wholly or not at all. Example: [bold]mc ingest memory/ book.txt notes.md[/]
+    """
+    with _open(memory, model, budget=budget, gistnet=gistnet) as session:
+        for source in sources:
+            text: object = sys.stdin.read() if str(source) == "-" else source
+            from .sources import read_source
+
+            read = read_source(text, session.model.tokenizer, title=title)
+            with Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=err,
+            ) as bar:  # fmt: skip
+                task = bar.add_task(read.title[:40], total=len(read.ids))
+                document = session.ingest_source(
+                    read, mode="fast" if fast else "contextual", progress=lambda n, t=task: bar.update(t, completed=n)
+                )
+            out.print(f"{document.title}: tokens {document.start:,} to {document.stop:,}")
+
+
+@app.command()
+def generate(
+    memory: Memory,
+    prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
+    model: Model = "smollm2-135m",
+    budget: Budget = 2048,
+    policy: Policy = "blend",
+    gist_kind: GistKind = "pooled",
+    refresh: Refresh = "tail",
+    gistnet: Gistnet = None,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Stop = None,
+    stats: Stats = False,
+) -> None:
+    """Ask one question; question and answer become part of the memory.
+
+    Example: [bold]mc generate memory/ "Who keeps the lighthouse?" -n 64[/]
+    """
+    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh, "gistnet": gistnet}
+    with _open(memory, model, **settings) as session:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or []}
+        _answer(session, text, stats, max_new_tokens=max_new_tokens, **sampling)
+
+
+@app.command()
+def chat(
+    memory: Memory,
+    model: Model = "smollm2-135m",
+    budget: Budget = 2048,
+    policy: Policy = "blend",
+    gist_kind: GistKind = "pooled",
+    refresh: Refresh = "tail",
+    gistnet: Gistnet = None,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stats: Stats = False,
+) -> None:
+    """Talk. The conversation is part of the memory and goes on where it stopped, also after a restart.
+
+    [bold]/map[/] shows where the memory looks, [bold]/search words[/] what matches, [bold]/focus words[/] brings
+    it into detail, [bold]/quit[/] ends.
+    """
+    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh, "gistnet": gistnet}
+    with _open(memory, model, **settings) as session:
+        out.print(f"{session.tree.length:,} tokens remembered. /map, /search words, /focus words, /quit")
+        while True:
+            try:
+                line = out.input("[bold]> [/]").strip()
+            except EOFError:
+                return
+            command, _, rest = line.partition(" ")
+            try:
+                if command in ("/quit", "/exit"):
+                    return
+                if command == "/map":
+                    out.print(session.focus_map().text())
+                elif command == "/search":
+                    inspection.print_hits(out, session.search(rest))
+                elif command == "/focus":
+                    session.focus_on(rest or None)
+                elif command.startswith("/"):
+                    err.print(f"unknown command {command}; there are /map, /search, /focus, /quit")
+                elif line:
+                    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+                    _answer(session, line, stats, max_new_tokens=max_new_tokens, **sampling)
+            except MegaContextError as error:
+                err.print(f"[red]{error}[/]")
+
+
+def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> None:
+    pieces = session.generate(prompt, stream=True, **sampling)
+    try:
+        for piece in pieces:
+            out.print(piece, end="", markup=False)
+    except KeyboardInterrupt:  # ends this answer, not the conversation
+        err.print(" [dim](interrupted)[/]", end="")
+    finally:
+        pieces.close()
+    out.print()
+    if stats:
+        err.print(inspection.turn_line(session.stats()))
+
+
+@app.command()
+def inspect(
+    memory: Annotated[Path, typer.Argument(help="Directory of the memory.", show_default=False)],
+    columns: Annotated[int, typer.Option(help="Width of the focus map.")] = 96,
+) -> None:
+    """Show the tree, its levels and documents, and where the memory looked last. Works while another process writes."""
+    from .tree import Tree
+
+    with Tree.open(memory, mode="r") as tree:
+        out.print(inspection.overview(tree))
+        table = Table("level", "nodes", "one covers", "pooled", "fast", title="levels", title_justify="left")
+        for row in inspection.level_rows(tree):
+            table.add_row(*row)
+        out.print(table)
+        columns_of = ("id", "kind", "title", "tokens", "from", "to", "ingest")
+        documents = Table(*columns_of, title="documents", title_justify="left")
+        for row in inspection.document_rows(tree):
+            documents.add_row(*row)
+        out.print(documents)
+        out.print(inspection.saved_focus_map(tree, columns), markup=False)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except MegaContextError as error:
+        err.print(f"mc: {error}", style="red", markup=False)
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

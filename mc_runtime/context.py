@@ -1,0 +1,258 @@
+"""The Working Context: entries that tile the history, and their keys and values in a slot cache.
+
+The entries follow from which stored nodes are *expanded* (see `mc_runtime.focus.allocator`). `relayout` edits the cache
+in place to another set: gists bring their keys and values from the tree, tokens are recomputed in one batched forward
+in which each sees only what precedes it. `append` runs new tokens at the end; they are *pending* until `commit` writes
+them, and the nodes that they complete, to the tree. Positions are packed: an entry's position is its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mc_kernels import SplicePlan
+
+from .archive import BlockArchive
+from .config import MemoryConfig, RefreshMode
+from .errors import BudgetError
+from .focus.allocator import layout_entries
+from .gists import GistReader
+from .kv_cache import KVCache
+from .model import Decoder, DecoderOutput
+from .nodes import NodeBuilder, Nodes
+from .profiling import timed
+from .refresh import entries_to_recompute
+from .timeline import Entries, EntryDiff, diff_entries
+from .tree import Transaction, Tree
+
+Expanded = dict[int, NDArray[np.int64]]
+NO_NODES = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """What a change of layout did: entries inserted, removed and run through the model, and the final hidden state
+    [E] of the newest entry if that one was run."""
+
+    inserted: int
+    removed: int
+    recomputed: int
+    last_hidden: Tensor | None
+
+
+class WorkingContext:
+    """One row of a cache and the entries in it.
+
+    entries: in timeline order. slots: [N] int64 tensor, rank -> slot; slots [0, N) are in use at all times.
+    expanded: level -> sorted node indices. pending: token ids that were run but are not in the tree yet.
+    """
+
+    def __init__(self, tree: Tree, decoder: Decoder, reader: GistReader, config: MemoryConfig, cache: KVCache) -> None:
+        self.tree, self.decoder, self.reader, self.config, self.cache = tree, decoder, reader, config, cache
+        self.archive = BlockArchive(config.archive_kv)
+        self.pending: list[int] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the layout and what is in the cache; pending tokens stay."""
+        self.entries = Entries(np.zeros(0, np.int8), NO_NODES, self.config.block_size)
+        self.slots = torch.zeros(0, dtype=torch.int64, device=self.decoder.device)
+        self.expanded: Expanded = {}
+        self.counts_seen: tuple[int, ...] = ()
+        self.cache.set_ranks(self.slots)
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return len(self.entries)
+
+    @property
+    def length(self) -> int:
+        """Tokens of history, pending ones included."""
+        return self.tree.length + len(self.pending)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """(tokens, level-1 nodes, level-2 nodes, ...), as the allocator wants them."""
+        return (self.length, *(self.tree.count(level) for level in range(1, self.tree.n_levels + 1)))
+
+    def fork(self, cache: KVCache) -> WorkingContext:
+        """A branch over a copy of this cache's row: it may append and change its layout; it must not commit."""
+        branch = WorkingContext(self.tree, self.decoder, self.reader, self.config, cache)
+        branch.entries, branch.slots = self.entries, self.slots.clone()
+        branch.expanded = {level: index.copy() for level, index in self.expanded.items()}
+        branch.counts_seen, branch.pending = self.counts_seen, list(self.pending)
+        branch.cache.set_ranks(branch.slots)
+        return branch
+
+    def synced_expanded(self) -> Expanded:
+        """`expanded`, extended to the nodes that the tree has gained since the last layout: such a node is expanded if
+        a part of its span stands in the context (it can only stand there in finer detail), else collapsed."""
+        stop, synced = self.entries.stop, {}
+        for level in range(1, self.tree.n_levels + 1):
+            known = self.counts_seen[level] if level < len(self.counts_seen) else 0
+            reached = min(self.tree.count(level), -(-stop // self.config.block_size**level))
+            synced[level] = np.concatenate((self.expanded.get(level, NO_NODES), np.arange(known, reached)))
+        return synced
+
+    def relayout(self, expanded: Expanded, *, mode: RefreshMode | None = None, newest: int = 0) -> Relayout:
+        """Edit the context, in place, to the layout of `expanded`; the history may have grown in the tree meanwhile.
+
+        mode: refresh mode, by default the configuration's. newest: last entries to recompute in any case.
+        Raises BudgetError, before anything changes, if the layout does not fit the cache.
+        """
+        counts = self.counts
+        new = Entries(*layout_entries(self.config.block_size, counts, expanded), self.config.block_size)
+        if len(new) > self.cache.capacity:
+            raise BudgetError(
+                f"budget: the layout needs {len(new)} slots, the cache has {self.cache.capacity}; give a larger budget"
+            )
+        diff = diff_entries(self.entries, new)
+        with timed("splice"):
+            to_run = self._splice(new, diff)
+        self.expanded = {level: np.asarray(nodes, np.int64) for level, nodes in expanded.items() if len(nodes)}
+        self.counts_seen = counts
+        earliest = diff.edits[0].start if diff.edits else None
+        ranks = entries_to_recompute(self, to_run, earliest, mode or self.config.refresh, newest)
+        hidden = None
+        if len(ranks):
+            with timed("recompute"):
+                output = self.run(ranks)
+            hidden = output.hidden[0, -1] if int(ranks[-1]) == len(new) - 1 else None
+        return Relayout(len(diff.inserted), len(diff.removed), len(ranks), hidden)
+
+    def _splice(self, new: Entries, diff: EntryDiff) -> NDArray[np.int64]:
+        """Put `new` into the cache; returns the ranks of the entries that still have to be run."""
+        if not diff.edits:
+            return NO_NODES
+        self._archive_blocks(diff.removed)
+        levels, index = new.levels[diff.inserted], new.index[diff.inserted]
+        gists, tokens = levels > 0, levels == 0
+        c = self.decoder.config
+        shape = (c.n_layers, c.n_kv_heads, len(levels), c.head_dim)
+        k_new = torch.zeros(shape, dtype=self.decoder.dtype, device=self.decoder.device)
+        v_new = torch.zeros_like(k_new)
+        needs_run = tokens.copy()
+        if gists.any():
+            read = self.reader.read(self.tree, levels[gists], index[gists])
+            at = torch.from_numpy(gists.nonzero()[0]).to(k_new.device)
+            k_new.index_copy_(2, at, read.k)
+            v_new.index_copy_(2, at, read.v)
+            needs_run[gists] = read.needs_forward
+        size = self.config.block_size
+        for block in np.unique(index[tokens] // size) if len(self.archive) else ():
+            kept = self.archive.get(int(block))
+            rows = (tokens & (index // size == block)).nonzero()[0]
+            if kept is not None and len(rows) == size:
+                k_new[:, :, rows[0] : rows[-1] + 1], v_new[:, :, rows[0] : rows[-1] + 1] = kept
+                needs_run[rows] = False
+        plan = SplicePlan.from_edits(
+            len(self.entries), diff.edits, capacity=self.cache.capacity, discipline="slots", slots=self.slots.cpu()
+        )
+        self.cache.splice(plan, k_new, v_new)
+        self.entries, self.slots = new, plan.new_slots.to(self.slots.device)
+        return diff.inserted[needs_run]
+
+    def _archive_blocks(self, removed: NDArray[np.int64]) -> None:
+        size = self.config.block_size
+        tokens = removed[self.entries.levels[removed] == 0] if self.archive.capacity else NO_NODES
+        for block in np.unique(self.entries.index[tokens] // size):
+            ranks = tokens[self.entries.index[tokens] // size == block]
+            if len(ranks) == size:
+                self.archive.put(int(block), *self.cache.gather(self.slots[torch.from_numpy(ranks)]))
+
+    def assemble(self, expanded: Expanded) -> Relayout:
+        """Build the layout from scratch: every token is run on what precedes it."""
+        self.clear()
+        return self.relayout(expanded, mode="none")
+
+    def run(self, ranks: NDArray[np.int64], *, stop_layer: int | None = None) -> DecoderOutput:
+        """One forward over the entries at `ranks` (sorted), in place: their keys and values are written to their
+        slots, and each sees the whole context up to its own rank."""
+        rank = torch.from_numpy(np.asarray(ranks, np.int64)).to(self.decoder.device)
+        store = self.cache.writer(self.slots[rank][None], self.used)
+        return self.decoder(self._inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
+
+    def _inputs(self, ranks: NDArray[np.int64]) -> Tensor:
+        """[T, E] input rows of entries: token embeddings, or the vectors of gists of kind `embedding`."""
+        levels, index = self.entries.levels[ranks], self.entries.index[ranks]
+        rows = torch.empty(len(ranks), self.decoder.config.embed_dim, dtype=self.decoder.dtype)
+        rows = rows.to(self.decoder.device)
+        tokens, gists = (levels == 0).nonzero()[0], (levels > 0).nonzero()[0]
+        if len(tokens):
+            rows[torch.from_numpy(tokens)] = self.decoder.embed(self._ids(index[tokens])[None])[0]
+        if len(gists):
+            rows[torch.from_numpy(gists)] = self.reader.read(self.tree, levels[gists], index[gists]).embeddings
+        return rows
+
+    def _ids(self, index: NDArray[np.int64]) -> Tensor:
+        stored = index < self.tree.length
+        ids = np.empty(len(index), np.int64)
+        ids[stored] = self.tree.tokens()[index[stored]]
+        ids[~stored] = np.asarray(self.pending, np.int64)[index[~stored] - self.tree.length]
+        return torch.from_numpy(ids).to(self.decoder.device)
+
+    def append(self, ids: Sequence[int], *, return_mass: bool = False) -> DecoderOutput:
+        """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N].
+
+        Raises BudgetError, before anything changes, if there are not enough free slots.
+        """
+        used = self.used + len(ids)
+        if used > self.cache.capacity:
+            raise BudgetError(f"budget: the new tokens need {used} slots, the cache has {self.cache.capacity}")
+        device = self.decoder.device
+        slots = torch.arange(self.used, used, device=device)  # the used slots are [0, N): new ones follow
+        self.cache.pos[0, slots] = slots
+        x = self.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
+        output = self.decoder(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
+        self.extend(ids)
+        if output.mass is None:
+            return output
+        return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Record tokens that have just been run into the slots after the used ones."""
+        slots = torch.arange(self.used, self.used + len(ids), device=self.slots.device)
+        self.slots = torch.cat((self.slots, slots))
+        self.entries = self.entries.with_tokens(len(ids))
+        self.pending.extend(int(i) for i in ids)
+
+    def commit(self, builder: NodeBuilder, also: Callable[[Transaction, int, int], None]) -> None:
+        """Write the pending tokens, and every node that they complete, to the tree in one transaction.
+
+        also: called inside the transaction with it and the tokens' span, to record what they are. If anything fails
+        the tree stays as it was and the tokens stay pending.
+        """
+        nodes = self._completed_blocks(builder)
+        try:
+            with self.tree.begin() as transaction:
+                start, stop = transaction.append_tokens(np.asarray(self.pending, np.int64))
+                if nodes is not None:
+                    builder.push(transaction, nodes)
+                also(transaction, start, stop)
+        except BaseException:
+            builder.reload()
+            raise
+        self.pending.clear()
+        self.expanded, self.counts_seen = self.synced_expanded(), self.counts
+
+    def _completed_blocks(self, builder: NodeBuilder) -> Nodes | None:
+        """Level-1 nodes of the blocks that the pending tokens complete, pooled from the cache. The tokens of an
+        incomplete block are always in the context at full detail."""
+        size, first = self.config.block_size, self.tree.count(1)
+        blocks = self.length // size - first
+        if blocks <= 0:
+            return None
+        with timed("gist"), torch.no_grad():
+            rank = self.used - (self.length - first * size)
+            k, v = self.cache.gather(self.slots[rank : rank + blocks * size])
+            pooled = builder.net.pool(k.unflatten(2, (blocks, size)), v.unflatten(2, (blocks, size)))
+            ids = self._ids(np.arange(first * size, (first + blocks) * size))
+            summary = builder.net.encode(self.decoder.embed(ids.view(blocks, size)))
+            return Nodes(summary, None, *(x.permute(2, 0, 1, 3) for x in pooled))

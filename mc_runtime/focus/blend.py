@@ -1,0 +1,27 @@
+"""A weighted sum of policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .attention import AttentionPolicy
+from .recency import RecencyPolicy
+from .retrieval import RetrievalPolicy
+from .view import FocusPolicy, FocusView, Utilities, add_utilities
+
+
+class BlendPolicy:
+    """Utilities add up in nats, each part with its weight."""
+
+    def __init__(self, parts: Sequence[tuple[float, FocusPolicy]]) -> None:
+        self.parts = tuple(parts)
+        self.needs_mass = any(policy.needs_mass for weight, policy in self.parts if weight)
+
+    @classmethod
+    def default(cls) -> BlendPolicy:
+        """What is used until LensNet is trained: mostly retrieval, then attention mass, and a little recency so that a
+        budget that nothing else claims goes to the newest text."""
+        return cls([(1.0, RetrievalPolicy()), (0.2, AttentionPolicy()), (0.05, RecencyPolicy())])
+
+    def utilities(self, view: FocusView) -> Utilities:
+        return add_utilities((weight, policy.utilities(view)) for weight, policy in self.parts if weight)

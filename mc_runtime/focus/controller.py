@@ -1,0 +1,176 @@
+"""Refocus: score, allocate, splice, for one Working Context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import BudgetError, InputError
+from ..profiling import timed
+from .allocator import Allocation, Cooldown, FocusProblem, allocate
+from .view import Floats, FocusPolicy, FocusView, Utilities, add_utilities
+
+if TYPE_CHECKING:
+    from ..config import MemoryConfig
+    from ..context import WorkingContext
+    from ..retrieval import BlockIndex
+
+# Nats that a hint gives to the nodes it names: more than a policy's best block.
+HINT_NATS = 2.0
+
+
+@dataclass(frozen=True)
+class RefocusReport:
+    """What one refocus did. seconds: wall clock of scoring, allocation, splice and recomputation together.
+    last_hidden: final hidden state [E] of the newest entry, if it was recomputed."""
+
+    expanded: int
+    collapsed: int
+    recomputed: int
+    seconds: float
+    last_hidden: torch.Tensor | None
+
+    @property
+    def edits(self) -> int:
+        return self.expanded + self.collapsed
+
+
+class FocusController:
+    """Decides what a context shows, cycle by cycle.
+
+    head: tokens at the start that stay at full detail (the attention sink and the system prompt). pins: further token
+    ranges that do. hints: utilities added to the policy's.
+    """
+
+    def __init__(self, policy: FocusPolicy, config: MemoryConfig, retrieval: BlockIndex, head: int) -> None:
+        self.policy, self.config, self.retrieval, self.head = policy, config, retrieval, head
+        self.cooldown = Cooldown(config.focus.cooldown)
+        self.cycle = 0
+        self.pins: list[tuple[int, int]] = []
+        self.hints: Utilities = {}
+        self.utility: Utilities = {}
+
+    def branch(self) -> FocusController:
+        """A copy for a branch of the context."""
+        other = FocusController(self.policy, self.config, self.retrieval, self.head)
+        other.load_state(self.state())
+        return other
+
+    def pinned(self, length: int) -> list[tuple[int, int]]:
+        """Token ranges at full detail in a history of `length` tokens: head, newest tokens, pins."""
+        recent = (max(0, length - self.config.recent_tokens), length)
+        ranges = [(0, min(max(self.head, 1), length)), recent, *self.pins]
+        return [(start, min(stop, length)) for start, stop in ranges if start < min(stop, length)]
+
+    def hint_span(self, start: int, stop: int) -> None:
+        """Ask for a span at full detail from the next refocus on, while the budget allows."""
+        size = self.config.block_size
+        blocks = np.arange(start // size, -(-stop // size), dtype=np.int64)
+        self.hints = {1: (blocks, np.full(len(blocks), HINT_NATS))}
+
+    def refocus(
+        self,
+        context: WorkingContext,
+        *,
+        query: str,
+        mass: Floats | None = None,
+        reserve: int = 0,
+        newest: int = 0,
+    ) -> RefocusReport:
+        """One cycle: the policy scores, the allocator decides, the cache is edited.
+
+        reserve: slots to leave free for the tokens of the coming cycle. newest: last entries to recompute on whatever
+        is edited. Raises BudgetError if the budget cannot hold what is pinned.
+        """
+        with timed("refocus") as timer:
+            self.cycle += 1
+            expanded = context.synced_expanded()
+            with timed("score"):
+                view = FocusView(context, expanded, query, mass, self.retrieval)
+                self.utility = self._in_tree(context, self.policy.utilities(view))
+            allocation = self._allocate(context, expanded, reserve)
+            changed = context.relayout(allocation.expanded, newest=newest)
+            self.cooldown.record(allocation.expand + allocation.collapse, self.cycle)
+        return RefocusReport(
+            len(allocation.expand), len(allocation.collapse), changed.recomputed, timer.seconds, changed.last_hidden
+        )
+
+    def make_room(self, context: WorkingContext, count: int) -> int:
+        """Collapse the cheapest siblings, by the latest utilities, until `count` slots are free; returns the number of
+        nodes that changed. Nothing happens if they are free already."""
+        if context.used + count <= self.config.budget and context.entries.stop == context.length:
+            return 0
+        allocation = self._allocate(context, context.synced_expanded(), count)
+        context.relayout(allocation.expanded)
+        return len(allocation.expand) + len(allocation.collapse)
+
+    def _allocate(self, context: WorkingContext, expanded: Mapping[int, Any], reserve: int) -> Allocation:
+        counts = context.counts
+        utility = self._in_tree(context, add_utilities([(1.0, self.utility), (1.0, self.hints)]))
+        frozen = {
+            level: nodes[nodes < counts[level]]
+            for level, nodes in self.cooldown.frozen(self.cycle).items()
+            if level < len(counts)
+        }
+        problem = FocusProblem(
+            block_size=self.config.block_size,
+            counts=counts,
+            expanded=expanded,
+            utility=utility,
+            pinned=self.pinned(context.length),
+            budget=self.config.budget - reserve,
+            frozen=frozen,
+        )
+        with timed("allocate"):
+            try:
+                return allocate(problem, self.config.focus)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"{error} ({reserve} of {self.config.budget} slots are reserved for coming tokens, "
+                    f"{self.config.recent_tokens} recent tokens and {len(self.pins)} pins are kept in full)"
+                ) from None
+
+    @staticmethod
+    def _in_tree(context: WorkingContext, utility: Utilities) -> Utilities:
+        """Without nodes that the tree does not hold (yet)."""
+        result = {}
+        for level, (nodes, nats) in utility.items():
+            known = nodes < context.tree.count(level) if level <= context.tree.n_levels else np.zeros(len(nodes), bool)
+            if known.any():
+                result[level] = (nodes[known], nats[known])
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; `load_state` continues from it."""
+
+        def plain(utility: Utilities) -> dict[str, Any]:
+            return {str(level): [nodes.tolist(), nats.tolist()] for level, (nodes, nats) in utility.items()}
+
+        return {
+            "cycle": self.cycle,
+            "cooldown": self.cooldown.to_dict(),
+            "pins": self.pins,
+            "hints": plain(self.hints),
+            "utility": plain(self.utility),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave. Raises InputError for anything else."""
+
+        def arrays(data: Mapping[str, Any]) -> Utilities:
+            return {
+                int(level): (np.asarray(nodes, np.int64), np.asarray(nats, np.float64))
+                for level, (nodes, nats) in data.items()
+            }
+
+        try:
+            self.cycle = int(state["cycle"])
+            self.cooldown = Cooldown.from_dict(state["cooldown"])
+            self.pins = [(int(a), int(b)) for a, b in state["pins"]]
+            self.hints, self.utility = arrays(state["hints"]), arrays(state["utility"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"focus state: expected what `state` gave, got something else ({error})") from error

@@ -1,0 +1,117 @@
+"""The slot cache: keys and values of the Working Context.
+
+One allocation `[L, 2, B, Hkv, S, D]`. Keys are unrotated and a slot's place in memory means nothing: attention masks
+and rotates by `pos`, so entries can be put into any free slot and renumbered for free. Slots [0, used) of a row are in
+use; `pos` is -1 elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc_kernels import SplicePlan, kv_splice_
+
+from .model import ModelConfig
+
+
+class KVCache:
+    """Keys, values and positions of B rows of S slots.
+
+    data [L, 2, B, Hkv, S, D]; pos [B, S] int64. `row(b)` is a view: what is written through it lands here.
+    """
+
+    def __init__(self, data: Tensor, pos: Tensor) -> None:
+        self.data, self.pos = data, pos
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, capacity: int, *, batch: int = 1, dtype: torch.dtype, device: torch.device | str
+    ) -> KVCache:
+        """Zeroed, so that a masked slot can never bring a NaN into a product."""
+        shape = (config.n_layers, 2, batch, config.n_kv_heads, capacity, config.head_dim)
+        data = torch.zeros(shape, dtype=dtype, device=device)
+        return cls(data, torch.full((batch, capacity), -1, dtype=torch.int64, device=device))
+
+    @property
+    def k(self) -> Tensor:
+        """[L, B, Hkv, S, D] view."""
+        return self.data[:, 0]
+
+    @property
+    def v(self) -> Tensor:
+        """[L, B, Hkv, S, D] view."""
+        return self.data[:, 1]
+
+    @property
+    def batch(self) -> int:
+        return self.data.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[4]
+
+    def row(self, b: int) -> KVCache:
+        return KVCache(self.data[:, :, b : b + 1], self.pos[b : b + 1])
+
+    def stacked(self, copies: int) -> KVCache:
+        """A new cache of `copies` rows, each a copy of this cache's single row."""
+        if self.batch != 1:
+            raise ValueError(f"stacked: expected a cache of one row, got {self.batch}")
+        return KVCache(self.data.expand(-1, -1, copies, -1, -1, -1).contiguous(), self.pos.repeat(copies, 1))
+
+    def widened(self, capacity: int) -> KVCache:
+        """A copy with room for `capacity` slots in each row."""
+        extra = capacity - self.capacity
+        if extra < 0:
+            raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
+        return KVCache(F.pad(self.data, (0, 0, 0, extra)), F.pad(self.pos, (0, extra), value=-1))
+
+    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of row 0's keys and values at `slots [M]`: [L, Hkv, M, D] each."""
+        return self.k[:, 0].index_select(2, slots), self.v[:, 0].index_select(2, slots)
+
+    def splice(self, plan: SplicePlan, k_new: Tensor, v_new: Tensor) -> None:
+        """Edit row 0 in place: remove and insert entries (k_new, v_new [L, Hkv, M, D], keys unrotated) and give every
+        entry its rank as position."""
+        kv_splice_(self.k[:, 0], self.v[:, 0], k_new, v_new, plan)
+        self.set_ranks(plan.new_slots)
+
+    def set_ranks(self, slots: Tensor) -> None:
+        """Positions of row 0 become ranks: `slots [n]` names the slot of rank 0, 1, ...; every other slot is empty."""
+        self.pos[0].fill_(-1)
+        self.pos[0, slots] = torch.arange(len(slots), device=self.pos.device)
+
+    def writer(self, slots: Tensor, used: int) -> SlotWriter:
+        return SlotWriter(self, slots, used)
+
+
+class SlotWriter:
+    """Where a forward writes its keys and values: slots [B, T] of a cache (the model's `KVStore`).
+
+    All T entries of a layer are written before the layer attends, so entries of one forward see each other as far as
+    their positions allow. Only slots [0, used) are attended to.
+    """
+
+    kv_bias: Tensor | None = None
+
+    def __init__(self, cache: KVCache, slots: Tensor, used: int) -> None:
+        if slots.dim() != 2 or slots.shape[0] != cache.batch:
+            raise ValueError(f"slots: expected [B={cache.batch}, T], got {list(slots.shape)}")
+        self.cache, self.used = cache, used
+        first, count = int(slots[0, 0]) if slots.numel() else 0, slots.shape[1]
+        run = torch.arange(first, first + count, device=slots.device)
+        # A run of neighbouring slots, the same in each row, is one strided copy instead of a scatter.
+        self.span = slice(first, first + count) if bool((slots == run).all()) else None
+        self.index = slots[:, None, :, None].expand(-1, cache.data.shape[3], -1, cache.data.shape[5])
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.cache.data[layer, 0], self.cache.data[layer, 1]
+        if self.span is not None:
+            keys[:, :, self.span] = k
+            values[:, :, self.span] = v
+        else:
+            keys.scatter_(2, self.index, k.to(keys.dtype))
+            values.scatter_(2, self.index, v.to(values.dtype))
+        return keys[:, :, : self.used], values[:, :, : self.used], self.cache.pos[:, : self.used]

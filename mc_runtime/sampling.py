@@ -1,0 +1,87 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. top_k 0 and top_p 1 do not restrict. Same seed, same text."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
+            raise InputError(f"max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: expected a number above 0, up to 1, got {self.top_p!r}")
+        if not (isinstance(self.top_k, int) and self.top_k >= 0):
+            raise InputError(f"top_k: expected an integer of at least 0, got {self.top_k!r}")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InputError(f"stop: expected a tuple of non-empty strings, got {self.stop!r}")
+
+
+class Sampler:
+    """Draws token ids from logits; holds the random state of one answer."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """logits [vocab] -> token id. Ties of the greedy choice go to the lowest id."""
+        p = self.params
+        if p.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.float().cpu() / p.temperature
+        order = scores.argsort(descending=True, stable=True)
+        if p.top_k:
+            order = order[: p.top_k]
+        probabilities = scores[order].softmax(-1)
+        # The smallest set of best tokens that reaches top_p, the one that crosses it included.
+        keep = probabilities.cumsum(-1) - probabilities < p.top_p
+        chosen = torch.multinomial(probabilities[keep], 1, generator=self._generator)
+        return int(order[keep][chosen])
+
+
+class StopStrings:
+    """Cuts streamed text before the first stop string, and holds back what may be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self.stop, self._held, self.hit = stop, "", False
+
+    def push(self, text: str) -> str:
+        """Text that is safe to show. After `hit` there is none."""
+        if self.hit:
+            return ""
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
+        if found:
+            shown, self._held, self.hit = self._held[: min(found)], "", True
+            return shown
+        keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, when no more text comes."""
+        rest, self._held = ("" if self.hit else self._held), ""
+        return rest

@@ -1,0 +1,382 @@
+"""`Session`: a memory that is read, asked and kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args, overload
+
+import numpy as np
+import torch
+
+from .batch import answer_batch
+from .config import IngestMode, MemoryConfig
+from .context import WorkingContext
+from .errors import InputError
+from .focus import make_policy
+from .focus.controller import FocusController
+from .focus.view import FocusPolicy
+from .focus_map import FocusFrame, FocusMap
+from .gistnet import GistNet
+from .gists import gist_reader
+from .ingest import Progress, ingest_tokens
+from .kv_cache import KVCache
+from .model import DEFAULT_MODEL, LoadedModel, load_model
+from .nodes import NodeBuilder
+from .retrieval import BlockIndex, Hit
+from .sampling import Sampler, SamplingParams, StopStrings
+from .snapshot import load_snapshot, save_snapshot
+from .sources import Source, read_source
+from .stats import SessionStats, TurnStats
+from .tree import Document, Transaction, Tree, TreeSpec
+from .turns import Turn
+
+
+class Session:
+    """A memory on disk and the Working Context over it. Open it with `Session.open`, close it or use `with`.
+
+    One session writes to a memory at a time. Not safe for use from several threads at once.
+    """
+
+    def __init__(self, path: Path, tree: Tree, model: LoadedModel, config: MemoryConfig, net: GistNet) -> None:
+        self.path, self.tree, self.model, self.config = path, tree, model, config
+        decoder = model.decoder
+        self.builder = NodeBuilder(tree, net)
+        cache = KVCache.allocate(decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device)
+        reader = gist_reader(config.gist_kind, decoder, net)
+        self.context = WorkingContext(tree, decoder, reader, config, cache)
+        self.retrieval = BlockIndex(tree, model.tokenizer)
+        self._turns: list[TurnStats] = []
+        self._frames: list[FocusFrame] = []
+        self._streaming = self._closed = False
+        if tree.length == 0:
+            self._write_head()
+        head = tree.documents()[0].stop
+        self.focus = FocusController(make_policy(config.policy), config, self.retrieval, head)
+        load_snapshot(path, tree, self.context, self.focus)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        model: str | Path | LoadedModel = DEFAULT_MODEL,
+        *,
+        gistnet: Path | str | None = None,
+        config: MemoryConfig | None = None,
+        policy: FocusPolicy | None = None,
+        **settings: Any,
+    ) -> Session:
+        """Create a memory in a directory, or reopen it where it stopped.
+
+        model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights (safetensors).
+        config and settings: see `MemoryConfig`; settings (`budget=2048`, ...) override. policy: a focus policy of
+        your own. Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block
+        size, TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
+        """
+        try:
+            config = replace(config or MemoryConfig(), **settings)
+        except TypeError as error:
+            known = ", ".join(MemoryConfig.__dataclass_fields__)
+            raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
+        make_policy(config.policy)
+        loaded = model if isinstance(model, LoadedModel) else load_model(model)
+        if config.budget > loaded.config.max_positions:
+            raise InputError(
+                f"budget: {config.budget} slots are more than the {loaded.config.max_positions} positions that the "
+                "model was trained for; give a smaller budget"
+            )
+        decoder, c = loaded.decoder, loaded.config
+        net = (
+            GistNet.untrained(decoder, config.block_size)
+            if gistnet is None
+            else GistNet.load(gistnet, decoder, config.block_size)
+        )
+        spec = TreeSpec(
+            block_size=config.block_size,
+            embed_dim=c.embed_dim,
+            n_layers=c.n_layers,
+            n_kv_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            vocab_size=loaded.tokenizer.vocab_size,
+            model=loaded.fingerprint,
+            tokenizer=loaded.tokenizer.fingerprint,
+            gistnet=net.fingerprint,
+        )
+        tree = Tree.open(path, spec)
+        try:
+            session = cls(Path(path), tree, loaded, config, net)
+        except BaseException:
+            tree.close()
+            raise
+        if policy is not None:
+            session.focus.policy = policy
+        return session
+
+    def _write_head(self) -> None:
+        """The system prompt opens the history; its first token is the attention sink."""
+        ids = np.asarray(self.model.chat.system_ids(self.config.system_prompt), np.int64)
+        if not len(ids):
+            raise InputError("system_prompt: expected text that gives at least one token, got none")
+        self._ingest(Source(ids, "system prompt", None), "system", fast=False, progress=None)
+
+    def close(self) -> None:
+        """Save the Working Context and release the memory. Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            save_snapshot(self.path, self.tree, self.context, self.focus)
+        finally:
+            self.tree.close()
+
+    def save(self) -> None:
+        """Save the Working Context; the text itself is safe from the moment that a call returns."""
+        self._check_idle()
+        save_snapshot(self.path, self.tree, self.context, self.focus)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._streaming = False
+        self.close()
+
+    # -- into the memory --------------------------------------------------------------------------------------------
+
+    def ingest(
+        self,
+        source: object,
+        *,
+        title: str | None = None,
+        mode: IngestMode | None = None,
+        progress: Progress | None = None,
+    ) -> Document:
+        """Remember a path, text, token ids, or an iterable of pieces; returns the document with its token span.
+
+        All or nothing: when this raises, the memory is as it was. mode: see `mc_runtime.ingest`, by default the
+        configuration's. progress: called with the number of tokens done.
+        """
+        return self.ingest_source(read_source(source, self.model.tokenizer, title=title), mode=mode, progress=progress)
+
+    def ingest_source(
+        self, source: Source, *, mode: IngestMode | None = None, progress: Progress | None = None
+    ) -> Document:
+        """`ingest` of what `read_source` has already read."""
+        self._check_idle()
+        mode = mode or self.config.ingest
+        if mode not in get_args(IngestMode):
+            raise InputError(f"mode: expected one of {', '.join(get_args(IngestMode))}, got {mode!r}")
+        return self._ingest(source, "document", fast=mode == "fast", progress=progress)
+
+    def ingest_evidence(self, hits: Iterable[Mapping[str, Any] | Hit]) -> list[Document]:
+        """Remember retrieved passages: mappings with `text`, and `source` and `score` where known.
+
+        They are part of the history from then on, at full detail until the focus moves.
+        """
+        self._check_idle()
+        passages = []
+        for number, hit in enumerate(hits):
+            fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else vars(hit)
+            text = fields.get("text")
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"hits[{number}]: expected a mapping with a non-empty 'text', got {hit!r}")
+            score = fields.get("score")
+            origin = str(fields["source"]) if fields.get("source") is not None else None
+            ids = np.asarray(self.model.tokenizer.encode(text.rstrip() + "\n\n"), np.int64)
+            passages.append((Source(ids, origin or f"passage {number + 1}", origin), score))
+        fast = self.config.ingest == "fast"
+        documents = [self._ingest(s, "evidence", fast=fast, progress=None, score=score) for s, score in passages]
+        if documents:
+            self.focus.hint_span(documents[0].start, documents[-1].stop)
+        return documents
+
+    def _ingest(
+        self, source: Source, kind: str, *, fast: bool, progress: Progress | None, score: float | None = None
+    ) -> Document:
+        start = self.tree.length
+        try:
+            with self.tree.begin() as transaction:
+                ingest_tokens(
+                    self.tree, transaction, self.builder, self.model.decoder, self.config, source.ids,
+                    fast=fast, progress=progress,
+                )  # fmt: skip
+                return transaction.add_document(
+                    kind=kind,
+                    title=source.title,
+                    source=source.origin,
+                    start=start,
+                    stop=start + len(source.ids),
+                    ingest="fast" if fast else "contextual",
+                    score=score,
+                )
+        except BaseException:
+            self.builder.reload()
+            raise
+
+    # -- out of the memory ------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **sampling: Any) -> Iterator[str]: ...
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, stream: Literal[False] = False, **sampling: Any) -> list[str]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], *, stream: bool = False, **sampling: Any
+    ) -> str | Iterator[str] | list[str]:
+        """Answer a prompt as the next turn of the history; or several, each on its own, which are not remembered.
+
+        stream: yield text as it comes; the turn is part of the history once the iterator is exhausted or closed.
+        sampling: fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop).
+        """
+        self._check_idle()
+        try:
+            if isinstance(sampling.get("stop"), list):
+                sampling["stop"] = tuple(sampling["stop"])
+            params = SamplingParams(**sampling)
+        except TypeError as error:
+            known = ", ".join(SamplingParams.__dataclass_fields__)
+            raise InputError(f"sampling: {', '.join(sampling)}: expected {known}") from error
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise InputError("prompt: expected text, or a list of texts, that are not empty")
+        if not isinstance(prompt, str):
+            if stream:
+                raise InputError("stream: expected one prompt when streaming, got a list")
+            return self._generate_batch(prompts, params)
+        pieces = self._generate(prompt, params)
+        return pieces if stream else "".join(pieces)
+
+    def _generate_batch(self, prompts: list[str], params: SamplingParams) -> list[str]:
+        with torch.inference_mode():
+            self.focus.make_room(self.context, 0)  # brings in what was ingested, once for all branches
+        answers, stats = answer_batch(self.model, self.context, self.focus, prompts, params)
+        self._turns += stats
+        texts = []
+        for ids in answers:
+            stops = StopStrings(params.stop)
+            texts.append(stops.push(self.model.tokenizer.decode(ids)) + stops.flush())
+        return texts
+
+    def _generate(self, prompt: str, params: SamplingParams) -> Iterator[str]:
+        self._streaming = True
+        start = time.perf_counter()
+        number = len(self._turns) + 1
+        document = _TurnDocuments(number)
+        turn = Turn(self.model, self.context, self.focus, lambda c: c.commit(self.builder, document.record))
+        self._turns.append(turn.stats)
+        sampler, stops = Sampler(params), StopStrings(params.stop)
+        text = self.model.tokenizer.stream_decoder()
+        end = self.model.chat.assistant_end_ids()
+        try:
+            logits = turn.read(self.model.chat.user_turn_ids(prompt), prompt)
+            self._frames.append(FocusFrame(prompt, self.context.entries, self.context.length))
+            document.kind = "assistant"
+            for step in range(params.max_new_tokens):
+                token = sampler(logits)
+                if step == 0:
+                    turn.stats.time_to_first_token = time.perf_counter() - start
+                if token in self.model.tokenizer.eos_ids:
+                    break
+                logits = turn.step(token)
+                piece = stops.push(text.push(token))
+                if piece:
+                    yield piece
+                if stops.hit:
+                    break
+            rest = stops.push(text.flush()) + stops.flush()
+            if rest:
+                yield rest
+        finally:
+            turn.finish(end)
+            self._streaming = False
+
+    def search(self, text: str, top: int = 8) -> list[Hit]:
+        """The blocks of the history that match a text best (BM25), best first."""
+        if not text.strip():
+            raise InputError("text: expected words to search for, got none")
+        return self.retrieval.search(text, top)
+
+    # -- focus ------------------------------------------------------------------------------------------------------
+
+    def focus_on(self, target: str | tuple[int, int] | Document | None) -> None:
+        """A hint: bring what matches a text, or a span of tokens, into detail now. A span keeps a claim on the budget
+        until the next hint; None takes it back."""
+        self._check_idle()
+        if target is None:
+            self.focus.hints = {}
+            return
+        query = target if isinstance(target, str) else ""
+        if not isinstance(target, str):
+            self.focus.hint_span(*self._span(target))
+        with torch.inference_mode():
+            self.focus.refocus(self.context, query=query, reserve=self.config.block_size)
+        label = query or "focus on {}-{}".format(*self._span(target)) if not isinstance(target, str) else query
+        self._frames.append(FocusFrame(label, self.context.entries, self.context.length))
+
+    def pin(self, target: tuple[int, int] | Document) -> None:
+        """Keep a span at full detail from now on. Raises BudgetError, and pins nothing, if the budget is too small."""
+        self._check_idle()
+        self.focus.pins.append(self._span(target))
+        try:
+            with torch.inference_mode():
+                self.focus.refocus(self.context, query="", reserve=self.config.block_size)
+        except BaseException:
+            self.focus.pins.pop()
+            raise
+
+    def unpin(self, target: tuple[int, int] | Document) -> None:
+        """Take back a pin."""
+        span = self._span(target)
+        if span not in self.focus.pins:
+            raise InputError(f"span: {span} is not pinned; pinned are {self.focus.pins}")
+        self.focus.pins.remove(span)
+
+    def _span(self, target: tuple[int, int] | Document) -> tuple[int, int]:
+        start, stop = (target.start, target.stop) if isinstance(target, Document) else target
+        if not 0 <= start < stop <= self.tree.length:
+            raise InputError(f"span: expected 0 <= start < stop <= {self.tree.length}, got ({start}, {stop})")
+        return int(start), int(stop)
+
+    def focus_map(self) -> FocusMap:
+        """What stood in the context in what detail at each turn of this session, and now."""
+        now = [] if self._frames else [FocusFrame("now", self.context.entries, self.context.length)]
+        return FocusMap(self._frames + now, [(d.start, d.title) for d in self.tree.documents()])
+
+    def stats(self) -> SessionStats:
+        """Sizes, and what each turn of this session took."""
+        nodes = {level: self.tree.count(level) for level in range(1, self.tree.n_levels + 1)}
+        slots = self.context.entries.per_level()
+        documents = len(self.tree.documents())
+        return SessionStats(self.tree.length, self.config.budget, slots, nodes, documents, list(self._turns))
+
+    def _check_idle(self) -> None:
+        if self._closed:
+            raise InputError("session: it is closed; open the memory again")
+        if self._streaming:
+            raise InputError("session: an answer is still streaming; exhaust or close its iterator first")
+
+
+class _TurnDocuments:
+    """Records a turn's tokens in the catalogue: one document for the prompt, one for the answer."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.kind = number, "user"
+        self._open: dict[str, int] = {}
+
+    def record(self, transaction: Transaction, start: int, stop: int) -> None:
+        if self.kind in self._open:
+            transaction.extend_document(self._open[self.kind], stop)
+            return
+        document = transaction.add_document(
+            kind=self.kind, title=f"{self.kind}, turn {self.number}", source=None, start=start, stop=stop,
+            ingest="contextual",
+        )  # fmt: skip
+        self._open[self.kind] = document.id

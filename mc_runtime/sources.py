@@ -1,0 +1,102 @@
+"""What can be ingested: a path, text, token ids, or an iterable of pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .model import Tokenizer
+
+# A path given as a plain string looks like one: short, one line, and it exists or names a file with a suffix.
+_MAX_PATH = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """ids: [n] int64. title: what to call the document. origin: where it came from, or None."""
+
+    ids: NDArray[np.int64]
+    title: str
+    origin: str | None
+
+
+def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = None) -> Source:
+    """Token ids of anything that can be ingested.
+
+    A `str` that names an existing file is read as one; so is one that only looks like a path (no spaces, a suffix),
+    which then has to exist. Any other string is text itself. Raises InputError with one line for everything that
+    cannot be used: empty, binary or unreadable input, ids that are not integers or out of the vocabulary.
+    """
+    origin: str | None = None
+    if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
+        path = Path(source)
+        text, origin = read_text(path), str(path.resolve())
+        name = title or path.name
+    elif isinstance(source, str):
+        text, name = source, title or _first_words(source)
+    elif isinstance(source, np.ndarray | torch.Tensor):
+        return Source(_check_ids(np.asarray(source), tokenizer), title or "token ids", None)
+    elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
+        pieces = list(source)
+        if pieces and not any(isinstance(piece, str) for piece in pieces):
+            return Source(_check_ids(np.asarray(pieces), tokenizer), title or "token ids", None)
+        if not all(isinstance(piece, str) for piece in pieces):
+            raise InputError("source: expected an iterable of strings or of token ids, got a mixture")
+        text = "".join(pieces)
+        name = title or _first_words(text)
+    else:
+        raise InputError(f"source: expected a path, text, token ids or an iterable, got {type(source).__name__}")
+    if not text.strip():
+        raise InputError(f"source: {origin or 'the text'} is empty; there is nothing to remember")
+    return Source(np.asarray(tokenizer.encode(text), np.int64), name, origin)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; InputError if it cannot be read or is not text."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 text first") from error
+    if "\x00" in text:
+        raise InputError(f"{path}: a binary file (it holds zero bytes); give a text file")
+    return text
+
+
+def _names_file(text: str) -> bool:
+    if not text or len(text) > _MAX_PATH or "\n" in text:
+        return False
+    path = Path(text)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError):
+        exists = False
+    return exists or (" " not in text and bool(path.suffix[1:].isalpha()) and path.suffix != ".")
+
+
+def _first_words(text: str) -> str:
+    words = text.split(maxsplit=8)[:8]
+    return " ".join(words)[:60]
+
+
+def _check_ids(ids: NDArray[np.generic], tokenizer: Tokenizer) -> NDArray[np.int64]:
+    if ids.size == 0:
+        raise InputError("source: no token ids; there is nothing to remember")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InputError(f"source: expected a list of integer token ids, got {ids.dtype} of shape {list(ids.shape)}")
+    bad = (ids < 0) | (ids >= tokenizer.vocab_size)  # type: ignore[operator]
+    if bad.any():
+        at = int(bad.argmax())
+        raise InputError(
+            f"source: token id {ids[at]} at position {at} is out of range, the vocabulary has {tokenizer.vocab_size}"
+        )
+    return ids.astype(np.int64)

@@ -1,0 +1,124 @@
+"""One user turn over a Working Context: read the prompt, refocus on it, decode.
+
+The prompt is read first, so that its attention can say what to focus on; after the refocus it is recomputed on the new
+context together with what was expanded, in one forward. While decoding, a refocus follows every K tokens; it leaves K
+slots free, so that the budget holds at every step in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .context import WorkingContext
+from .focus.controller import FocusController, RefocusReport
+from .model import LoadedModel
+from .profiling import timed
+from .stats import TurnStats
+
+# A longer prompt is read in parts, each of which may collapse what it leaves behind.
+PROMPT_PART = 256
+# Newest generated text that joins the prompt as the query of a refocus while decoding.
+QUERY_TOKENS = 64
+
+Commit = Callable[[WorkingContext], None]
+
+
+class Turn:
+    """State of one turn. `commit`, if given, is called whenever tokens should become durable."""
+
+    def __init__(
+        self, model: LoadedModel, context: WorkingContext, focus: FocusController, commit: Commit | None
+    ) -> None:
+        self.model, self.context, self.focus, self.commit = model, context, focus, commit
+        self.stats = TurnStats()
+        self.query = ""
+        self.generated: list[int] = []
+        self._mass: NDArray[np.float64] | None = None
+        self._since_refocus = 0
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], query: str) -> Tensor:
+        """Read the prompt and refocus on `query`; returns the logits [vocab] of the first new token."""
+        self.query = query
+        self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
+        hidden = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
+        newest = min(len(ids), self.focus.config.recent_tokens)
+        report = self._refocus(query, newest)
+        return self._logits(hidden if report.last_hidden is None else report.last_hidden)
+
+    def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
+        hidden = None
+        for i in range(0, len(ids), PROMPT_PART):
+            part = ids[i : i + PROMPT_PART]
+            self.focus.make_room(self.context, len(part))
+            with timed("prefill"):
+                output = self.context.append(part, return_mass=want_mass)
+            hidden = output.hidden[0, -1]
+            # Ranks move when room is made: only the last part's mass speaks of the entries as they are now.
+            self._mass = None
+            self._add_mass(output.mass)
+            if self.commit is not None:
+                self.commit(self.context)
+        assert hidden is not None, "a prompt has at least one token"
+        return hidden
+
+    def _add_mass(self, mass: Tensor | None) -> None:
+        if mass is None:
+            return
+        new = mass[:, 0].double().cpu().numpy()
+        if self._mass is not None:
+            new[:, : self._mass.shape[1]] += self._mass
+        self._mass = new
+
+    def _refocus(self, query: str, newest: int) -> RefocusReport:
+        report = self.focus.refocus(
+            self.context, query=query, mass=self._mass, reserve=self.context.config.block_size, newest=newest
+        )
+        self._mass, self._since_refocus = None, 0
+        self.stats.refocus.append(report.seconds)
+        self.stats.expanded += report.expanded
+        self.stats.collapsed += report.collapsed
+        self.stats.recomputed += report.recomputed
+        return report
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.decoder.logits(hidden)
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        """Read one generated token; returns the logits [vocab] of the next."""
+        start = time.perf_counter()
+        with timed("decode"):
+            output = self.context.append([token], return_mass=self.focus.policy.needs_mass)
+            logits = self._logits(output.hidden[0, -1])
+        self.stats.decode.append(time.perf_counter() - start)
+        return self.after_step(token, logits, output.mass)
+
+    def after_step(self, token: int, logits: Tensor, mass: Tensor | None) -> Tensor:
+        """Book-keeping of a decoded token; every K tokens a commit and a refocus, after which the logits are those of
+        the new context if it was recomputed."""
+        self._add_mass(mass)
+        self.generated.append(token)
+        self.stats.new_tokens += 1
+        self._since_refocus += 1
+        if self._since_refocus < self.context.config.block_size:
+            return logits
+        if self.commit is not None:
+            self.commit(self.context)
+        recent = self.model.tokenizer.decode(self.generated[-QUERY_TOKENS:])
+        report = self._refocus(f"{self.query}\n{recent}", 0)
+        return logits if report.last_hidden is None else self._logits(report.last_hidden)
+
+    @torch.inference_mode()
+    def finish(self, ids: Sequence[int]) -> None:
+        """Read the tokens that close the answer and make the turn durable."""
+        if ids:
+            self._append_in_parts(ids, want_mass=False)
+        elif self.commit is not None:
+            self.commit(self.context)

@@ -1,0 +1,67 @@
+"""The formula of `context_attention`, written out twice for its tests: exact in fp64, and plainly in a given dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from splice_model import plain_turn, turn
+from torch import Tensor
+
+from mc_kernels.context_attention.cases import Case
+from mc_kernels.registry import IMPLS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Implementations that take CPU tensors here.
+BACKENDS = [
+    name for name, impl in IMPLS["context_attention"].items() if name in ("ref", "cpu") and impl.available() is None
+]
+
+
+def _turned(x: Tensor, positions: Tensor, rope: Any, exact: bool) -> Tensor:
+    """x [B, H, n, D] at positions [B, n]."""
+    if rope is None:
+        return x
+    rows = [
+        turn(row, pos, rope.inv_freq, rope.interleaved) if exact else plain_turn(row, pos, rope)
+        for row, pos in zip(x, positions, strict=True)
+    ]
+    return (torch.stack(rows) if rows else x) * rope.attention_scaling
+
+
+def _damped(x: Tensor, sigma: Tensor | None, rope: Any) -> Tensor:
+    if sigma is None:
+        return x
+    damp = torch.exp(-((sigma[..., None].double() * rope.inv_freq.double()) ** 2) / 2)
+    damp = damp.repeat_interleave(2, -1) if rope.interleaved else torch.cat((damp, damp), -1)
+    rest = damp.new_ones(*damp.shape[:-1], x.shape[-1] - damp.shape[-1])
+    return x * torch.cat((damp, rest), -1)[:, None].to(x.dtype)
+
+
+def model(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, rope: Any, *, sigma: Tensor | None = None,
+    kv_bias: Tensor | None = None, scale: float | None = None, exact: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out, lse, mass; fp64 if `exact`, else in q's dtype throughout. All scores at once, heads repeated."""
+    if exact:
+        q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    keys = _damped(_turned(k, kv_pos, rope, exact), sigma, rope).repeat_interleave(groups, 1)
+    logits = _turned(q, q_pos, rope, exact) @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if kv_bias is not None:
+        logits = logits + kv_bias[:, None, None].to(logits.dtype)
+    visible = (kv_pos[:, None] >= 0) & (kv_pos[:, None] <= q_pos[:, :, None])
+    logits = logits.masked_fill(~visible[:, None], float("-inf"))
+    blind = ~visible.any(-1)[:, None, :, None]
+    p = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    out = p @ v.repeat_interleave(groups, 1)
+    return out, logits.logsumexp(-1), p.sum((1, 2))
+
+
+def small(case: Case, dtype: torch.dtype, *, holes: bool = True) -> dict[str, Any]:
+    """A case's arguments with a third of the slots empty and queries in the middle of the entries."""
+    args = case.make(dtype)
+    if holes and case.slots > 3:
+        args["kv_pos"][:, ::3] = -1
+        args["q_pos"] = args["q_pos"] - case.slots // 3
+    return args
