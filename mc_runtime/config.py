@@ -46,7 +46,7 @@ class MemoryConfig:
     refresh_share: float = 0.15
     recent_tokens: int = 256
     ingest_chunk: int = 512
-    ingest_window: int = 1024
+    ingest_window: int = 512
     archive_kv: int = 0
     policy: str = "blend"
     system_prompt: str = DEFAULT_SYSTEM_PROMPT

@@ -20,6 +20,7 @@ from ..checks import (
 )
 from ..library import define_op, register_autograd
 from ..rope import RopeSpec
+from . import cpu as cpu
 from . import ref as ref
 
 _ROPE = "Tensor? inv_freq, bool interleaved, float attention_scaling, Tensor? sigma, Tensor? kv_bias, float scale"
