@@ -25,6 +25,12 @@ class BlockArchive:
     def get(self, block: int) -> tuple[Tensor, Tensor] | None:
         return self._blocks.get(block)
 
+    def copy(self) -> BlockArchive:
+        """The same blocks, kept or dropped independently from here on."""
+        other = BlockArchive(self.capacity)
+        other._blocks = self._blocks.copy()
+        return other
+
     def items(self) -> list[tuple[int, tuple[Tensor, Tensor]]]:
         """Oldest first."""
         return list(self._blocks.items())

@@ -25,7 +25,9 @@ app = typer.Typer(
     "A memory is a directory. [bold]mc ingest[/] puts texts into it, [bold]mc generate[/] asks one question, "
     "[bold]mc chat[/] goes on with a conversation that survives a restart, [bold]mc inspect[/] shows what it holds.",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# Titles, answers and messages are shown as they are: brackets and colons in them are text, lines are not broken.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Memory = Annotated[Path, typer.Argument(help="Directory of the memory; made if it does not exist.", show_default=False)]
 Model = Annotated[
@@ -73,14 +75,14 @@ def ingest(
 
             read = read_source(text, session.model.tokenizer, title=title)
             with Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=err,
             ) as bar:  # fmt: skip
                 task = bar.add_task(read.title[:40], total=len(read.ids))
                 document = session.ingest_source(
                     read, mode="fast" if fast else "contextual", progress=lambda n, t=task: bar.update(t, completed=n)
                 )
-            out.print(f"{document.title}: tokens {document.start:,} to {document.stop:,}")
+            out.print(f"{document.title}: tokens {document.start:,} to {document.stop:,}", soft_wrap=True)
 
 
 @app.command()
@@ -138,7 +140,7 @@ def chat(
         out.print(f"{session.tree.length:,} tokens remembered. /map, /search words, /focus words, /quit")
         while True:
             try:
-                line = out.input("[bold]> [/]").strip()
+                line = out.input("> ").strip()
             except EOFError:
                 return
             command, _, rest = line.partition(" ")
@@ -146,7 +148,7 @@ def chat(
                 if command in ("/quit", "/exit"):
                     return
                 if command == "/map":
-                    out.print(session.focus_map().text())
+                    out.print(session.focus_map().text(), soft_wrap=True)
                 elif command == "/search":
                     inspection.print_hits(out, session.search(rest))
                 elif command == "/focus":
@@ -157,16 +159,16 @@ def chat(
                     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
                     _answer(session, line, stats, max_new_tokens=max_new_tokens, **sampling)
             except MegaContextError as error:
-                err.print(f"[red]{error}[/]")
+                err.print(str(error), style="red", soft_wrap=True)
 
 
 def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> None:
     pieces = session.generate(prompt, stream=True, **sampling)
     try:
         for piece in pieces:
-            out.print(piece, end="", markup=False)
+            out.print(piece, end="", soft_wrap=True)
     except KeyboardInterrupt:  # ends this answer, not the conversation
-        err.print(" [dim](interrupted)[/]", end="")
+        err.print(" (interrupted)", style="dim", end="")
     finally:
         pieces.close()
     out.print()
@@ -183,7 +185,7 @@ def inspect(
     from .tree import Tree
 
     with Tree.open(memory, mode="r") as tree:
-        out.print(inspection.overview(tree))
+        out.print(inspection.overview(tree), soft_wrap=True)
         table = Table("level", "nodes", "one covers", "pooled", "fast", title="levels", title_justify="left")
         for row in inspection.level_rows(tree):
             table.add_row(*row)
@@ -193,7 +195,7 @@ def inspect(
         for row in inspection.document_rows(tree):
             documents.add_row(*row)
         out.print(documents)
-        out.print(inspection.saved_focus_map(tree, columns), markup=False)
+        out.print(inspection.saved_focus_map(tree, columns), soft_wrap=True)
 
 
 def main() -> None:
@@ -201,7 +203,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except MegaContextError as error:
-        err.print(f"mc: {error}", style="red", markup=False)
+        err.print(f"mc: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except click.exceptions.Abort:
         sys.exit(130)

@@ -13,7 +13,7 @@ IngestMode = Literal["contextual", "fast"]
 RefreshMode = Literal["none", "tail", "top", "full"]
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the text briefly and exactly."
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the text."
 
 
 def _check_choice(name: str, value: str, kind: Any) -> None:
@@ -62,16 +62,21 @@ class MemoryConfig:
             ("budget", 1),
             ("refresh_tail", 0),
             ("recent_tokens", 0),
+            ("ingest_chunk", self.block_size),
             ("ingest_window", 0),
             ("archive_kv", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        if self.ingest_chunk < self.block_size or self.ingest_chunk % self.block_size:
+        if self.ingest_chunk % self.block_size:
             raise InputError(f"ingest_chunk: expected a multiple of {self.block_size}, got {self.ingest_chunk!r}")
-        if not 0.0 <= self.refresh_share <= 1.0:
+        if not isinstance(self.refresh_share, int | float) or not 0.0 <= self.refresh_share <= 1.0:
             raise InputError(f"refresh_share: expected a number from 0 to 1, got {self.refresh_share!r}")
+        if not isinstance(self.system_prompt, str):
+            raise InputError(f"system_prompt: expected text, got {type(self.system_prompt).__name__}")
+        if not isinstance(self.focus, FocusParams):
+            raise InputError(f"focus: expected FocusParams, got {type(self.focus).__name__}")
         # Two blocks beyond what is pinned: one that is being filled, one to expand.
         least = self.recent_tokens + 3 * self.block_size
         if self.budget < least:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mc_kernels import SplicePlan
+from mc_kernels import Edit, SplicePlan
 
 from .archive import BlockArchive
 from .config import MemoryConfig, RefreshMode
@@ -88,6 +88,7 @@ class WorkingContext:
         branch.entries, branch.slots = self.entries, self.slots.clone()
         branch.expanded = {level: index.copy() for level, index in self.expanded.items()}
         branch.counts_seen, branch.pending = self.counts_seen, list(self.pending)
+        branch.archive = self.archive.copy()
         branch.cache.set_ranks(branch.slots)
         return branch
 
@@ -222,6 +223,21 @@ class WorkingContext:
         self.slots = torch.cat((self.slots, slots))
         self.entries = self.entries.with_tokens(len(ids))
         self.pending.extend(int(i) for i in ids)
+
+    def drop_pending(self) -> None:
+        """Forget the pending tokens: they leave the context, and the tree never saw them."""
+        count, used = len(self.pending), self.used
+        self.pending.clear()
+        if not count:
+            return
+        kept = used - count  # pending tokens are always the last entries
+        nothing = self.cache.k[:, 0, :, :0]
+        plan = SplicePlan.from_edits(
+            used, [Edit(kept, count, 0)], capacity=self.cache.capacity, discipline="slots", slots=self.slots.cpu()
+        )
+        self.cache.splice(plan, nothing, nothing)
+        self.slots = plan.new_slots.to(self.slots.device)
+        self.entries = Entries(self.entries.levels[:kept], self.entries.index[:kept], self.config.block_size)
 
     def commit(self, builder: NodeBuilder, also: Callable[[Transaction, int, int], None]) -> None:
         """Write the pending tokens, and every node that they complete, to the tree in one transaction.

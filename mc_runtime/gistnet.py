@@ -125,8 +125,12 @@ class GistNet:
                 projector = Projector(**{k: v.to(decoder.device) for k, v in parts["project"].items()})
             net = cls(encode, pool, projector, _digest(tensors))
             net._check_fits(decoder, block_size)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path}: not GistNet weights for this model: {error}") from error
+            bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+            if bad:
+                raise ValueError(f"{bad[0]} holds values that are not finite")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for shapes
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{path}: not GistNet weights for this model: {reason}") from error
         return net
 
     def save(self, path: Path | str) -> None:

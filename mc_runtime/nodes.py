@@ -109,8 +109,8 @@ class NodeBuilder:
             taken, have = taken + step, 0
         if taken < len(nodes):
             group.append(nodes[taken:])
-        # Contextual and fast parents are pushed apart: joining them would drop the contextual ones' keys.
-        for _, alike in itertools.groupby(parents, key=lambda parent: parent.contextual):
+        # Unlike parents are pushed apart: joining them would drop the keys or hidden states that only some have.
+        for _, alike in itertools.groupby(parents, key=lambda parent: (parent.contextual, parent.hidden is None)):
             self.push(transaction, _join(list(alike)), level + 1)
 
     def _parent(self, children: Nodes, level: int) -> Nodes:

