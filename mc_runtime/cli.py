@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +18,7 @@ app = typer.Typer(
     name="mc",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A memory that outgrows a frozen language model's window.\n\n"
@@ -93,7 +93,7 @@ def generate(
     budget: Budget = 2048,
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
-    refresh: Refresh = "tail",
+    refresh: Refresh = "full",
     gistnet: Gistnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -121,7 +121,7 @@ def chat(
     budget: Budget = 2048,
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
-    refresh: Refresh = "tail",
+    refresh: Refresh = "full",
     gistnet: Gistnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -166,7 +166,8 @@ def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> None:
     pieces = session.generate(prompt, stream=True, **sampling)
     try:
         for piece in pieces:
-            out.print(piece, end="", soft_wrap=True)
+            out.file.write(piece)  # `print` would turn tabs into spaces
+            out.file.flush()
     except KeyboardInterrupt:  # ends this answer, not the conversation
         err.print(" (interrupted)", style="dim", end="")
     finally:
@@ -199,19 +200,12 @@ def inspect(
 
 
 def main() -> None:
-    """Entry point: errors that a user can act on are one line and exit code 2."""
+    """Entry point: errors that a user can act on are one line and exit code 2, as those of usage are."""
     try:
-        app(standalone_mode=False)
+        app()
     except MegaContextError as error:
         err.print(f"mc: {error}", style="red", soft_wrap=True)
         sys.exit(2)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class MemoryConfig:
     block_size: children per gist, K.
     gist_kind: how a gist is put in front of the model (see `mc_runtime.gists`).
     ingest: `contextual` runs the text through the model, `fast` only through GistNet.
-    refresh: what is recomputed after an edit (see `mc_runtime.refresh`).
+    refresh: what is recomputed after the edits of a user turn (see `mc_runtime.refresh`); refresh_decode: after those
+        of a refocus while decoding.
     refresh_tail: entries recomputed by `tail`; share of later entries recomputed by `top`: `refresh_share`.
     recent_tokens: newest tokens, always at full detail.
     ingest_chunk, ingest_window: tokens per forward of contextual ingest, and how many it sees before them.
@@ -41,7 +42,8 @@ class MemoryConfig:
     block_size: int = 32
     gist_kind: GistKind = "pooled"
     ingest: IngestMode = "contextual"
-    refresh: RefreshMode = "tail"
+    refresh: RefreshMode = "full"
+    refresh_decode: RefreshMode = "tail"
     refresh_tail: int = 64
     refresh_share: float = 0.15
     recent_tokens: int = 256
@@ -56,6 +58,7 @@ class MemoryConfig:
         _check_choice("gist_kind", self.gist_kind, GistKind)
         _check_choice("ingest", self.ingest, IngestMode)
         _check_choice("refresh", self.refresh, RefreshMode)
+        _check_choice("refresh_decode", self.refresh_decode, RefreshMode)
         if self.block_size not in BLOCK_SIZES:
             raise InputError(f"block_size: expected one of {BLOCK_SIZES}, got {self.block_size!r}")
         for name, least in (

@@ -59,7 +59,7 @@ class KVCache:
         """A new cache of `copies` rows, each a copy of this cache's single row."""
         if self.batch != 1:
             raise ValueError(f"stacked: expected a cache of one row, got {self.batch}")
-        return KVCache(self.data.expand(-1, -1, copies, -1, -1, -1).contiguous(), self.pos.repeat(copies, 1))
+        return KVCache(self.data.repeat(1, 1, copies, 1, 1, 1), self.pos.repeat(copies, 1))
 
     def widened(self, capacity: int) -> KVCache:
         """A copy with room for `capacity` slots in each row."""

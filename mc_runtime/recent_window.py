@@ -23,8 +23,8 @@ class RecentWindow:
     def __init__(self, model: LoadedModel, head: Sequence[int], history: Sequence[int], window: int) -> None:
         self.model, self.head, self.history, self.window = model, list(head), list(history), window
         self.turns: list[TurnStats] = []
-        shape = {"dtype": model.decoder.dtype, "device": model.decoder.device}
-        self._cache = KVCache.allocate(model.config, window, **shape)
+        decoder = model.decoder
+        self._cache = KVCache.allocate(model.config, window, dtype=decoder.dtype, device=decoder.device)
 
     @torch.inference_mode()
     def generate(self, prompt: str, params: SamplingParams, *, remember: bool = True) -> Iterator[str]:

@@ -25,13 +25,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
             raise InputError(f"max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens!r}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), int | float):
+                raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        if not (self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**63)):
+            raise InputError(f"seed: expected None or an integer from 0 to 2**63 - 1, got {self.seed!r}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: expected a number above 0, up to 1, got {self.top_p!r}")
         if not (isinstance(self.top_k, int) and self.top_k >= 0):
             raise InputError(f"top_k: expected an integer of at least 0, got {self.top_k!r}")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop: expected a tuple of non-empty strings, got {self.stop!r}")
 
 

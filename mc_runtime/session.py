@@ -291,7 +291,6 @@ class Session:
 
     def _generate(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
         self._check_idle()  # again: a stream starts when its first piece is asked for
-        self._streaming = True
         start = time.perf_counter()
         number = len(self._turns) + 1
         document = _TurnDocuments(self.tree, number)
@@ -300,6 +299,7 @@ class Session:
         sampler, stops = Sampler(params), StopStrings(params.stop)
         text = self.model.tokenizer.stream_decoder()
         end = self.model.chat.assistant_end_ids()
+        self._streaming = True
         try:
             logits = turn.read(self.model.chat.user_turn_ids(prompt), prompt)
             self._frames.append(FocusFrame(prompt, self.context.entries, self.context.length))
@@ -343,6 +343,7 @@ class Session:
         query = target if isinstance(target, str) else ""
         if not isinstance(target, str):
             self.focus.hint_span(*self._span(target))
+        self.focus.thaw()
         with torch.inference_mode():
             self.focus.refocus(self.context, query=query, reserve=self.config.block_size)
         label = query or "focus on {}-{}".format(*self._span(target)) if not isinstance(target, str) else query

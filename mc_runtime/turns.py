@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .config import RefreshMode
 from .context import WorkingContext
 from .focus.controller import FocusController, RefocusReport
 from .model import LoadedModel
@@ -50,7 +51,7 @@ class Turn:
         self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
         hidden = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
         newest = min(len(ids), self.focus.config.recent_tokens)
-        report = self._refocus(query, newest)
+        report = self._refocus(query, newest, self.focus.config.refresh)
         return self._logits(hidden if report.last_hidden is None else report.last_hidden)
 
     def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
@@ -72,9 +73,8 @@ class Turn:
 
     def _part_size(self) -> int:
         """Tokens read at once: of the slots that are not pinned, half are left to the rest of the history."""
-        pinned = sum(stop - start for start, stop in self.focus.pinned(self.context.length))
-        config = self.context.config
-        return min(PROMPT_PART, max(config.block_size, (config.budget - pinned) // 2))
+        free = self.context.config.budget - self.focus.least_slots(self.context)
+        return min(PROMPT_PART, max(self.context.config.block_size, free // 2))
 
     def _add_mass(self, mass: Tensor | None) -> None:
         if mass is None:
@@ -84,9 +84,10 @@ class Turn:
             new[:, : self._mass.shape[1]] += self._mass
         self._mass = new
 
-    def _refocus(self, query: str, newest: int) -> RefocusReport:
+    def _refocus(self, query: str, newest: int, mode: RefreshMode) -> RefocusReport:
+        reserve = self.context.config.block_size
         report = self.focus.refocus(
-            self.context, query=query, mass=self._mass, reserve=self.context.config.block_size, newest=newest
+            self.context, query=query, mass=self._mass, reserve=reserve, newest=newest, mode=mode
         )
         self._mass, self._since_refocus = None, 0
         self.stats.refocus.append(report.seconds)
@@ -120,7 +121,7 @@ class Turn:
         if self.commit is not None:
             self.commit(self.context)
         recent = self.model.tokenizer.decode(self.generated[-QUERY_TOKENS:])
-        report = self._refocus(f"{self.query}\n{recent}", 0)
+        report = self._refocus(f"{self.query}\n{recent}", 0, self.focus.config.refresh_decode)
         return logits if report.last_hidden is None else self._logits(report.last_hidden)
 
     @torch.inference_mode()

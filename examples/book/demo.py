@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,9 +160,8 @@ def main(
         )
         console.print(f"median ms per token: memory {ours * 1e3:.1f}, recent window {theirs * 1e3:.1f}")
         focus_map = session.focus_map()
-        focus_map.frames = focus_map.frames[-len(asked) :]
-        for frame, item in zip(focus_map.frames, asked, strict=True):
-            object.__setattr__(frame, "label", item["question"])
+        frames = zip(focus_map.frames[-len(asked) :], asked, strict=True)
+        focus_map.frames = [replace(frame, label=item["question"]) for frame, item in frames]
         console.print(focus_map.save_png(out / "focus_map.png", title="Where a 2,048-slot memory looks in a book"))
 
 

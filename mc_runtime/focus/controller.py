@@ -11,11 +11,11 @@ import torch
 
 from ..errors import BudgetError, InputError
 from ..profiling import timed
-from .allocator import Allocation, Cooldown, FocusProblem, allocate
+from .allocator import Allocation, Cooldown, FocusProblem, allocate, base_slots, pinned_nodes
 from .view import Floats, FocusPolicy, FocusView, Utilities, add_utilities
 
 if TYPE_CHECKING:
-    from ..config import MemoryConfig
+    from ..config import MemoryConfig, RefreshMode
     from ..context import WorkingContext
     from ..retrieval import BlockIndex
 
@@ -66,11 +66,21 @@ class FocusController:
         ranges = [(0, min(max(self.head, 1), length)), recent, *self.pins]
         return [(start, min(stop, length)) for start, stop in ranges if start < min(stop, length)]
 
+    def least_slots(self, context: WorkingContext) -> int:
+        """Slots of the coarsest layout that shows what is pinned."""
+        size, counts = self.config.block_size, context.counts
+        pins = pinned_nodes(size, counts, self.pinned(context.length))
+        return base_slots(size, counts) + (size - 1) * sum(len(index) for index in pins.values())
+
     def hint_span(self, start: int, stop: int) -> None:
         """Ask for a span at full detail from the next refocus on, while the budget allows."""
         size = self.config.block_size
         blocks = np.arange(start // size, -(-stop // size), dtype=np.int64)
         self.hints = {1: (blocks, np.full(len(blocks), HINT_NATS))}
+
+    def thaw(self) -> None:
+        """Let every node change again: what a user asks for now goes before what has only just changed."""
+        self.cooldown = Cooldown(self.config.focus.cooldown)
 
     def refocus(
         self,
@@ -80,11 +90,13 @@ class FocusController:
         mass: Floats | None = None,
         reserve: int = 0,
         newest: int = 0,
+        mode: RefreshMode | None = None,
     ) -> RefocusReport:
         """One cycle: the policy scores, the allocator decides, the cache is edited.
 
         reserve: slots to leave free for the tokens of the coming cycle. newest: last entries to recompute on whatever
-        is edited. Raises BudgetError if the budget cannot hold what is pinned.
+        is edited. mode: refresh mode, by default the configuration's. Raises BudgetError if the budget cannot hold
+        what is pinned.
         """
         with timed("refocus") as timer:
             self.cycle += 1
@@ -93,7 +105,7 @@ class FocusController:
                 view = FocusView(context, expanded, query, mass, self.retrieval)
                 self.utility = self._in_tree(context, self.policy.utilities(view))
             allocation = self._allocate(context, expanded, reserve)
-            changed = context.relayout(allocation.expanded, newest=newest)
+            changed = context.relayout(allocation.expanded, newest=newest, mode=mode)
             self.cooldown.record(allocation.expand + allocation.collapse, self.cycle)
         return RefocusReport(
             len(allocation.expand), len(allocation.collapse), changed.recomputed, timer.seconds, changed.last_hidden

@@ -39,14 +39,14 @@ FEATURES: tuple[str, ...] = (
     "retrieval_sure",  # s / (s + HALF_SCORE) of the same score s
     "has_retrieval",  # 0: nothing was asked, or nothing matches it
     "has_mass",  # 0: the mass is not known, and all columns of it are 0
-    *(f"log_mass_{group}_over_4" for group in range(1, MASS_GROUPS + 1)),  # by groups of layers
-    "log_mass_top_over_4",  # in the layer where it is largest
-    "log_mass_near_over_4",  # of the leaves before and after, all layers
+    *(f"log_mass_{group}_over_2" for group in range(1, MASS_GROUPS + 1)),  # by groups of layers
+    "log_mass_top_over_2",  # in the layer where it is largest
+    "log_mass_near_over_2",  # of the leaves before and after, all layers
     "mass_peak",  # block of tokens: log_K of its best token over its mean one
 )
 FEATURES_HASH = hashlib.sha256("\n".join(FEATURES).encode()).hexdigest()[:16]
 
-LEAST_MASS = 1e-4  # of an even share; less counts as this
+LEAST_MASS = 1e-3  # of an even share; less counts as this
 # Rows of the queries: means of so many newest tokens, the query text, the newest gists of levels 1, 2, 3. At most 16.
 WINDOWS = (32, 64, 128, 256)
 NEWEST_GISTS = (2, 1, 1)
@@ -164,7 +164,7 @@ def _retrieval_columns(columns: dict[str, Floats], leaves: _Leaves, view: FocusV
 
 
 def _log_mass(density: Floats) -> Floats:
-    return np.log(np.maximum(density, LEAST_MASS)) / 4
+    return np.log(np.maximum(density, LEAST_MASS)) / 2
 
 
 def _mass_columns(columns: dict[str, Floats], leaves: _Leaves, mass: Floats, size: int) -> None:
@@ -177,11 +177,11 @@ def _mass_columns(columns: dict[str, Floats], leaves: _Leaves, mass: Floats, siz
     for group in range(MASS_GROUPS):
         # Equal parts; where the layers do not divide evenly, neighbouring parts share a layer.
         layers = slice(group * n_layers // MASS_GROUPS, -(-(group + 1) * n_layers // MASS_GROUPS))
-        columns[f"log_mass_{group + 1}_over_4"] = _log_mass(of_leaf[layers].mean(axis=0))
-    columns["log_mass_top_over_4"] = _log_mass(of_leaf.max(axis=0))
+        columns[f"log_mass_{group + 1}_over_2"] = _log_mass(of_leaf[layers].mean(axis=0))
+    columns["log_mass_top_over_2"] = _log_mass(of_leaf.max(axis=0))
     mean = of_leaf.mean(axis=0)
     around = np.pad(mean, 1, mode="edge")  # at an end the leaf stands in for the neighbour that it lacks
-    columns["log_mass_near_over_4"] = _log_mass((around[:-2] + around[2:]) / 2)
+    columns["log_mass_near_over_2"] = _log_mass((around[:-2] + around[2:]) / 2)
     blocks = (leaves.levels == 0).nonzero()[0]
     if len(blocks):
         tokens = density.mean(axis=0)[leaves.rank[blocks, None] + np.arange(size)]  # [blocks, K]

@@ -1,22 +1,32 @@
-"""Focus on the blocks whose words match what is asked (BM25 over the tree's own blocks)."""
+"""Focus on the passages whose words match what is asked (BM25 over the tree's own blocks)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .view import FocusView, Utilities
+from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
 HALF_SCORE = 2.0
 
 
 class RetrievalPolicy:
-    """The best block is worth up to `scale` nats; others in proportion to their score to the power `sharpness`."""
+    """Opens the best passages: runs of neighbouring blocks around a block that matches.
+
+    A fact needs the sentences around it, and every passage that is opened in vain distracts the model more than a
+    missed one costs: few and whole passages beat many single blocks. The blocks of the best passage are worth up to
+    `scale` nats each, those of others in proportion to their score to the power `sharpness`.
+
+    passages: how many at most. before, after: blocks that a passage adds to its centre.
+    """
 
     needs_mass = False
 
-    def __init__(self, scale: float = 1.0, sharpness: float = 2.0, top: int = 64) -> None:
-        self.scale, self.sharpness, self.top = scale, sharpness, top
+    def __init__(
+        self, scale: float = 1.0, passages: int = 6, before: int = 1, after: int = 2, sharpness: float = 2.0
+    ) -> None:
+        self.scale, self.passages, self.sharpness = scale, passages, sharpness
+        self.before, self.after = before, after
 
     def utilities(self, view: FocusView) -> Utilities:
         if not view.query.strip():
@@ -24,8 +34,22 @@ class RetrievalPolicy:
         scores = view.retrieval.scores(view.query)[: view.context.tree.count(1)]
         if not len(scores) or scores.max() <= 0:
             return {}
-        best = np.sort(np.argsort(-scores, kind="stable")[: self.top])
-        best = best[scores[best] > 0].astype(np.int64)
+        blocks, best = self._passages(scores)
         top = float(scores.max())
-        confidence = top / (top + HALF_SCORE)
-        return {1: (best, self.scale * confidence * (scores[best] / top) ** self.sharpness)}
+        nats = self.scale * top / (top + HALF_SCORE) * (best / top) ** self.sharpness
+        return {1: (blocks, nats)}
+
+    def _passages(self, scores: Floats) -> tuple[Ints, Floats]:
+        """Sorted blocks of the chosen passages, and the score of the best passage that each is in."""
+        worth: dict[int, float] = {}
+        centres = 0
+        for centre in np.argsort(-scores, kind="stable"):
+            if centres == self.passages or scores[centre] <= 0:
+                break
+            if int(centre) in worth:
+                continue
+            centres += 1
+            for block in range(max(0, centre - self.before), min(len(scores), centre + self.after + 1)):
+                worth.setdefault(block, float(scores[centre]))
+        blocks = np.array(sorted(worth), np.int64)
+        return blocks, np.array([worth[int(block)] for block in blocks])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc_runtime import Session
+from mc_runtime import MegaContextError, Session
 from mc_runtime.context import WorkingContext
 from mc_runtime.focus.allocator import layout_entries
 from mc_runtime.focus.forest import check_closed
@@ -145,3 +145,11 @@ def counted_forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "forward", forward)
         yield counts
+
+
+@contextmanager
+def refused(kind: type[MegaContextError], message: str) -> Iterator[None]:
+    """The block raises `kind`, in one line."""
+    with pytest.raises(kind, match=message) as error:
+        yield
+    assert "\n" not in str(error.value)

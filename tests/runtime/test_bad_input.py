@@ -1,0 +1,167 @@
+"""What goes wrong around a memory: each a one-line error that says what to do, and a memory that is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checks import check_session, kv_by_rank, refused, words
+from safetensors.torch import save_file
+from tiny import tiny_model
+
+from mc_runtime import MegaContextError, MemoryConfig, Session
+from mc_runtime.errors import BudgetError, InputError, ModelError, TreeError
+from mc_runtime.gistnet import GistNet
+from mc_runtime.model import LoadedModel
+
+Memory = Callable[..., Session]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bugdet": 512}, "bugdet: expected fields of MemoryConfig .budget, "),
+        ({"budget": 5000}, "5000 slots are more than the 4096 positions .* give a smaller budget"),
+        ({"budget": 40}, "give at least 48, or fewer recent_tokens"),
+        ({"budget": "many"}, "budget: expected an integer of at least 1, got 'many'"),
+        ({"budget": True}, "budget: expected an integer"),
+        ({"block_size": 12}, "block_size: expected one of"),
+        ({"gist_kind": "mean"}, "gist_kind: expected one of pooled, projected, embedding, got 'mean'"),
+        ({"ingest": "slow"}, "ingest: expected one of contextual, fast"),
+        ({"refresh": "half"}, "refresh: expected one of none, tail, top, full"),
+        ({"refresh_share": 1.5}, "refresh_share: expected a number from 0 to 1, got 1.5"),
+        ({"refresh_share": "all"}, "refresh_share: expected a number"),
+        ({"refresh_tail": -1}, "refresh_tail: expected an integer of at least 0"),
+        ({"ingest_chunk": 20}, "ingest_chunk: expected a multiple of 8, got 20"),
+        ({"ingest_chunk": "x"}, "ingest_chunk: expected an integer"),
+        ({"archive_kv": 1.5}, "archive_kv: expected an integer"),
+        ({"policy": "best"}, "policy: expected one of .*, got 'best'"),
+        ({"system_prompt": None}, "system_prompt: expected text"),
+        ({"focus": "sharp"}, "focus: expected FocusParams"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_unusable_settings(memory: Memory, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with refused(MegaContextError, message):
+        memory(recent_tokens=24, **settings)
+    assert not (tmp_path / "memory").exists()
+
+
+def test_settings_override_a_config(tmp_path: Path, model: LoadedModel) -> None:
+    config = MemoryConfig(budget=512, block_size=8, recent_tokens=16)
+    with Session.open(tmp_path / "m", model, config=config, budget=256) as session:
+        assert (session.config.budget, session.config.block_size) == (256, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.generate(""), "prompt: expected text"),
+        (lambda s: s.generate(" \n"), "prompt: expected text"),
+        (lambda s: s.generate("hi", max_tokens=3), "sampling: max_tokens: expected max_new_tokens, "),
+        (lambda s: s.generate("hi", temperature=-1), "temperature: expected"),
+        (lambda s: s.generate("hi", stop="x"), "stop: expected a tuple"),
+        (lambda s: s.ingest("text", mode="slow"), "mode: expected one of contextual, fast, got 'slow'"),
+        (lambda s: s.search("  "), "text: expected words to search for"),
+        (lambda s: s.generate("a\ud800"), "valid Unicode"),
+    ],
+)  # fmt: skip
+def test_unusable_arguments(memory: Memory, call: Callable[[Session], Any], message: str) -> None:
+    session = memory()
+    length = session.tree.length
+    with refused(InputError, message):
+        call(session)
+    assert session.tree.length == length
+    assert not session._streaming
+    session.generate("hello", max_new_tokens=1)
+
+
+def test_places_that_are_no_memory(memory: Memory, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("hello")
+    with refused(TreeError, "is a file, and a tree is a directory: choose another path"):
+        memory("file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("hello")
+    with refused(TreeError, "holds 'notes.txt' and no tree"):
+        memory("other")
+    with refused(ModelError, "no-such-model"):
+        Session.open(tmp_path / "m", tmp_path / "no-such-model")
+    assert not (tmp_path / "m").exists()
+
+
+def broken_gistnets(model: LoadedModel, path: Path) -> dict[str, Callable[[], object]]:
+    c = model.config
+    up, bias = torch.zeros(c.n_layers, 2, c.n_kv_heads, c.head_dim, 4), torch.zeros(c.n_layers, 2, 2, c.head_dim)
+    down = torch.zeros(4, c.embed_dim)
+
+    def saved(**parts: torch.Tensor) -> Callable[[], object]:
+        return lambda: save_file({name.replace("__", "/"): x for name, x in parts.items()}, path)
+
+    return {
+        "missing": lambda: None,
+        "garbage": lambda: path.write_bytes(b"garbage" * 99),
+        "empty": lambda: path.write_bytes(b""),
+        "directory": path.mkdir,
+        "another block size": lambda: GistNet.untrained(model.decoder, 4).save(path),
+        "another width": saved(project__down=torch.zeros(4, 31), project__up=up, project__bias=bias),
+        "another rank": saved(project__down=torch.zeros(5, 32), project__up=up, project__bias=bias),
+        "fewer layers": saved(project__down=down, project__up=up[1:], project__bias=bias[1:].clone()),
+        "a part alone": saved(project__down=down),
+        "levels with a gap": saved(pool2__w=down),
+        "not a level": saved(poolx__w=down),
+        "another encoder": saved(encode__w=down),
+        "not finite": saved(project__down=down * float("nan"), project__up=up, project__bias=bias),
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["missing", "garbage", "empty", "directory", "another block size", "another width", "another rank", "fewer layers",
+     "a part alone", "levels with a gap", "not a level", "another encoder", "not finite"],
+)  # fmt: skip
+def test_broken_gistnet_files(memory: Memory, model: LoadedModel, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "net.safetensors"
+    broken_gistnets(model, path)[how]()
+    with refused(ModelError, "net.safetensors: not "):
+        memory(gistnet=path)
+    assert not (tmp_path / "memory").exists()
+
+
+def test_a_model_that_breaks_while_decoding(memory: Memory) -> None:
+    """Embeddings that are not finite: the block is refused by the tree, dropped from the context, and all goes on."""
+    model = tiny_model()
+    session = memory(model=model)
+    session.ingest(words(300))
+    session.generate("hello", max_new_tokens=3)
+    good = model.decoder.embedding.clone()
+    stream = session.generate("go on", stream=True, max_new_tokens=40)
+    next(stream)
+    model.decoder.embedding.data.fill_(float("nan"))
+    with refused(InputError, "is not finite"):
+        list(stream)
+    model.decoder.embedding.data.copy_(good)
+    assert not session.context.pending
+    check_session(session)
+    session.tree.verify()
+    session.generate("go on", max_new_tokens=20)
+    assert all(x.isfinite().all() for x in kv_by_rank(session.context))
+
+
+def test_a_budget_smaller_than_the_pins(memory: Memory) -> None:
+    session = memory()
+    document = session.ingest(words(500))
+    with refused(BudgetError, "raise the budget or pin less"):
+        session.pin(document)
+    session.close()
+    session = memory(budget=256)
+    session.pin((document.start, document.start + 100))
+    session.close()
+    session = memory(budget=96)
+    with refused(BudgetError, "raise the budget or pin less .* 1 pins are kept in full"):
+        session.generate("hello", max_new_tokens=3)
+    session.unpin((document.start, document.start + 100))
+    session.generate("hello", max_new_tokens=3)
+    check_session(session)

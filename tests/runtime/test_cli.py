@@ -1,0 +1,176 @@
+"""The command line, in this process with the tiny model, and once as a real process."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checks import words
+
+import mc_runtime.session
+from mc_runtime import Session, cli
+from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
+from mc_runtime.model import LoadedModel
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path
+) -> Iterator[Run]:
+    """`mc` with arguments, in a directory of its own: exit code, output, errors."""
+    monkeypatch.setattr(mc_runtime.session, "load_model", lambda name: model)
+    monkeypatch.chdir(tmp_path)
+
+    def mc(*args: object, typed: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mc", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield mc
+
+
+def head(model: LoadedModel) -> int:
+    return len(model.chat.system_ids(DEFAULT_SYSTEM_PROMPT))
+
+
+def test_ingest_generate_inspect(run: Run, model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(words(900))
+    code, out, err = run("ingest", "m", "book.txt", "--budget", 512)
+    assert (code, out) == (0, f"book.txt: tokens {head(model)} to {head(model) + 900:,}\n"), err
+    code, out, _ = run("ingest", "m", "-", "--title", "[/b] :smile: " + "x" * 120, "--fast", typed="some more text")
+    assert code == 0
+    assert out.startswith("[/b] :smile: xxx")  # neither markup nor emoji nor a broken line
+    assert out.count("\n") == 1
+    code, out, err = run("generate", "m", "who is there?", "-n", 20, "--stats", "--budget", 600)
+    assert code == 0
+    assert "ms per token" in err
+    with Session.open(tmp_path / "m", model, budget=600) as session:
+        answer = session.tree.documents()[-1]
+        end = model.chat.assistant_end_ids()
+        said = model.tokenizer.decode(session.tree.tokens(answer.start, answer.stop).tolist()[: -len(end)])
+        assert out.removesuffix("\n") == said
+    code, out, _ = run("inspect", "m", "--columns", 40)
+    assert code == 0
+    assert f"{answer.stop:,} tokens in blocks of 32" in out
+    for text in ("book.txt", "[/b]", "assistant, turn 1", "contextual", "fast", "level 1"):
+        assert text in out
+
+
+def test_sampling_options_reach_the_session(run: Run) -> None:
+    options = ["-n", 30, "--temperature", 1.5, "--top-p", 0.9, "--top-k", 50, "--budget", 512]
+    first = run("generate", "a", "hello", *options, "--seed", 1)[1]
+    assert run("generate", "b", "hello", *options, "--seed", 1)[1] == first
+    assert run("generate", "c", "hello", *options, "--seed", 2)[1] != first
+    stop = first[4]
+    assert run("generate", "d", "hello", *options, "--seed", 1, "--stop", stop)[1] == first[: first.index(stop)] + "\n"
+    for option in (["--policy", "recency"], ["--gist-kind", "embedding"], ["--refresh", "none"]):
+        assert run("generate", "e", "hello", "-n", 2, *option)[0] == 0
+
+
+def test_chat_goes_on_after_a_restart(run: Run, model: LoadedModel, tmp_path: Path) -> None:
+    code, out, err = run(
+        "chat", "m", "-n", 5, "--stats", typed="hello\n\n/map\n/search hello\n/focus hello\n/focus\n/what\n/search\n"
+    )
+    assert code == 0
+    assert f"{head(model)} tokens remembered" in out
+    assert "level 0" in out
+    assert "unknown command /what" in err
+    assert "expected words to search for" in err
+    code, out, _ = run("chat", "m", "-n", 5, typed="and you?\n/quit\nnot read\n")
+    assert code == 0
+    with Session.open(tmp_path / "m", model) as session:
+        kinds = [d.kind for d in session.tree.documents()]
+    assert kinds == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_an_empty_memory_can_be_inspected(run: Run) -> None:
+    (code, out, _) = (run("chat", "m", typed=""), run("inspect", "m"))[1]
+    assert code == 0
+    assert "nothing has been asked" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ingest", "m", "missing.txt"], "missing.txt: cannot be read (No such file or directory); check the path"),
+        (["ingest", "m", "."], "cannot be read (Is a directory)"),
+        (["ingest", "m", "empty.txt"], "is empty; there is nothing to remember"),
+        (["ingest", "m", "binary.bin"], "convert it to UTF-8 text first"),
+        (["ingest", "file", "text.txt"], "is a file, and a tree is a directory: choose another path"),
+        (["ingest", "m", "text.txt", "--budget", "100"], "or fewer recent_tokens"),
+        (["ingest", "m", "text.txt", "--budget", "9999"], "give a smaller budget"),
+        (["ingest", "m", "text.txt", "--gistnet", "binary.bin"], "binary.bin: not a readable safetensors file"),
+        (["generate", "m", ""], "prompt: expected text"),
+        (["generate", "m", "hi", "--policy", "best"], "policy: expected one of"),
+        (["generate", "m", "hi", "--temperature", "-1"], "temperature: expected"),
+        (["generate", "m", "hi", "-n", "0"], "max_new_tokens: expected"),
+        (["inspect", "nowhere"], "there is no tree at"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_exit_code_2(run: Run, tmp_path: Path, args: list[str], message: str) -> None:
+    for name, content in (("empty.txt", b""), ("binary.bin", b"\xff\x00" * 9), ("file", b"x"), ("text.txt", b"text")):
+        (tmp_path / name).write_bytes(content)
+    code, out, err = run(*args)
+    assert code == 2
+    assert out == ""
+    line = err.strip()
+    assert line.startswith("mc: ")
+    assert message in line
+    assert "\n" not in line
+    assert "Traceback" not in err
+
+
+def test_usage_errors_and_help(run: Run) -> None:
+    assert run("generate")[0] == 2
+    assert run("sing")[0] == 2
+    assert run("ingest", "m", "x", "--budget", "many")[0] == 2
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "inspect" in out
+
+
+def test_a_memory_in_use_or_of_another_model(run: Run, memory: Callable[..., Session], tmp_path: Path) -> None:
+    session = memory("m")
+    code, _, err = run("generate", tmp_path / "m", "hello")
+    assert code == 2
+    assert "close that one first" in err or "block_size is 8 in the tree and 32 was given" in err
+    assert run("inspect", tmp_path / "m")[0] == 0  # readers need no lock
+    session.close()
+    code, _, err = run("generate", tmp_path / "m", "hello")
+    assert (code, err.strip().count("\n")) == (2, 0)
+    assert "block_size is 8 in the tree and 32 was given" in err
+
+
+def test_anything_else_is_a_bug_and_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Session, "generate", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("generate", "m", "hello")
+
+
+def test_the_real_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mc_runtime.cli", "ingest", tmp_path / "m", "x.txt", "--model", tmp_path / "none.gguf"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("mc: ")
+    assert done.stderr.strip().count("\n") == 0
+    assert "none.gguf" in done.stderr

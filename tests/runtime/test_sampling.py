@@ -1,0 +1,132 @@
+"""How tokens are chosen and where text is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc_runtime import SamplingParams, Session
+from mc_runtime.errors import InputError
+from mc_runtime.sampling import Sampler, StopStrings
+
+LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 2.0, -3.0])
+DRAWS = 4000
+
+
+def frequencies(**params: Any) -> np.ndarray:
+    sampler = Sampler(SamplingParams(seed=0, **params))
+    return np.bincount([sampler(LOGITS) for _ in range(DRAWS)], minlength=len(LOGITS)) / DRAWS
+
+
+def softmax(temperature: float = 1.0) -> np.ndarray:
+    return (LOGITS.double() / temperature).softmax(0).numpy()
+
+
+def assert_drawn_from(got: np.ndarray, expected: np.ndarray) -> None:
+    assert ((got > 0) <= (expected > 0)).all()
+    assert np.abs(got - expected).max() < 4 * np.sqrt(0.25 / DRAWS)
+
+
+def kept(expected: np.ndarray, tokens: list[int]) -> np.ndarray:
+    mask = np.isin(np.arange(len(expected)), tokens)
+    return np.where(mask, expected, 0) / expected[mask].sum()
+
+
+def test_greedy_takes_the_first_of_the_best() -> None:
+    assert Sampler(SamplingParams())(LOGITS) == 1
+    assert Sampler(SamplingParams(top_k=3, top_p=0.2))(LOGITS) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature(temperature: float) -> None:
+    assert_drawn_from(frequencies(temperature=temperature), softmax(temperature))
+
+
+@pytest.mark.parametrize(("top_k", "tokens"), [(1, [1]), (2, [1, 4]), (3, [1, 3, 4]), (99, [0, 1, 2, 3, 4, 5])])
+def test_top_k(top_k: int, tokens: list[int]) -> None:
+    assert_drawn_from(frequencies(temperature=1.0, top_k=top_k), kept(softmax(), tokens))
+
+
+@pytest.mark.parametrize(("top_p", "tokens"), [(0.01, [1]), (0.37, [1]), (0.5, [1, 4]), (0.85, [1, 3, 4])])
+def test_top_p_keeps_the_token_that_crosses(top_p: float, tokens: list[int]) -> None:
+    best = np.sort(softmax())[::-1].cumsum()
+    assert best[len(tokens) - 1] >= top_p > (best[len(tokens) - 2] if len(tokens) > 1 else 0)
+    assert_drawn_from(frequencies(temperature=1.0, top_p=top_p), kept(softmax(), tokens))
+
+
+def test_top_k_comes_before_top_p() -> None:
+    """Of the two best, each has half of what is left: 0.45 is reached by one."""
+    assert_drawn_from(frequencies(temperature=1.0, top_k=2, top_p=0.45), kept(softmax(), [1]))
+
+
+def test_seeds() -> None:
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=3.0, seed=seed))
+        return [sampler(LOGITS) for _ in range(40)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"temperature": -1}, {"temperature": float("nan")},
+        {"temperature": "hot"}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": None}, {"top_k": -1}, {"top_k": 2.0},
+        {"seed": "x"}, {"seed": 2**70}, {"seed": -1}, {"stop": "text"}, {"stop": ("",)}, {"stop": (3,)}, {"stop": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_unusable_parameters_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^{next(iter(bad))}: expected") as error:
+        SamplingParams(**bad)
+    assert "\n" not in str(error.value)
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    return text[: min(found)] if found else text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text("ab.", max_size=4), max_size=10), st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3))
+def test_stop_strings_cut_as_if_the_text_were_whole(pieces: list[str], stop: list[str]) -> None:
+    """Whatever the pieces, what is shown so far is right and no more is held back than may begin a stop string."""
+    stops, shown, so_far = StopStrings(tuple(stop)), "", ""
+    for piece in pieces:
+        shown += stops.push(piece)
+        so_far += piece
+        whole = cut(so_far, tuple(stop))
+        assert whole.startswith(shown)
+        assert stops.hit == (whole != so_far)
+        held = whole[len(shown) :]
+        assert not held or any(s.startswith(held) for s in stop)
+    shown += stops.flush()
+    assert shown == cut("".join(pieces), tuple(stop))
+
+
+def test_a_session_stops_at_a_stop_string(memory: Callable[..., Session]) -> None:
+    session = memory("one")
+    full = session.generate("and the sea?", max_new_tokens=60)
+    for i, stop in enumerate((full[20], full[20:23], "never")):
+        other = memory(f"other {i}")
+        pieces = list(other.generate("and the sea?", stream=True, max_new_tokens=60, stop=[stop]))
+        assert "".join(pieces) == cut(full, (stop,))
+        assert (other.stats().turns[-1].new_tokens < 60) == (stop in full)
+        answer = other.tree.documents()[-1]
+        kept_ids = other.tree.tokens(answer.start, answer.stop).tolist()
+        assert other.model.tokenizer.decode(kept_ids).startswith(cut(full, (stop,)))
+
+
+def test_max_new_tokens_is_exact(memory: Callable[..., Session]) -> None:
+    session = memory()
+    for count in (1, 7, 8, 9):
+        session.generate("and the sea?", max_new_tokens=count)
+        assert session.stats().turns[-1].new_tokens == count
