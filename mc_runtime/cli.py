@@ -34,10 +34,13 @@ Model = Annotated[
     str, typer.Option(help="[bold]smollm2-135m[/], a Hugging Face directory or hub name, or a .gguf file.")
 ]
 Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to, however long the history.")]
-Policy = Annotated[str, typer.Option(help="What decides where detail goes: blend, retrieval, attention, recency.")]
+Policy = Annotated[
+    str, typer.Option(help="What decides where detail goes: blend, retrieval, attention, recency, lensnet.")
+]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
 Gistnet = Annotated[Path | None, typer.Option(help="Trained GistNet weights (safetensors).", show_default="untrained")]
+Lensnet = Annotated[Path | None, typer.Option(help="Weights (safetensors) for --policy lensnet.", show_default="none")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")]
@@ -95,6 +98,7 @@ def generate(
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
     gistnet: Gistnet = None,
+    lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -107,7 +111,8 @@ def generate(
 
     Example: [bold]mc generate memory/ "Who keeps the lighthouse?" -n 64[/]
     """
-    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh, "gistnet": gistnet}
+    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
+    settings |= {"gistnet": gistnet, "lensnet": lensnet}
     with _open(memory, model, **settings) as session:
         text = sys.stdin.read() if prompt == "-" else prompt
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or []}
@@ -123,6 +128,7 @@ def chat(
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
     gistnet: Gistnet = None,
+    lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -135,7 +141,8 @@ def chat(
     [bold]/map[/] shows where the memory looks, [bold]/search words[/] what matches, [bold]/focus words[/] brings
     it into detail, [bold]/quit[/] ends.
     """
-    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh, "gistnet": gistnet}
+    settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
+    settings |= {"gistnet": gistnet, "lensnet": lensnet}
     with _open(memory, model, **settings) as session:
         out.print(f"{session.tree.length:,} tokens remembered. /map, /search words, /focus words, /quit")
         while True:

@@ -25,12 +25,12 @@ class FocusFrame:
 
     def levels(self, columns: int, span: int | None = None) -> NDArray[np.float64]:
         """[columns]: finest level shown within each of `columns` equal parts of `span` tokens (by default the whole
-        history); NaN beyond the end."""
+        history); NaN beyond what the entries cover."""
         edges = np.linspace(0, span or self.length, columns + 1)
         starts = self.entries.starts
         result = np.full(columns, np.nan)
         for i in range(columns):
-            if edges[i] < self.length:
+            if edges[i] < self.entries.stop:
                 first = np.searchsorted(starts, edges[i], side="right") - 1
                 last = np.searchsorted(starts, edges[i + 1], side="left")
                 result[i] = self.entries.levels[max(first, 0) : max(last, first + 1)].min()

@@ -28,8 +28,8 @@ def draw_focus_map(focus_map: FocusMap, path: Path, title: str) -> Path:
     frames = focus_map.frames
     span = max(frame.length for frame in frames)
     grid = np.stack([frame.levels(COLUMNS, span) for frame in frames])
-    coarsest = int(np.nanmax(grid))
-    shades = COLOURS[-(coarsest + 1) :] if coarsest < len(COLOURS) else COLOURS
+    coarsest = min(int(np.nanmax(grid)), len(COLOURS) - 1)
+    shades = COLOURS[-(coarsest + 1) :]
     detail = coarsest - np.minimum(grid, coarsest)
     # A glow around what is sharp, or a few blocks of 32 in 100,000 tokens would be thinner than a pixel.
     sharp = np.nan_to_num(grid, nan=9) == 0

@@ -68,7 +68,8 @@ class Sampler:
 
 
 class StopStrings:
-    """Cuts streamed text before the first stop string, and holds back what may be the beginning of one."""
+    """Cuts streamed text before the stop string that is complete first, and holds back what may be the beginning of
+    one. However the text comes in pieces, the result is the same."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop, self._held, self.hit = stop, "", False
@@ -78,9 +79,10 @@ class StopStrings:
         if self.hit:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
+        found = [(at + len(s), at) for s in self.stop if (at := self._held.find(s)) >= 0]
         if found:
-            shown, self._held, self.hit = self._held[: min(found)], "", True
+            _, start = min(found)
+            shown, self._held, self.hit = self._held[:start], "", True
             return shown
         keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -343,9 +343,8 @@ class Session:
         query = target if isinstance(target, str) else ""
         if not isinstance(target, str):
             self.focus.hint_span(*self._span(target))
-        self.focus.thaw()
         with torch.inference_mode():
-            self.focus.refocus(self.context, query=query, reserve=self.config.block_size)
+            self.focus.refocus(self.context, query=query, reserve=self.config.block_size, new_turn=True)
         label = query or "focus on {}-{}".format(*self._span(target)) if not isinstance(target, str) else query
         self._frames.append(FocusFrame(label, self.context.entries, self.context.length))
 
@@ -375,9 +374,11 @@ class Session:
         return int(start), int(stop)
 
     def focus_map(self) -> FocusMap:
-        """What stood in the context in what detail at each turn of this session, and now."""
-        now = [] if self._frames else [FocusFrame("now", self.context.entries, self.context.length)]
-        return FocusMap(self._frames + now, [(d.start, d.title) for d in self.tree.documents()])
+        """What stood in the context in what detail at each turn of this session; before the first, what was saved."""
+        frames = list(self._frames)
+        if not frames and self.context.used:
+            frames = [FocusFrame("now", self.context.entries, self.context.length)]
+        return FocusMap(frames, [(d.start, d.title) for d in self.tree.documents()])
 
     def stats(self) -> SessionStats:
         """Sizes, and what each turn of this session took."""

@@ -48,10 +48,11 @@ class Turn:
     def read(self, ids: Sequence[int], query: str) -> Tensor:
         """Read the prompt and refocus on `query`; returns the logits [vocab] of the first new token."""
         self.query = query
+        self.focus.turn_start = self.context.length
         self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
         hidden = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
-        newest = min(len(ids), self.focus.config.recent_tokens)
-        report = self._refocus(query, newest, self.focus.config.refresh)
+        newest = min(len(ids), self.focus.turn_tokens)
+        report = self._refocus(query, newest, self.focus.config.refresh, new_turn=True)
         return self._logits(hidden if report.last_hidden is None else report.last_hidden)
 
     def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
@@ -84,10 +85,10 @@ class Turn:
             new[:, : self._mass.shape[1]] += self._mass
         self._mass = new
 
-    def _refocus(self, query: str, newest: int, mode: RefreshMode) -> RefocusReport:
+    def _refocus(self, query: str, newest: int, mode: RefreshMode, *, new_turn: bool = False) -> RefocusReport:
         reserve = self.context.config.block_size
         report = self.focus.refocus(
-            self.context, query=query, mass=self._mass, reserve=reserve, newest=newest, mode=mode
+            self.context, query=query, mass=self._mass, reserve=reserve, newest=newest, mode=mode, new_turn=new_turn
         )
         self._mass, self._since_refocus = None, 0
         self.stats.refocus.append(report.seconds)
@@ -128,6 +129,7 @@ class Turn:
     def finish(self, ids: Sequence[int]) -> None:
         """Read the tokens that close the answer and make the turn durable. Of a turn of which nothing could be read
         nothing is kept; what cannot be written is dropped from the context, so that it and the tree agree."""
+        self.focus.turn_start = None
         if self.context.length == self._start:
             return
         try:

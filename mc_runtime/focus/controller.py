@@ -12,15 +12,19 @@ import torch
 from ..errors import BudgetError, InputError
 from ..profiling import timed
 from .allocator import Allocation, Cooldown, FocusProblem, allocate, base_slots, pinned_nodes
-from .view import Floats, FocusPolicy, FocusView, Utilities, add_utilities
+from .view import Floats, FocusPolicy, FocusView, Ints, Utilities, add_utilities
 
 if TYPE_CHECKING:
     from ..config import MemoryConfig, RefreshMode
     from ..context import WorkingContext
     from ..retrieval import BlockIndex
 
+Expanded = dict[int, Ints]
+
 # Nats that a hint gives to the nodes it names: more than a policy's best block.
 HINT_NATS = 2.0
+# Share of the budget that the turn under way may keep at full detail.
+TURN_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,26 @@ class RefocusReport:
         return self.expanded + self.collapsed
 
 
+def _difference(a: Expanded, b: Expanded) -> list[tuple[int, int]]:
+    """Nodes (level, index) of `a` that are not in `b`."""
+    nothing = np.zeros(0, np.int64)
+    return [(level, int(i)) for level in a for i in np.setdiff1d(a[level], b.get(level, nothing))]
+
+
 class FocusController:
     """Decides what a context shows, cycle by cycle.
 
     head: tokens at the start that stay at full detail (the attention sink and the system prompt). pins: further token
-    ranges that do. hints: utilities added to the policy's.
+    ranges that do. hints: utilities added to the policy's. turn_start: first token of the turn that is under way, of
+    which the newest `turn_tokens` are kept too.
     """
 
     def __init__(self, policy: FocusPolicy, config: MemoryConfig, retrieval: BlockIndex, head: int) -> None:
         self.policy, self.config, self.retrieval, self.head = policy, config, retrieval, head
         self.cooldown = Cooldown(config.focus.cooldown)
         self.cycle = 0
+        self.turn_start: int | None = None
+        self.turn_tokens = max(config.recent_tokens, config.budget // TURN_SHARE)
         self.pins: list[tuple[int, int]] = []
         self.hints: Utilities = {}
         self.utility: Utilities = {}
@@ -61,9 +74,10 @@ class FocusController:
         return other
 
     def pinned(self, length: int) -> list[tuple[int, int]]:
-        """Token ranges at full detail in a history of `length` tokens: head, newest tokens, pins."""
-        recent = (max(0, length - self.config.recent_tokens), length)
-        ranges = [(0, min(max(self.head, 1), length)), recent, *self.pins]
+        """Token ranges at full detail in a history of `length` tokens: head, newest tokens, present turn, pins."""
+        recent = max(0, length - self.config.recent_tokens)
+        turn = length if self.turn_start is None else max(self.turn_start, length - self.turn_tokens)
+        ranges = [(0, min(max(self.head, 1), length)), (min(recent, turn), length), *self.pins]
         return [(start, min(stop, length)) for start, stop in ranges if start < min(stop, length)]
 
     def least_slots(self, context: WorkingContext) -> int:
@@ -78,10 +92,6 @@ class FocusController:
         blocks = np.arange(start // size, -(-stop // size), dtype=np.int64)
         self.hints = {1: (blocks, np.full(len(blocks), HINT_NATS))}
 
-    def thaw(self) -> None:
-        """Let every node change again: what a user asks for now goes before what has only just changed."""
-        self.cooldown = Cooldown(self.config.focus.cooldown)
-
     def refocus(
         self,
         context: WorkingContext,
@@ -91,25 +101,44 @@ class FocusController:
         reserve: int = 0,
         newest: int = 0,
         mode: RefreshMode | None = None,
+        new_turn: bool = False,
     ) -> RefocusReport:
         """One cycle: the policy scores, the allocator decides, the cache is edited.
 
         reserve: slots to leave free for the tokens of the coming cycle. newest: last entries to recompute on whatever
         is edited. mode: refresh mode, by default the configuration's. Raises BudgetError if the budget cannot hold
         what is pinned.
+        new_turn: the user has said something new. Nothing is frozen then, and what the policy sees no use in is
+        collapsed although there is room: text that does not matter distracts a small model more than it helps.
         """
         with timed("refocus") as timer:
             self.cycle += 1
             expanded = context.synced_expanded()
+            if new_turn:
+                self.cooldown = Cooldown(self.config.focus.cooldown)
             with timed("score"):
                 view = FocusView(context, expanded, query, mass, self.retrieval)
                 self.utility = self._in_tree(context, self.policy.utilities(view))
-            allocation = self._allocate(context, expanded, reserve)
-            changed = context.relayout(allocation.expanded, newest=newest, mode=mode)
-            self.cooldown.record(allocation.expand + allocation.collapse, self.cycle)
-        return RefocusReport(
-            len(allocation.expand), len(allocation.collapse), changed.recomputed, timer.seconds, changed.last_hidden
-        )
+            start = self._useful(context, expanded) if new_turn else expanded
+            target = self._allocate(context, start, reserve).expanded
+            changed = context.relayout(target, newest=newest, mode=mode)
+            opened, closed = _difference(target, expanded), _difference(expanded, target)
+            self.cooldown.record(opened + closed, self.cycle)
+        return RefocusReport(len(opened), len(closed), changed.recomputed, timer.seconds, changed.last_hidden)
+
+    def _useful(self, context: WorkingContext, expanded: Expanded) -> Expanded:
+        """The expanded nodes that are pinned or useful, or lie above such a node."""
+        size, counts = self.config.block_size, context.counts
+        utility = add_utilities([(1.0, self.utility), (1.0, self.hints)])
+        pins = pinned_nodes(size, counts, self.pinned(context.length))
+        kept: Expanded = {}
+        below = np.zeros(0, np.int64)
+        for level in range(1, len(counts)):
+            nodes, nats = utility.get(level, (np.zeros(0, np.int64), np.zeros(0)))
+            wanted = (nodes[nats >= self.config.focus.min_gain], pins.get(level, below[:0]), below // size)
+            kept[level] = np.intersect1d(expanded.get(level, below[:0]), np.concatenate(wanted))
+            below = kept[level]
+        return kept
 
     def make_room(self, context: WorkingContext, count: int) -> int:
         """Collapse the cheapest siblings, by the latest utilities, until `count` slots are free; returns the number of
@@ -120,7 +149,7 @@ class FocusController:
         context.relayout(allocation.expanded)
         return len(allocation.expand) + len(allocation.collapse)
 
-    def _allocate(self, context: WorkingContext, expanded: Mapping[int, Any], reserve: int) -> Allocation:
+    def _allocate(self, context: WorkingContext, expanded: Expanded, reserve: int) -> Allocation:
         counts = context.counts
         utility = self._in_tree(context, add_utilities([(1.0, self.utility), (1.0, self.hints)]))
         frozen = {

@@ -23,7 +23,7 @@ class RetrievalPolicy:
     needs_mass = False
 
     def __init__(
-        self, scale: float = 1.0, passages: int = 6, before: int = 1, after: int = 2, sharpness: float = 2.0
+        self, scale: float = 1.0, passages: int = 4, before: int = 0, after: int = 1, sharpness: float = 2.0
     ) -> None:
         self.scale, self.passages, self.sharpness = scale, passages, sharpness
         self.before, self.after = before, after

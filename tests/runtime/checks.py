@@ -110,7 +110,9 @@ def check_session(session: Session) -> None:
     check_context(context)
     entries = context.entries
     if context.used and entries.stop == context.length:
-        for start, stop in session.focus.pinned(context.length):
+        recent = (max(0, context.length - session.config.recent_tokens), context.length)
+        head = (0, session.tree.documents()[0].stop)
+        for start, stop in (head, recent, *session.focus.pins):
             inside = (entries.starts + entries.spans > start) & (entries.starts < stop)
             assert (entries.levels[inside] == 0).all(), (start, stop)
         assert (entries.levels[entries.starts >= session.tree.count(1) * context.config.block_size] == 0).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path
-) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path) -> Run:
     """`mc` with arguments, in a directory of its own: exit code, output, errors."""
     monkeypatch.setattr(mc_runtime.session, "load_model", lambda name: model)
     monkeypatch.chdir(tmp_path)
@@ -39,7 +37,7 @@ def run(
         out, err = capsys.readouterr()
         return code, out, err
 
-    yield mc
+    return mc
 
 
 def head(model: LoadedModel) -> int:
@@ -82,7 +80,12 @@ def test_sampling_options_reach_the_session(run: Run) -> None:
 
 def test_chat_goes_on_after_a_restart(run: Run, model: LoadedModel, tmp_path: Path) -> None:
     code, out, err = run(
-        "chat", "m", "-n", 5, "--stats", typed="hello\n\n/map\n/search hello\n/focus hello\n/focus\n/what\n/search\n"
+        "chat",
+        "m",
+        "-n",
+        5,
+        "--stats",
+        typed="/map\nhello\n\n/map\n/search hello\n/focus hello\n/focus\n/what\n/search\n",
     )
     assert code == 0
     assert f"{head(model)} tokens remembered" in out

@@ -183,6 +183,24 @@ def test_an_expanded_block_sees_only_what_precedes_it(memory: Memory, model: Loa
     context.relayout(context.expanded, mode="none")
 
 
+def test_attention_mass_comes_in_timeline_order(memory: Memory) -> None:
+    session = memory()
+    session.ingest(words(600))
+    context = bring_in(session)
+    for nth in (5, 0, 3):
+        context.relayout(opened(context, (1, collapsed_block(context, nth))), mode="full")
+    assert not torch.equal(context.slots, torch.arange(context.used))
+    twin = context.fork(context.cache.stacked(1))
+    twin.assemble(context.expanded)
+    assert torch.equal(twin.slots, torch.arange(context.used))
+    ids = [65, 66, 67]
+    mass, expected = (c.append(ids, return_mass=True).mass for c in (context, twin))
+    assert mass is not None
+    assert mass.shape == (3, 1, context.used)
+    assert relative_error(mass, expected) < 1e-4
+    context.drop_pending()
+
+
 def test_forks_leave_the_context_alone(memory: Memory) -> None:
     session = memory(archive_kv=2)
     session.ingest(words(600))

@@ -32,6 +32,8 @@ def test_columns_show_the_finest_level_in_them() -> None:
     assert FRAME.levels(1).tolist() == [0]
     assert FRAME.levels(1000).min() == 0
     assert len(FRAME.levels(1000)) == 1000
+    partly = FocusFrame("", FRAME.entries, 264)  # text that has come since is not shown yet
+    assert np.isnan(partly.levels(4)).tolist() == [False, False, True, True]
     padded = FRAME.levels(2, span=264)
     assert padded[0] == 0
     assert np.isnan(padded[1])

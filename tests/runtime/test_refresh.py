@@ -137,11 +137,12 @@ def one_edit_each(rng: np.random.Generator, context: WorkingContext, count: int)
     size = context.config.block_size
     recent = context.length - context.config.recent_tokens
     layouts, now = [], {level: set(nodes.tolist()) for level, nodes in context.expanded.items()}
+    parents = (*context.counts, 0)[2]
     free = (context.cache.capacity - context.used) // (size - 1)
     candidates = [
         i
         for i in range(context.tree.count(1))
-        if i * size >= head and (i + 1) * size <= recent and (context.counts[2] <= i // size or i // size in now[2])
+        if i * size >= head and (i + 1) * size <= recent and (i // size >= parents or i // size in now[2])
     ]
     while len(layouts) < count:
         block = int(rng.choice(candidates))

@@ -56,8 +56,9 @@ def test_the_index_follows_the_tree(memory: Memory) -> None:
 def test_an_index_that_grew_is_one_that_was_made_anew(memory: Memory) -> None:
     """Otherwise a reopened session would focus differently from one that stayed open."""
     session = memory(block_size=32, budget=256)
+    session.ingest(words(64 - session.tree.length))
     for seed in range(12):
-        session.ingest(words(71 + 5 * seed, seed=seed))
+        session.ingest(words(64, seed))  # whole blocks: each is complete before its successor begins
         session.retrieval.update()
     new = BlockIndex(session.tree, session.model.tokenizer)
     for query in ("sea", "bread and rain", "the keeper of the house"):

@@ -91,8 +91,12 @@ def test_unusable_parameters_are_named(bad: dict[str, Any]) -> None:
 
 
 def cut(text: str, stop: tuple[str, ...]) -> str:
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return text[: min(found)] if found else text
+    """Up to the stop string that is complete first; of those that end together, the longest."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return text
 
 
 @settings(max_examples=300, deadline=None)

@@ -120,7 +120,7 @@ def test_a_file_without_permission(model: LoadedModel, tmp_path: Path, monkeypat
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(InputError, match="Permission denied.*check the path and its permissions"):
+    with pytest.raises(InputError, match=r"Permission denied.*check the path and its permissions"):
         read_source(tmp_path / "secret.txt", model.tokenizer)
 
 
