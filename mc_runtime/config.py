@@ -13,7 +13,7 @@ IngestMode = Literal["contextual", "fast"]
 RefreshMode = Literal["none", "tail", "top", "full"]
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the text."
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the text briefly and exactly."
 
 
 def _check_choice(name: str, value: str, kind: Any) -> None:

@@ -22,12 +22,44 @@ from .kv_cache import KVCache
 from .model import Decoder
 from .nodes import NodeBuilder, Nodes
 from .profiling import timed
-from .tree import Transaction, Tree
+from .sources import Source
+from .tree import Document, Transaction, Tree
 
 Progress = Callable[[int], None]
 Tokens = NDArray[np.int64]
 # Blocks per call of GistNet in fast ingest.
 FAST_BLOCKS = 512
+
+
+def ingest_document(
+    tree: Tree,
+    builder: NodeBuilder,
+    decoder: Decoder,
+    config: MemoryConfig,
+    source: Source,
+    kind: str,
+    *,
+    fast: bool,
+    progress: Progress | None = None,
+    score: float | None = None,
+) -> Document:
+    """Write a document and all its nodes in one transaction: if anything fails, tree and builder are as before."""
+    start = tree.length
+    try:
+        with tree.begin() as transaction:
+            ingest_tokens(tree, transaction, builder, decoder, config, source.ids, fast=fast, progress=progress)
+            return transaction.add_document(
+                kind=kind,
+                title=source.title,
+                source=source.origin,
+                start=start,
+                stop=start + len(source.ids),
+                ingest="fast" if fast else "contextual",
+                score=score,
+            )
+    except BaseException:
+        builder.reload()
+        raise
 
 
 def ingest_tokens(

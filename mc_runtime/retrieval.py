@@ -40,6 +40,7 @@ class BlockIndex:
         self._words: dict[str, int] = {}
         self._blocks: list[list[int]] = []
         self._index: bm25s.BM25 | None = None
+        self._length = 0
 
     def text(self, start: int, stop: int) -> str:
         """The text of a span of tokens, cut to the history."""
@@ -52,16 +53,20 @@ class BlockIndex:
         return stems
 
     def update(self) -> None:
-        """Index the blocks that are new in the tree."""
-        size, have = self.tree.spec.block_size, len(self._blocks)
-        count = self.tree.length // size
-        if count == have:
+        """Index what is new in the tree. A block is read again once the words that straddle its end are complete, so
+        that the index depends on the history alone and not on when it was made."""
+        size, length = self.tree.spec.block_size, self.tree.length
+        if length == self._length:
             return
-        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(have, count)]
-        for stems in self._stems(texts):
+        settled = min(len(self._blocks), max(0, self._length - OVERLAP) // size)
+        del self._blocks[settled:]
+        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(settled, length // size)]
+        for stems in self._stems(texts) if texts else []:
             self._blocks.append([self._words.setdefault(stem, len(self._words)) for stem in stems])
-        self._index = bm25s.BM25(k1=K1, b=B)
-        self._index.index((self._blocks, self._words), show_progress=False)
+        self._length = length
+        if self._blocks:
+            self._index = bm25s.BM25(k1=K1, b=B)
+            self._index.index((self._blocks, self._words), show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float64]:
         """[blocks] BM25 of each block's text plus a share of its neighbours'."""

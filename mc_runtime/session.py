@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args, overload
@@ -13,6 +11,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 import torch
 
+from .answers import Answer
 from .batch import answer_batch
 from .config import IngestMode, MemoryConfig
 from .context import WorkingContext
@@ -21,20 +20,18 @@ from .focus import make_policy
 from .focus.controller import FocusController
 from .focus.view import FocusPolicy
 from .focus_map import FocusFrame, FocusMap
-from .gistnet import GistNet
 from .gists import gist_reader
-from .ingest import Progress, ingest_tokens
+from .ingest import Progress, ingest_document
 from .kv_cache import KVCache
-from .lensnet import LensNet
-from .model import DEFAULT_MODEL, LoadedModel, load_model
+from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
+from .opening import Parts, load_parts, read_settings
 from .retrieval import BlockIndex, Hit
-from .sampling import Sampler, SamplingParams, StopStrings
+from .sampling import SamplingParams, StopStrings
 from .snapshot import load_snapshot, save_snapshot
-from .sources import Source, read_source
+from .sources import Source, read_evidence, read_source
 from .stats import SessionStats, TurnStats
-from .tree import Document, Transaction, Tree, TreeSpec
-from .turns import Turn
+from .tree import Document, Tree
 
 
 class Session:
@@ -43,20 +40,14 @@ class Session:
     One session writes to a memory at a time. Not safe for use from several threads at once.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tree: Tree,
-        model: LoadedModel,
-        config: MemoryConfig,
-        net: GistNet,
-        lensnet: LensNet | None = None,
-    ) -> None:
+    def __init__(self, path: Path, tree: Tree, config: MemoryConfig, parts: Parts) -> None:
+        """Use `Session.open`."""
+        model = parts.model
         self.path, self.tree, self.model, self.config = path, tree, model, config
         decoder = model.decoder
-        self.builder = NodeBuilder(tree, net)
+        self.builder = NodeBuilder(tree, parts.gistnet)
         cache = KVCache.allocate(decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device)
-        reader = gist_reader(config.gist_kind, decoder, net)
+        reader = gist_reader(config.gist_kind, decoder, parts.gistnet)
         self.context = WorkingContext(tree, decoder, reader, config, cache)
         self.retrieval = BlockIndex(tree, model.tokenizer)
         self._turns: list[TurnStats] = []
@@ -66,7 +57,7 @@ class Session:
         if tree.length == 0:
             self._write_head()
         head = tree.documents()[0].stop
-        self.focus = FocusController(make_policy(config.policy, lensnet), config, self.retrieval, head)
+        self.focus = FocusController(make_policy(config.policy, parts.lensnet), config, self.retrieval, head)
         load_snapshot(path, tree, self.context, self.focus)
 
     @classmethod
@@ -91,43 +82,11 @@ class Session:
         """
         if isinstance(policy, str):
             settings["policy"], policy = policy, None
+        config = read_settings(config, settings, has_lensnet=lensnet is not None)
+        parts = load_parts(model, config, gistnet, lensnet)
+        tree = Tree.open(path, parts.spec)
         try:
-            config = replace(config or MemoryConfig(), **settings)
-        except TypeError as error:
-            known = ", ".join(MemoryConfig.__dataclass_fields__)
-            raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
-        if lensnet is None:
-            make_policy(config.policy)
-        elif config.policy != "lensnet":
-            raise InputError(f'lensnet: weights serve policy="lensnet" alone, got policy={config.policy!r}')
-        loaded = model if isinstance(model, LoadedModel) else load_model(model)
-        if config.budget > loaded.config.max_positions:
-            raise InputError(
-                f"budget: {config.budget} slots are more than the {loaded.config.max_positions} positions that the "
-                "model was trained for; give a smaller budget"
-            )
-        decoder, c = loaded.decoder, loaded.config
-        net = (
-            GistNet.untrained(decoder, config.block_size)
-            if gistnet is None
-            else GistNet.load(gistnet, decoder, config.block_size)
-        )
-        lens = None if lensnet is None else LensNet.load(lensnet, decoder)
-        spec = TreeSpec(
-            block_size=config.block_size,
-            embed_dim=c.embed_dim,
-            n_layers=c.n_layers,
-            n_kv_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            dtype=str(decoder.dtype).removeprefix("torch."),
-            vocab_size=loaded.tokenizer.vocab_size,
-            model=loaded.fingerprint,
-            tokenizer=loaded.tokenizer.fingerprint,
-            gistnet=net.fingerprint,
-        )
-        tree = Tree.open(path, spec)
-        try:
-            session = cls(Path(path), tree, loaded, config, net, lens)
+            session = cls(Path(path), tree, config, parts)
         except BaseException:
             tree.close()
             raise
@@ -201,18 +160,7 @@ class Session:
         They are part of the history from then on, at full detail until the focus moves.
         """
         self._check_idle()
-        passages = []
-        for number, hit in enumerate(hits):
-            fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else getattr(hit, "__dict__", {})
-            text, score = fields.get("text"), fields.get("score")
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"hits[{number}]: expected a mapping with a non-empty 'text', got {hit!r}")
-            if score is not None and not (isinstance(score, int | float | np.number) and np.isfinite(score)):
-                raise InputError(f"hits[{number}]: expected a finite number as 'score', got {score!r}")
-            origin = str(fields["source"]) if fields.get("source") is not None else None
-            ids = np.asarray(self.model.tokenizer.encode(text.rstrip() + "\n\n"), np.int64)
-            named = Source(ids, origin or f"passage {number + 1}", origin)
-            passages.append((named, None if score is None else float(score)))
+        passages = read_evidence(hits, self.model.tokenizer)
         fast = self.config.ingest == "fast"
         documents = [self._ingest(s, "evidence", fast=fast, progress=None, score=score) for s, score in passages]
         if documents:
@@ -222,25 +170,10 @@ class Session:
     def _ingest(
         self, source: Source, kind: str, *, fast: bool, progress: Progress | None, score: float | None = None
     ) -> Document:
-        start = self.tree.length
-        try:
-            with self.tree.begin() as transaction:
-                ingest_tokens(
-                    self.tree, transaction, self.builder, self.model.decoder, self.config, source.ids,
-                    fast=fast, progress=progress,
-                )  # fmt: skip
-                return transaction.add_document(
-                    kind=kind,
-                    title=source.title,
-                    source=source.origin,
-                    start=start,
-                    stop=start + len(source.ids),
-                    ingest="fast" if fast else "contextual",
-                    score=score,
-                )
-        except BaseException:
-            self.builder.reload()
-            raise
+        return ingest_document(
+            self.tree, self.builder, self.model.decoder, self.config, source, kind,
+            fast=fast, progress=progress, score=score,
+        )  # fmt: skip
 
     # -- out of the memory ------------------------------------------------------------------------------------------
 
@@ -274,7 +207,7 @@ class Session:
             if stream:
                 raise InputError("stream: expected one prompt when streaming, got a list")
             return self._generate_batch(prompts, params)
-        pieces = self._generate(prompt, params)
+        pieces = self._stream(prompt, params)
         self._streams.add(pieces)
         return pieces if stream else "".join(pieces)
 
@@ -289,41 +222,17 @@ class Session:
             texts.append(stops.push(self.model.tokenizer.decode(ids)) + stops.flush())
         return texts
 
-    def _generate(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
+    def _stream(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
         self._check_idle()  # again: a stream starts when its first piece is asked for
-        start = time.perf_counter()
-        number = len(self._turns) + 1
-        document = _TurnDocuments(self.tree, number)
-        turn = Turn(self.model, self.context, self.focus, lambda c: c.commit(self.builder, document.record))
-        self._turns.append(turn.stats)
-        sampler, stops = Sampler(params), StopStrings(params.stop)
-        text = self.model.tokenizer.stream_decoder()
-        end = self.model.chat.assistant_end_ids()
+        answer = Answer(self.model, self.context, self.focus, self.builder, prompt, params)
+        self._turns.append(answer.stats)
         self._streaming = True
         try:
-            logits = turn.read(self.model.chat.user_turn_ids(prompt), prompt)
-            self._frames.append(FocusFrame(prompt, self.context.entries, self.context.length))
-            document.kind = "assistant"
-            for step in range(params.max_new_tokens):
-                token = sampler(logits)
-                if step == 0:
-                    turn.stats.time_to_first_token = time.perf_counter() - start
-                if token in self.model.tokenizer.eos_ids:
-                    break
-                logits = turn.step(token)
-                piece = stops.push(text.push(token))
-                if piece:
-                    yield piece
-                if stops.hit:
-                    break
-            rest = stops.push(text.flush()) + stops.flush()
-            if rest:
-                yield rest
+            yield from answer.pieces()
         finally:
-            try:
-                turn.finish(end)
-            finally:
-                self._streaming = False
+            self._streaming = False
+            if answer.frame is not None:
+                self._frames.append(answer.frame)
 
     def search(self, text: str, top: int = 8) -> list[Hit]:
         """The blocks of the history that match a text best (BM25), best first."""
@@ -392,23 +301,3 @@ class Session:
             raise InputError("session: it is closed; open the memory again")
         if self._streaming:
             raise InputError("session: an answer is still streaming; exhaust or close its iterator first")
-
-
-class _TurnDocuments:
-    """Records a turn's tokens in the catalogue: one document for the prompt, one for the answer."""
-
-    def __init__(self, tree: Tree, number: int) -> None:
-        self.tree, self.number, self.kind = tree, number, "user"
-        self._open: dict[str, int] = {}
-
-    def record(self, transaction: Transaction, start: int, stop: int) -> None:
-        before = self.tree.document_at(start - 1)
-        # What an earlier call added may have been rolled back with its transaction.
-        if before is not None and before.id == self._open.get(self.kind):
-            transaction.extend_document(before.id, stop)
-            return
-        document = transaction.add_document(
-            kind=self.kind, title=f"{self.kind}, turn {self.number}", source=None, start=start, stop=stop,
-            ingest="contextual",
-        )  # fmt: skip
-        self._open[self.kind] = document.id

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,25 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
     if not len(ids):
         raise InputError(f"source: {origin or 'the text'} holds no character that the tokenizer knows")
     return Source(ids, name, origin)
+
+
+def read_evidence(hits: Iterable[object], tokenizer: Tokenizer) -> list[tuple[Source, float | None]]:
+    """Passages and their scores, from mappings with `text` and, where known, `source` and `score`, or from objects
+    with such attributes. Raises InputError, before anything is used, naming the first that cannot be."""
+    passages = []
+    for number, hit in enumerate(hits):
+        fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else getattr(hit, "__dict__", {})
+        text, score = fields.get("text"), fields.get("score")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"hits[{number}]: expected a mapping with a non-empty 'text', got {hit!r}")
+        if score is not None and not (isinstance(score, int | float | np.number) and np.isfinite(score)):
+            raise InputError(f"hits[{number}]: expected a finite number as 'score', got {score!r}")
+        origin = str(fields["source"]) if fields.get("source") is not None else None
+        ids = np.asarray(tokenizer.encode(text.rstrip() + "\n\n"), np.int64)
+        passages.append(
+            (Source(ids, origin or f"passage {number + 1}", origin), None if score is None else float(score))
+        )
+    return passages
 
 
 def read_text(path: Path) -> str:

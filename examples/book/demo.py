@@ -28,8 +28,9 @@ from mc_runtime.recent_window import RecentWindow
 from mc_runtime.stats import TurnStats
 
 console = Console(highlight=False)
-PROMPT = "Answer in a few words: {question}"
 ANSWER = SamplingParams(max_new_tokens=32)
+# So small a model repeats its last answer where it sees it: turns leave full detail as soon as they are over.
+RECENT_TOKENS = 32
 BATCH = 8
 
 
@@ -69,14 +70,12 @@ def converse(session: Session, window: RecentWindow, asked: Sequence[dict[str, A
         console.print(f"[bold]{item['question']}[/]  [dim]({item['topic']})[/]")
         console.print("  memory  ", end="")
         answer = ""
-        for piece in session.generate(
-            PROMPT.format(**item), stream=True, max_new_tokens=ANSWER.max_new_tokens, stop=["\n"]
-        ):
+        for piece in session.generate(item["question"], stream=True, max_new_tokens=ANSWER.max_new_tokens, stop=["\n"]):
             console.print(piece, end="", markup=False, style="cyan")
             answer += piece
         right[0] += mark(answer, item["answers"])
         console.print("  window  ", end="")
-        answer = "".join(window.generate(PROMPT.format(**item), ANSWER)).split("\n")[0]
+        answer = "".join(window.generate(item["question"], ANSWER)).split("\n")[0]
         console.print(answer, end="", markup=False, style="yellow")
         right[1] += mark(answer, item["answers"])
         report(session, window.turns[-1])
@@ -111,12 +110,12 @@ def count_all(session: Session, window: RecentWindow, items: Sequence[dict[str, 
         for i in range(0, len(items), BATCH):
             part = items[i : i + BATCH]
             answers = session.generate(
-                [PROMPT.format(**item) for item in part], max_new_tokens=ANSWER.max_new_tokens, stop=["\n"]
+                [item["question"] for item in part], max_new_tokens=ANSWER.max_new_tokens, stop=["\n"]
             )
             for item, answer in zip(part, answers, strict=True):
                 right["memory"] += is_right(answer, item["answers"])
                 for name, rival in (("recent window", window), ("no text", blank)):
-                    said = "".join(rival.generate(PROMPT.format(**item), ANSWER, remember=False))
+                    said = "".join(rival.generate(item["question"], ANSWER, remember=False))
                     right[name] += is_right(said.split("\n")[0], item["answers"])
                 bar.advance(task)
     table = Table("reader", "right answers", "of", title=f"all questions, {session.config.budget:,} slots each")
@@ -142,7 +141,7 @@ def main(
     with console.status("fetching the book and the model (the first time takes a minute)"):
         book = fetch_book(cache_dir() / "book")
         loaded = load_model(model)
-    with Session.open(memory, loaded, budget=budget, policy=policy) as session:
+    with Session.open(memory, loaded, budget=budget, policy=policy, recent_tokens=RECENT_TOKENS) as session:
         if session.tree.length < 10_000:
             ingest(session, book, fast)
         tokens = session.tree.tokens().tolist()

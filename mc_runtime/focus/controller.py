@@ -75,10 +75,13 @@ class FocusController:
 
     def pinned(self, length: int) -> list[tuple[int, int]]:
         """Token ranges at full detail in a history of `length` tokens: head, newest tokens, present turn, pins."""
-        recent = max(0, length - self.config.recent_tokens)
-        turn = length if self.turn_start is None else max(self.turn_start, length - self.turn_tokens)
-        ranges = [(0, min(max(self.head, 1), length)), (min(recent, turn), length), *self.pins]
+        ranges = [(0, min(max(self.head, 1), length)), (self._recent_start(length), length), *self.pins]
         return [(start, min(stop, length)) for start, stop in ranges if start < min(stop, length)]
+
+    def _recent_start(self, length: int) -> int:
+        """First token of the newest ones, and of the present turn, that are kept."""
+        recent = max(0, length - self.config.recent_tokens)
+        return recent if self.turn_start is None else min(recent, max(self.turn_start, length - self.turn_tokens))
 
     def least_slots(self, context: WorkingContext) -> int:
         """Slots of the coarsest layout that shows what is pinned."""
@@ -117,7 +120,8 @@ class FocusController:
             if new_turn:
                 self.cooldown = Cooldown(self.config.focus.cooldown)
             with timed("score"):
-                view = FocusView(context, expanded, query, mass, self.retrieval)
+                recent = self._recent_start(context.length)
+                view = FocusView(context, expanded, query, mass, self.retrieval, recent)
                 self.utility = self._in_tree(context, self.policy.utilities(view))
             start = self._useful(context, expanded) if new_turn else expanded
             target = self._allocate(context, start, reserve).expanded

@@ -8,6 +8,10 @@ from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
 HALF_SCORE = 2.0
+# What was said in the conversation counts this share of what was read: earlier questions repeat the words of this one
+# without knowing the answer, and a small model that sees its earlier answers gives them again.
+TURN_SHARE = 0.5
+TURN_KINDS = ("user", "assistant")
 
 
 class RetrievalPolicy:
@@ -31,7 +35,13 @@ class RetrievalPolicy:
     def utilities(self, view: FocusView) -> Utilities:
         if not view.query.strip():
             return {}
-        scores = view.retrieval.scores(view.query)[: view.context.tree.count(1)]
+        # Recent text is shown anyway; above all the question itself, which nothing matches better.
+        stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
+        scores = view.retrieval.scores(view.query)[:stop]
+        size = view.context.config.block_size
+        for document in view.context.tree.documents():
+            if document.kind in TURN_KINDS:
+                scores[document.start // size : -(-document.stop // size)] *= TURN_SHARE
         if not len(scores) or scores.max() <= 0:
             return {}
         blocks, best = self._passages(scores)

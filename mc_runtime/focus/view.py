@@ -27,6 +27,7 @@ class FocusView:
     query: text that says what is wanted now (the turn's prompt and the newest generated text); may be empty.
     mass: [L, N] attention that the newest tokens paid to each entry, by rank, summed over heads and queries; or None.
     retrieval: BM25 over the tree's blocks.
+    recent_start: first token of the recent text, the present turn included, that is at full detail whatever is decided.
     """
 
     context: WorkingContext
@@ -34,6 +35,7 @@ class FocusView:
     query: str
     mass: Floats | None
     retrieval: BlockIndex
+    recent_start: int
 
 
 class FocusPolicy(Protocol):

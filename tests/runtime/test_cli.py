@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checks import words
 
-import mc_runtime.session
+import mc_runtime.opening
 from mc_runtime import Session, cli
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.model import LoadedModel
@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path) -> Run:
     """`mc` with arguments, in a directory of its own: exit code, output, errors."""
-    monkeypatch.setattr(mc_runtime.session, "load_model", lambda name: model)
+    monkeypatch.setattr(mc_runtime.opening, "load_model", lambda name: model)
     monkeypatch.chdir(tmp_path)
 
     def mc(*args: object, typed: str = "") -> tuple[int, str, str]:

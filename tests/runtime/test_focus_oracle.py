@@ -25,7 +25,7 @@ def test_the_oracle_measures_what_an_edit_is_worth(memory: Memory, monkeypatch: 
     targets = list(words(20, seed=3).encode())
     before = kv_by_rank(context)
     policy = OraclePolicy(targets)
-    view = FocusView(context, context.synced_expanded(), "", None, session.retrieval)
+    view = FocusView(context, context.synced_expanded(), "", None, session.retrieval, session.context.length)
     with counted_forwards(monkeypatch) as forwards:
         nodes, nats = policy.utilities(view)[1]
     assert len(forwards) >= len(nodes) + 1

@@ -147,7 +147,7 @@ def test_retrieval_expands_a_planted_fact(memory: Memory) -> None:
 
 def view_of(session: Session, query: str = "", mass: np.ndarray | None = None) -> FocusView:
     context = bring_in(session)
-    return FocusView(context, context.synced_expanded(), query, mass, session.retrieval)
+    return FocusView(context, context.synced_expanded(), query, mass, session.retrieval, session.context.length)
 
 
 def test_recency_prefers_the_newest(memory: Memory) -> None:

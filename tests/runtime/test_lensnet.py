@@ -70,7 +70,7 @@ def view_of(session, seed=0, *, n_layers=3, query="the keeper of the lamp", mass
     context.entries = Entries(*layout_entries(K, counts, expanded), K)
     n = len(context.entries)
     values = rng.random((n_layers, n)) ** 6 * rng.choice([0.0, 1.0], (n_layers, n)) * rng.choice([0.0, 1.0, 1e4])
-    return FocusView(context, expanded, query, values if mass else None, session.retrieval)
+    return FocusView(context, expanded, query, values if mass else None, session.retrieval, session.context.length)
 
 
 def slow_rows(view, pinned=()):
@@ -218,7 +218,7 @@ def test_mass_of_another_context_is_refused(session, model, shape):
 def test_a_context_without_leaves_has_no_utilities(session, model):
     context = copy.copy(session.context)
     context.entries = Entries(np.zeros(0, np.int8), np.zeros(0, np.int64), K)
-    view = FocusView(context, {}, "keeper", None, session.retrieval)
+    view = FocusView(context, {}, "keeper", None, session.retrieval, session.context.length)
     assert lens_inputs(view, untrained(model).mu).features.shape == (0, len(FEATURES))
     assert LensNetPolicy(trained(model)).utilities(view) == {}
 

@@ -1,0 +1,72 @@
+"""What a session is opened with: settings, model, nets, and what the tree has to match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .config import MemoryConfig
+from .errors import InputError
+from .focus import make_policy
+from .gistnet import GistNet
+from .lensnet import LensNet
+from .model import LoadedModel, load_model
+from .tree import TreeSpec
+
+
+@dataclass(frozen=True)
+class Parts:
+    """spec: what a tree for this model, net and block size has to say of itself."""
+
+    model: LoadedModel
+    gistnet: GistNet
+    lensnet: LensNet | None
+    spec: TreeSpec
+
+
+def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, has_lensnet: bool) -> MemoryConfig:
+    """`config` with `settings` in place of its fields; refuses unknown ones, and policies that cannot be made."""
+    try:
+        config = replace(config or MemoryConfig(), **settings)
+    except TypeError as error:
+        known = ", ".join(MemoryConfig.__dataclass_fields__)
+        raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
+    if not has_lensnet:
+        make_policy(config.policy)
+    elif config.policy != "lensnet":
+        raise InputError(f'lensnet: weights serve policy="lensnet" alone, got policy={config.policy!r}')
+    return config
+
+
+def load_parts(
+    model: str | Path | LoadedModel, config: MemoryConfig, gistnet: Path | str | None, lensnet: Path | str | None
+) -> Parts:
+    """Load what is not loaded yet and check that the settings suit the model."""
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    c, size = loaded.config, config.block_size
+    for name, needed in (
+        ("budget", config.budget),
+        ("ingest_window", size + config.ingest_window + config.ingest_chunk),
+    ):
+        if needed > c.max_positions:
+            raise InputError(
+                f"{name}: {needed} slots are more than the {c.max_positions} positions that the model was trained "
+                f"for; give a smaller {name}"
+            )
+    decoder = loaded.decoder
+    net = GistNet.untrained(decoder, size) if gistnet is None else GistNet.load(gistnet, decoder, size)
+    spec = TreeSpec(
+        block_size=size,
+        embed_dim=c.embed_dim,
+        n_layers=c.n_layers,
+        n_kv_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        vocab_size=loaded.tokenizer.vocab_size,
+        model=loaded.fingerprint,
+        tokenizer=loaded.tokenizer.fingerprint,
+        gistnet=net.fingerprint,
+    )
+    return Parts(loaded, net, None if lensnet is None else LensNet.load(lensnet, decoder), spec)
