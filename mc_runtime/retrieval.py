@@ -69,12 +69,15 @@ class BlockIndex:
             self._index.index((self._blocks, self._words), show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float64]:
-        """[blocks] BM25 of each block's text plus a share of its neighbours'."""
-        self.update()
+        """[blocks] BM25 of each block's text plus a share of its neighbours'; 0 for blocks that came after the last
+        `update`, whose cost grows with the history: it has its place at the start of a turn, not at every refocus."""
+        if self._index is None:
+            self.update()
+        own = np.zeros(self.tree.length // self.tree.spec.block_size)
         stems = [stem for stem in self._stems([query])[0] if stem in self._words]
         if self._index is None or not stems:
-            return np.zeros(len(self._blocks))
-        own = np.asarray(self._index.get_scores(stems), np.float64)
+            return own
+        own[: len(self._blocks)] = self._index.get_scores(stems)
         around = np.zeros_like(own)
         around[1:] += own[:-1]
         around[:-1] += own[1:]
@@ -82,6 +85,7 @@ class BlockIndex:
 
     def search(self, query: str, top: int = 8) -> list[Hit]:
         """The best blocks, best first; blocks that match nothing are left out."""
+        self.update()
         size, scores = self.tree.spec.block_size, self.scores(query)
         order = np.argsort(-scores, kind="stable")[:top]
         hits = []

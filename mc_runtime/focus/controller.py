@@ -119,6 +119,7 @@ class FocusController:
             expanded = context.synced_expanded()
             if new_turn:
                 self.cooldown = Cooldown(self.config.focus.cooldown)
+                self.retrieval.update()
             with timed("score"):
                 recent = self._recent_start(context.length)
                 view = FocusView(context, expanded, query, mass, self.retrieval, recent)
