@@ -4,7 +4,9 @@
 `projected`  keys and values of all layers projected from the node's summary vector;
 `embedding`  the summary vector, run through the model like an input embedding.
 
-A node that was ingested fast has no pooled keys and values; a `pooled` reader projects those, and only those.
+A node that was ingested fast has no pooled keys and values. A `pooled` reader projects those, and only those, if the
+projector is trained; an untrained one breaks the model (its answers turn to commas), so their vectors are run as input
+embeddings until then.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import GistKind
-from .gistnet import GistNet
+from .gistnet import GistNet, LayerProjector
 from .model import Decoder
 from .tree import NodeFlag, Tree
 
@@ -41,6 +43,10 @@ class GistReader(Protocol):
     """Reads nodes of a tree for the cache. levels, index: [M], levels >= 1."""
 
     def read(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> GistEntries: ...
+
+    def runs(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[M]: which nodes are run through the model, so that a recomputation has to run them again."""
+        ...
 
 
 class _Reader:
@@ -68,6 +74,9 @@ class _Reader:
 class ProjectedReader(_Reader):
     """Gists of kind `projected`."""
 
+    def runs(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.zeros(len(levels), np.bool_)
+
     def read(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> GistEntries:
         out = self._empty(len(levels), forward=False)
         for level in np.unique(levels):
@@ -77,25 +86,41 @@ class ProjectedReader(_Reader):
 
 
 class PooledReader(_Reader):
-    """Gists of kind `pooled`; nodes without stored keys and values are projected."""
+    """Gists of kind `pooled`; nodes without stored keys and values are projected, or run while that is untrained."""
 
-    def read(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> GistEntries:
-        out = self._empty(len(levels), forward=False)
+    def _stored(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        stored = np.zeros(len(levels), np.bool_)
         for level in np.unique(levels):
             where = levels == level
-            stored = np.zeros_like(where)
             stored[where] = (tree.flags(int(level))[index[where]] & NodeFlag.KV) != 0
-            if stored.any():
-                k, v = tree.kv(int(level), index[stored])  # [m, L, Hkv, D]
-                self._put(out, stored, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
-            missing = where & ~stored
+        return stored
+
+    def runs(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return ~self._stored(tree, levels, index) & isinstance(self.net.projector, LayerProjector)
+
+    def read(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> GistEntries:
+        out, stored = self._empty(len(levels), forward=False), self._stored(tree, levels, index)
+        for level in np.unique(levels):
+            where = levels == level
+            pooled, missing = where & stored, where & ~stored
+            if pooled.any():
+                k, v = tree.kv(int(level), index[pooled])  # [m, L, Hkv, D]
+                self._put(out, pooled, k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3))
             if missing.any():
-                self._put(out, missing, *self.net.project(self._summaries(tree, int(level), index[missing])))
+                rows = self._summaries(tree, int(level), index[missing])
+                if isinstance(self.net.projector, LayerProjector):
+                    out.embeddings[torch.from_numpy(missing.nonzero()[0])] = rows
+                    out.needs_forward[missing] = True
+                else:
+                    self._put(out, missing, *self.net.project(rows))
         return out
 
 
 class EmbeddingReader(_Reader):
     """Gists of kind `embedding`."""
+
+    def runs(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.ones(len(levels), np.bool_)
 
     def read(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> GistEntries:
         out = self._empty(len(levels), forward=True)

@@ -31,7 +31,9 @@ def entries_to_recompute(
     earliest: rank of the earliest edit, None if there was none.
     """
     levels = context.entries.levels
-    runnable = (levels == 0) | (context.config.gist_kind == "embedding")
+    runnable = levels == 0
+    gists = (~runnable).nonzero()[0]
+    runnable[gists] = context.reader.runs(context.tree, levels[gists], context.entries.index[gists])
     always = np.zeros(len(levels), np.bool_)
     always[to_run] = True
     always[max(0, len(levels) - newest) :] = True

@@ -34,9 +34,27 @@ def nodes_of(session: Session) -> tuple[np.ndarray, np.ndarray]:
     return levels, np.concatenate([np.arange(count) for count in counts[1:]])
 
 
+def test_pooled_runs_what_an_untrained_projector_cannot_serve(memory: Memory) -> None:
+    session = mixed(memory)
+    tree, reader = session.tree, session.context.reader
+    levels, index = nodes_of(session)
+    read = reader.read(tree, levels, index)
+    fast = np.array([not tree.flags(int(a))[b] & NodeFlag.KV for a, b in zip(levels, index, strict=True)])
+    assert fast.any()
+    assert not fast.all()
+    assert np.array_equal(read.needs_forward, fast)
+    assert np.array_equal(reader.runs(tree, levels, index), fast)
+    for i in fast.nonzero()[0]:
+        assert torch.equal(read.embeddings[i], tree.summaries(int(levels[i]))[int(index[i])])
+
+
 def test_pooled_reads_what_is_stored_and_projects_the_rest(memory: Memory) -> None:
     session = mixed(memory)
-    tree, net, decoder = session.tree, session.builder.net, session.model.decoder
+    tree, decoder = session.tree, session.model.decoder
+    c = decoder.config
+    kv = (c.n_layers, 2, c.n_kv_heads, c.head_dim)
+    trained = Projector(torch.randn(4, c.embed_dim), torch.randn(*kv, 4), torch.randn(kv))
+    net = replace(session.builder.net, projector=trained)
     levels, index = nodes_of(session)
     order = np.random.default_rng(0).permutation(len(levels))
     levels, index = levels[order], index[order]

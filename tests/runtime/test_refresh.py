@@ -86,12 +86,20 @@ def test_the_cheaper_modes_do_less_and_differ(memory: Memory) -> None:
         assert relative_error(keys[mode], keys["full"]) > 1e-3, mode
 
 
+def runnable(context: WorkingContext) -> np.ndarray:
+    """Ranks of what a recomputation can run: tokens, and gists that are run as input embeddings."""
+    levels, index = context.entries.levels, context.entries.index
+    run = levels == 0
+    run[~run] = context.reader.runs(context.tree, levels[~run], index[~run])
+    return run.nonzero()[0]
+
+
 def test_what_each_mode_runs(memory: Memory) -> None:
     session = mixed_memory(memory, refresh_tail=10, refresh_share=0.25)
     context = bring_in(session)
-    tokens = (context.entries.levels == 0).nonzero()[0]
-    start = int(tokens[30])
-    behind = tokens[tokens >= start]
+    start = int((context.entries.levels == 0).nonzero()[0][30])
+    run = runnable(context)
+    behind = run[run >= start]
     given = np.array([start])
     n = context.used
 
@@ -122,9 +130,9 @@ def test_top_with_everything_is_full(memory: Memory) -> None:
 def test_top_picks_what_changed_most(memory: Memory) -> None:
     """Entries whose stale keys are far off are found."""
     context = bring_in(mixed_memory(memory, refresh_share=0.1))
-    tokens = (context.entries.levels == 0).nonzero()[0]
+    run = runnable(context)
     context.assemble(context.expanded)
-    behind = tokens[tokens >= tokens[20]]
+    behind = run[run >= run[20]]
     spoilt = np.sort(np.random.default_rng(0).choice(behind, round(0.1 * len(behind)), replace=False))
     context.cache.data[1, 0, 0, :, context.slots[spoilt]] += 50.0
     picked = entries_to_recompute(context, np.zeros(0, np.int64), int(behind[0]), "top", 0)

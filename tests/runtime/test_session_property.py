@@ -94,6 +94,8 @@ def check_gists(session: Session) -> None:
     """What stands in the cache for a gist is what the tree holds of it, wherever it came from."""
     context = session.context
     ranks = (context.entries.levels > 0).nonzero()[0]
+    run = context.reader.runs(session.tree, context.entries.levels[ranks], context.entries.index[ranks])
+    ranks = ranks[~run]  # what is run through the model depends on what stands before it
     if session.config.gist_kind == "embedding" or not len(ranks):
         return
     stored = context.reader.read(session.tree, context.entries.levels[ranks], context.entries.index[ranks])
