@@ -13,9 +13,9 @@ from ..rope import RopeSpec
 
 # query heads, KV heads, head dimension, rope theta
 MODELS = {
-    "smollm2-135m": (9, 3, 64, 100_000.0),
-    "llama3.2-1b": (32, 8, 64, 500_000.0),
-    "llama3-8b": (32, 8, 128, 500_000.0),
+    "SmolLM2-135M": (9, 3, 64, 100_000.0),
+    "Llama-3.2-1B": (32, 8, 64, 500_000.0),
+    "Llama-3-8B": (32, 8, 128, 500_000.0),
 }
 
 
@@ -71,7 +71,7 @@ class Case:
 
 
 CASES = [
-    Case(f"{model}-{slots // 1024}k-{suffix}", heads, kv_heads, dim, slots, queries, theta)
+    Case(f"{model}/{slots // 1024}k/{suffix}", heads, kv_heads, dim, slots, queries, theta)
     for model, (heads, kv_heads, dim, theta) in MODELS.items()
     for slots in (2048, 8192, 32768)
     for queries, suffix in ((1, "decode"), (512, "prefill512"))

@@ -14,9 +14,9 @@ from .plan import Edit, SplicePlan
 
 # layers, KV heads, head dimension, rope theta
 MODELS = {
-    "smollm2-135m": (30, 3, 64, 100_000.0),
-    "llama3.2-1b": (16, 8, 64, 500_000.0),
-    "llama3-8b": (32, 8, 128, 500_000.0),
+    "SmolLM2-135M": (30, 3, 64, 100_000.0),
+    "Llama-3.2-1B": (16, 8, 64, 500_000.0),
+    "Llama-3-8B": (32, 8, 128, 500_000.0),
 }
 
 
@@ -115,7 +115,7 @@ def _cases() -> list[Case]:
         for length in (2048, 8192, 32768):
             for discipline, rope in (("ordered", True), ("ordered", False), ("slots", False)):
                 for edits, kind in ((1, "collapse"), (1, "expand"), (8, "mixed")):
-                    name = f"{model}-{length // 1024}k-{discipline}{'-rope' if rope else ''}-{edits}{kind}"
+                    name = f"{model}/{length // 1024}k/{discipline}{'-rope' if rope else ''}/{edits}-{kind}"
                     out.append(Case(name, layers, heads, dim, length, edits, kind, discipline, rope, theta))
     return out
 

@@ -231,5 +231,5 @@ def test_counts_of_the_cases(backend: str) -> None:
     assert case.flops() == 3 * row * (moved + 1)
     assert case.cache_bytes(torch.bfloat16) == 2 * row * 44 * 2
     by_name = {c.name: c.bytes(torch.bfloat16) for c in CASES}
-    assert by_name["llama3-8b-32k-slots-1collapse"] == by_name["llama3-8b-2k-slots-1collapse"]
-    assert by_name["llama3-8b-32k-ordered-1collapse"] > 10 * by_name["llama3-8b-2k-ordered-1collapse"]
+    assert by_name["Llama-3-8B/32k/slots/1-collapse"] == by_name["Llama-3-8B/2k/slots/1-collapse"]
+    assert by_name["Llama-3-8B/32k/ordered/1-collapse"] > 10 * by_name["Llama-3-8B/2k/ordered/1-collapse"]

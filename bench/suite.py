@@ -1,0 +1,137 @@
+"""Run the candidates of one case: check each against the oracle, time those that are right in alternation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .limits import Limits, flusher
+from .machine import last_level_cache
+from .rows import Row
+from .timing import Burst, Timed, interleave, ratio
+from .workloads import OPS, Candidate, Workload
+from .workloads.base import PEER_ALLOWANCE
+
+# Rotating inputs are together this many times the largest cache, and never more than the second number.
+ROTATION = 4
+ROTATION_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every case of a run.
+
+    seconds: of timing per candidate. warm: time on one set of inputs that stays in the cache, where it fits.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backends: Sequence[str] = ()
+    seconds: float = 0.5
+    warm: bool = False
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How inputs are kept out of the cache: `copies` sets in rotation, or one set and a flush before every call."""
+
+    copies: int
+    flush: bool
+    label: str
+
+
+def plan_cache(op: str, case: Any, options: Options) -> CachePlan:
+    if options.warm:
+        return CachePlan(1, False, "warm")
+    cache = last_level_cache(options.device)
+    held, moved = OPS[op].touched(case, options.dtype), case.bytes(options.dtype)
+    if moved >= ROTATION * cache:
+        return CachePlan(1, False, "cold (larger than the cache)")
+    copies = math.ceil(ROTATION * cache / max(1, moved))
+    if copies * held <= ROTATION_BYTES:
+        return CachePlan(copies, False, f"cold ({copies} inputs in turn)")
+    return CachePlan(1, True, "cold (flushed)")
+
+
+def _candidates(
+    workload: Workload, options: Options, peers: Mapping[str, ModuleType]
+) -> list[tuple[Candidate, str | None]]:
+    """Every candidate with the reason why it cannot run, or None."""
+    found: list[tuple[Candidate, str | None]] = []
+    for name, candidate in workload.backends(options.backends):
+        if isinstance(candidate, str):
+            found.append((Candidate(name, lambda _: None, peer=False), candidate))
+        else:
+            found.append((candidate, None))
+    for module in peers.values():
+        found += [(candidate, None) for candidate in module.offers(workload)]
+    return found
+
+
+def run_case(
+    op: str,
+    case: Any,
+    options: Options,
+    limits: Limits,
+    peers: Mapping[str, ModuleType],
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Rows of all candidates on a case, ours first. A candidate that raises or is wrong gets its error, not a time."""
+    cache = plan_cache(op, case, options)
+    workload = OPS[op](case, options.dtype, options.device, cache.copies)
+    dtype = str(options.dtype).removeprefix("torch.")
+    limit = limits.seconds_for(workload.bytes, workload.flops, options.dtype, workload.limit)
+    at_rows = limits.seconds_for(workload.bytes, workload.flops, options.dtype, workload.limit, workload.rows)
+    blank = Row(
+        op.removesuffix("_"), case.name, "", str(options.device), dtype, workload.bytes, workload.flops,
+        limit_s=limit, cache=cache.label,
+    )  # fmt: skip
+    rows: list[Row] = []
+    running: list[tuple[int, Candidate]] = []
+    for candidate, absent in _candidates(workload, options, peers):
+        row = replace(blank, backend=candidate.name, is_peer=candidate.peer, note=candidate.note)
+        if absent is not None:
+            rows.append(replace(row, error=f"not available: {absent}"))
+            continue
+        progress(f"{row.op} {case.name}: checking {candidate.name}")
+        try:
+            check = workload.check(candidate)
+        except Exception as error:  # the table shows it; one broken candidate must not end the run
+            rows.append(replace(row, correct=False, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+            continue
+        reason = check.reason(PEER_ALLOWANCE if candidate.peer else 1.0)
+        rows.append(replace(row, correct=reason is None, max_error=check.error, error=reason))
+        if reason is None:
+            running.append((len(rows) - 1, candidate))
+    progress(f"{blank.op} {case.name}: timing")
+    timed = _time(workload, [c for _, c in running], options, cache)
+    for (at, _), t in zip(running, timed, strict=True):
+        rows[at] = replace(
+            rows[at], median_s=t.median, spread=t.spread, runs=len(t.samples) * t.calls,
+            fraction_of_limit=limit / t.median, fraction_at_rows=at_rows / t.median,
+        )  # fmt: skip
+    return _with_best_peer(rows, {rows[at].backend: t for (at, _), t in zip(running, timed, strict=True)})
+
+
+def _time(workload: Workload, candidates: Sequence[Candidate], options: Options, cache: CachePlan) -> list[Timed]:
+    bursts = [Burst(c.run, [c.prepare(x) for x in workload.inputs]) for c in candidates]
+    flush = flusher(options.device, last_level_cache(options.device)) if cache.flush else None
+    return interleave(bursts, options.device, seconds=options.seconds * len(bursts), flush=flush) if bursts else []
+
+
+def _with_best_peer(rows: list[Row], timed: Mapping[str, Timed]) -> list[Row]:
+    rivals = [row for row in rows if row.is_peer and row.median_s is not None]
+    if not rivals:
+        return rows
+    best = min(rivals, key=lambda row: row.median_s or math.inf).backend
+    return [
+        row
+        if row.is_peer or row.median_s is None
+        else replace(row, peer=best, peer_ratio=ratio(timed[best], timed[row.backend]))
+        for row in rows
+    ]

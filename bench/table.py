@@ -1,0 +1,87 @@
+"""The report as one aligned table, and the line that says where to work."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from .rows import Report, Row
+
+# An op whose limit is matrix work is shown in TFLOP/s, the others in GB/s.
+FLOPS_PER_BYTE = 30.0
+
+
+def seconds(x: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if x >= scale:
+            return f"{x / scale:.3g} {unit}"
+    return f"{x / 1e-9:.3g} ns"
+
+
+def throughput(row: Row) -> str:
+    if row.median_s is None:
+        return ""
+    if row.flops > FLOPS_PER_BYTE * row.bytes:
+        return f"{row.flops / row.median_s / 1e12:.3g} TFLOP/s"
+    return f"{row.bytes / row.median_s / 1e9:.3g} GB/s"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.median_s is None or row.spread is None or row.fraction_of_limit is None:
+        return row.error or "not timed", "", "", "", ""
+    against = f"{row.peer_ratio:.2f}x {row.peer}" if row.peer_ratio is not None else ""
+    return seconds(row.median_s), f"±{row.spread:.0%}", throughput(row), f"{row.fraction_of_limit:.0%}", against
+
+
+def table(report: Report) -> Table:
+    """Ours bold, peers dim, what is wrong red."""
+    out = Table(title=None, box=None, pad_edge=False, header_style="bold", row_styles=())
+    for name, justify in (
+        ("op", "left"), ("case", "left"), ("dtype", "left"), ("backend", "left"), ("median", "right"),
+        ("spread", "right"), ("rate", "right"), ("of limit", "right"), ("best peer / ours", "right"), ("cache", "left"),
+    ):  # fmt: skip
+        out.add_column(name, justify=justify, no_wrap=name not in ("median", "cache"))  # type: ignore[arg-type]
+    last: tuple[str, str] | None = None
+    for row in report.rows:
+        style = "red" if row.correct is False else "dim" if row.is_peer or row.median_s is None else "bold"
+        head = (row.op, row.case) if (row.op, row.case) != last else ("", "")
+        if last is not None and head[0]:
+            out.add_row()
+        last = row.op, row.case
+        dtype = row.dtype if head[0] else ""
+        out.add_row(
+            head[0], head[1], dtype, Text(row.backend, style), *(Text(x, style) for x in _cells(row)),
+            row.cache if head[0] else "",
+        )  # fmt: skip
+    return out
+
+
+def furthest(report: Report) -> str:
+    """The one line that matters: which op, served by its best backend, is furthest from its limit."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in report.rows:
+        if row.is_peer or row.median_s is None:
+            continue
+        known = best.get((row.op, row.case))
+        if known is None or row.median_s < (known.median_s or 0.0):
+            best[row.op, row.case] = row
+    if not best:
+        return "Nothing was timed."
+    worst = min(best.values(), key=lambda row: row.fraction_of_limit or 0.0)
+    text = (
+        f"Furthest from its limit: {worst.op} {worst.case} ({worst.backend}), {worst.fraction_of_limit:.1%}: "
+        f"{seconds(worst.median_s or 0.0)} where {seconds(worst.limit_s or 0.0)} would do"
+    )
+    return text + (f"; best peer {worst.peer} takes {worst.peer_ratio:.2f}x ours." if worst.peer_ratio else ".")
+
+
+def limits_line(report: Report) -> str:
+    """Limits and machine in two lines."""
+    x, m = report.limits, report.machine
+    rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in x["matrix_rate"].items() if "[" not in name)
+    name = m.get("gpu") or m["cpu"]
+    return (
+        f"{name}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}, commit {report.commit}\n"
+        f"copy {x['copy_bandwidth'] / 1e9:.1f} GB/s, read {x['read_bandwidth'] / 1e9:.1f} GB/s, matrix TFLOP/s: "
+        f"{rates or 'not needed'}; load before the run {m['load']}"
+    )
