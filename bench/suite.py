@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -85,11 +86,9 @@ def run_case(
     cache = plan_cache(op, case, options)
     workload = OPS[op](case, options.dtype, options.device, cache.copies)
     dtype = str(options.dtype).removeprefix("torch.")
-    limit = limits.seconds_for(workload.bytes, workload.flops, options.dtype, workload.limit)
-    at_rows = limits.seconds_for(workload.bytes, workload.flops, options.dtype, workload.limit, workload.rows)
     blank = Row(
         op.removesuffix("_"), case.name, "", str(options.device), dtype, workload.bytes, workload.flops,
-        limit_s=limit, cache=cache.label,
+        cache=cache.label,
     )  # fmt: skip
     rows: list[Row] = []
     running: list[tuple[int, Candidate]] = []
@@ -109,19 +108,49 @@ def run_case(
         if reason is None:
             running.append((len(rows) - 1, candidate))
     progress(f"{blank.op} {case.name}: timing")
-    timed = _time(workload, [c for _, c in running], options, cache)
-    for (at, _), t in zip(running, timed, strict=True):
-        rows[at] = replace(
-            rows[at], median_s=t.median, spread=t.spread, runs=len(t.samples) * t.calls,
-            fraction_of_limit=limit / t.median, fraction_at_rows=at_rows / t.median,
-        )  # fmt: skip
-    return _with_best_peer(rows, {rows[at].backend: t for (at, _), t in zip(running, timed, strict=True)})
+    measured = _time(workload, [c for _, c in running], options, limits, cache)
+    for at, _ in running:
+        rows[at] = replace(rows[at], **measured.figures(rows[at].backend))
+    return _with_best_peer(rows, measured.timed)
 
 
-def _time(workload: Workload, candidates: Sequence[Candidate], options: Options, cache: CachePlan) -> list[Timed]:
+@dataclass(frozen=True)
+class Measured:
+    """What was timed, by candidate, and the limit's time in the same rounds.
+
+    slower: the limit's time with the matrix rate at the case's row count over that with the large product's.
+    """
+
+    timed: Mapping[str, Timed]
+    limit: Sequence[float]
+    slower: float
+
+    def figures(self, name: str) -> dict[str, Any]:
+        t = self.timed[name]
+        fraction = statistics.median(l / s for l, s in zip(self.limit, t.samples, strict=True))
+        return {
+            "median_s": t.median, "spread": t.spread, "runs": len(t.samples) * t.calls,
+            "limit_s": statistics.median(self.limit), "fraction_of_limit": fraction,
+            "fraction_at_rows": fraction * self.slower,
+        }  # fmt: skip
+
+
+def _time(
+    workload: Workload, candidates: Sequence[Candidate], options: Options, limits: Limits, cache: CachePlan
+) -> Measured:
+    if not candidates:
+        return Measured({}, [], 1.0)
+    device, traffic, flops = options.device, workload.bytes, workload.flops
+    probes = limits.probes(workload.limit, traffic, flops, options.dtype)
     bursts = [Burst(c.run, [c.prepare(x) for x in workload.inputs]) for c in candidates]
-    flush = flusher(options.device, last_level_cache(options.device)) if cache.flush else None
-    return interleave(bursts, options.device, seconds=options.seconds * len(bursts), flush=flush) if bursts else []
+    flush = flusher(device, last_level_cache(device)) if cache.flush else None
+    all_bursts = [p.burst() for p in probes] + bursts
+    timed = interleave(all_bursts, device, seconds=options.seconds * len(all_bursts), flush=flush)
+    limit = limits.per_round(probes, timed[: len(probes)], traffic, flops)
+    slower = 1.0
+    if len(probes) > 1 and workload.rows is not None:
+        slower = max(1.0, flops / limits.matrix_rate(options.dtype, workload.rows) / statistics.median(limit))
+    return Measured(dict(zip((c.name for c in candidates), timed[len(probes) :], strict=True)), limit, slower)
 
 
 def _with_best_peer(rows: list[Row], timed: Mapping[str, Timed]) -> list[Row]:

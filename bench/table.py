@@ -78,10 +78,11 @@ def furthest(report: Report) -> str:
 def limits_line(report: Report) -> str:
     """Limits and machine in two lines."""
     x, m = report.limits, report.machine
-    rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in x["matrix_rate"].items() if "[" not in name)
+    rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in x["matrix_rate"].items())
     name = m.get("gpu") or m["cpu"]
     return (
         f"{name}, {m['cores']} cores, {m['threads']} threads, torch {m['torch']}, commit {report.commit}\n"
-        f"copy {x['copy_bandwidth'] / 1e9:.1f} GB/s, read {x['read_bandwidth'] / 1e9:.1f} GB/s, matrix TFLOP/s: "
+        f"GB/s: read {x['read_bandwidth'] / 1e9:.1f}, copy {x['copy_bandwidth'] / 1e9:.1f}, "
+        f"in place {x['update_bandwidth'] / 1e9:.1f}; matrix TFLOP/s: "
         f"{rates or 'not needed'}; load before the run {m['load']}"
     )

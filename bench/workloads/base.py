@@ -1,7 +1,7 @@
 """A workload: one case of one op at one dtype on one device, with inputs, candidates and the check of their results.
 
-A *candidate* is anything that does the work: a backend of ours or a peer. `run` is what is timed; what a candidate needs
-in a form of its own (another layout, cached phases, a compiled function) it makes in `prepare`, once per input, untimed.
+A *candidate* is anything that does the work: a backend of ours or a peer. `run` is what is timed; what a candidate
+needs in a form of its own (another layout, a compiled function) it makes in `prepare`, once per input, untimed.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ def plain_pool(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor, 
     p = torch.softmax(w[:, :, None] @ n.transpose(-1, -2) + b[:, :, None], dim=-1)
     y = p @ x
     out = y + y @ m[:, :, None] + c[:, :, None, None]
-    return out.chunk(2, dim=-1)
+    k_gist, v_gist = out.chunk(2, dim=-1)
+    return k_gist, v_gist
 
 
 class GistPool(Workload):

@@ -27,7 +27,7 @@ def plain_rotate(keys: Tensor, positions: Tensor, rope: RopeSpec) -> Tensor:
 
 
 def plain_splice(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, plan: Any, rope: RopeSpec | None) -> None:
-    """In place with slices: what moves is copied out, rotated by its shift and written back (ordered or slots, packed)."""
+    """In place with slices: what moves is copied out, rotated by its shift and written back; packed positions."""
     if rope is not None and plan.discipline != "ordered":
         raise ValueError("plain_splice: rotated keys in slots are no benchmark case")
     segments = plan.segments.tolist()
@@ -69,13 +69,13 @@ class KvSplice(Workload):
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
         plan, rope, rows = inputs["plan"], inputs["rope"], [0, self.case.rows - 1]
 
-        def sample(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        def sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             k, v = (inputs[x].flatten(0, -4)[rows].to(dtype) for x in ("k", "v"))
             return k, v, inputs["k_new"][rows].to(dtype), inputs["v_new"][rows].to(dtype)
 
         exact, plain = sample(torch.float64), sample(self.dtype)
-        kv_splice_(*exact, plan, rope, backend="ref")
-        plain_splice(*plain, plan, rope)
+        kv_splice_(*exact, plan, rope=rope, backend="ref")
+        plain_splice(*plain, plan=plan, rope=rope)
         n = plan.new_length
 
         def judge(out: tuple[Tensor, Tensor]) -> Check:

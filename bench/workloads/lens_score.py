@@ -23,7 +23,7 @@ def plain_score(entries: Tensor, features: Tensor, queries: Tensor, weights: Len
     """The net as model code writes it: every entry is projected to keys, values and queries, torch's fused attention,
     the storage dtype throughout."""
     w = weights
-    heads, (n, e), n_queries = w.n_heads, entries.shape, queries.shape[0]
+    heads, e, n_queries = w.n_heads, entries.shape[1], queries.shape[0]
     width = w.w_in.shape[0]
 
     def split(x: Tensor) -> Tensor:
@@ -65,7 +65,9 @@ class LensScore(Workload):
 
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
         entries, features, queries, weights, legal = inputs
-        wide = (x.double() for x in (entries, features, queries))
-        exact = lens_score(*wide, weights.to(dtype=torch.float64), legal=legal, backend="ref")
+        exact = lens_score(
+            entries.double(), features.double(), queries.double(), weights.to(dtype=torch.float64), legal=legal,
+            backend="ref",
+        )  # fmt: skip
         plain = plain_score(*inputs)
         return lambda out: error_rule([out], [exact], [plain])
