@@ -23,7 +23,7 @@ from .limits import Limits
 from .machine import commit, describe
 from .peers import peers as all_peers
 from .peers import slow_to_start
-from .plots import draw
+from .plots import draw, require_matplotlib
 from .rows import Report
 from .suite import Options, run_case
 from .table import furthest, limits_line, table
@@ -73,6 +73,8 @@ def ops(
     """Time the ops. Exit status 1 if a result of ours is wrong or, with --compare, slower than noise explains."""
     if ctx.invoked_subcommand is not None:
         return
+    if plot is not None:
+        require_matplotlib()
     begin = time.perf_counter()
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():

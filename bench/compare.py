@@ -20,7 +20,7 @@ LEAST_CHANGE = 0.05
 class Change:
     """One of our rows then and now.
 
-    noise: the relative difference that the two spreads explain. ratio: new time over old. against_limit: the same of the
+    noise: the relative difference that the two spreads explain. ratio: new time over old. against_limit: the same with
     times in units of the limit that was measured beside each, so that a machine that is slower today cancels out. A
     change counts when both exceed the noise.
     """

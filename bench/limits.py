@@ -1,8 +1,8 @@
 """What this machine can do at best, measured in the same run as everything that is held against it.
 
 Bandwidth counts bytes read plus bytes written. "read" is the fastest of torch's reductions; "copy" the faster of
-copying one buffer to another and rewriting one in place (a processor that must fetch a line before it writes it copies slower
-than it updates, and a splice updates). The matrix rate is measured per dtype on a large product and, for
+copying one buffer to another and rewriting one in place (a processor that must fetch a line before it writes it copies
+slower than it updates, and a splice updates). The matrix rate is measured per dtype on a large product and, for
 reference, at a case's own number of rows. A kernel above 100% says that a probe has to be improved.
 
 Machines drift, so a limit is no constant: the probes that bound an op run in alternation with its candidates, and a

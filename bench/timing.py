@@ -2,7 +2,7 @@
 
 A round times every candidate once, in an order that is shuffled from round to round. One sample is the mean of a short
 burst of calls (`calls` of them, so that a burst is long against the clock), each on the next of its rotating inputs.
-The first round only warms up. Medians and spreads come from the samples; ratios are taken round by round.
+Two untimed bursts of each come first. Medians and spreads come from the samples; ratios are taken round by round.
 """
 
 from __future__ import annotations
