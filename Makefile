@@ -38,6 +38,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without their dependencies: those would bring another torch. A build with SOURCE_DATE_EPOCH set would not use this
+# processor's instructions, and a rival runs in its best setting.
+peers: $(VENV)/.installed   ## rivals that a CPU can run; llama.cpp compiles for some minutes
+	env -u SOURCE_DATE_EPOCH CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --no-deps -r bench/peers/requirements.txt
+
 bench: $(VENV)/.installed   ## every op against its limit and its peers (ARGS="--help" for options)
 	$(BIN)/python bench/run.py $(ARGS)
 
