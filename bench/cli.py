@@ -110,8 +110,9 @@ def ops(
     report.limits, report.seconds = limits.describe(), round(time.perf_counter() - begin, 1)
     console.print(limits_line(report), highlight=False)
     console.print(table(report))
-    for name, reason in absent.items():
-        console.print(f"peer {name} skipped: {reason}", style="dim", highlight=False)
+    for reason in dict.fromkeys(absent.values()):
+        names = ", ".join(name for name, why in absent.items() if why == reason)
+        console.print(f"skipped: {names} ({reason})", style="dim", highlight=False)
     console.print(furthest(report), style="bold", highlight=False)
     failed = any(row.correct is False and not row.is_peer for row in report.rows)
     if old is not None:

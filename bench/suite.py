@@ -52,11 +52,11 @@ def plan_cache(op: str, case: Any, options: Options) -> CachePlan:
     cache = last_level_cache(options.device)
     held, moved = OPS[op].touched(case, options.dtype), case.bytes(options.dtype)
     if moved >= ROTATION * cache:
-        return CachePlan(1, False, "cold (larger than the cache)")
+        return CachePlan(1, False, "cold (large)")
     copies = math.ceil(ROTATION * cache / max(1, moved))
     if copies * held <= ROTATION_BYTES:
-        return CachePlan(copies, False, f"cold ({copies} inputs in turn)")
-    return CachePlan(1, True, "cold (flushed)")
+        return CachePlan(copies, False, f"cold ({copies} sets)")
+    return CachePlan(1, True, "cold (flush)")
 
 
 def _candidates(

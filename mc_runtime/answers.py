@@ -72,7 +72,7 @@ class TurnDocuments:
 
     def __init__(self, tree: Tree) -> None:
         self.tree, self.kind = tree, "user"
-        self.number = 1 + sum(document.kind == "user" for document in tree.documents())
+        self.number = 1 + tree.count_documents("user")
         self._open: dict[str, int] = {}
 
     def record(self, transaction: Transaction, start: int, stop: int) -> None:

@@ -92,7 +92,7 @@ class PooledReader(_Reader):
         stored = np.zeros(len(levels), np.bool_)
         for level in np.unique(levels):
             where = levels == level
-            stored[where] = (tree.flags(int(level))[index[where]] & NodeFlag.KV) != 0
+            stored[where] = (tree.flags_at(int(level), index[where]) & NodeFlag.KV) != 0
         return stored
 
     def runs(self, tree: Tree, levels: NDArray[np.int8], index: NDArray[np.int64]) -> NDArray[np.bool_]:

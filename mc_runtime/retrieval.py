@@ -1,15 +1,20 @@
-"""BM25 over the tree's own blocks (Robertson & Zaragoza 2009; the library `bm25s`)."""
+"""BM25 over the tree's own blocks. Words are found and stemmed by the library `bm25s`."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import bm25s
 import numpy as np
 import Stemmer
 from numpy.typing import NDArray
 
+from .errors import InputError
 from .model import Tokenizer
+from .profiling import timed
+from .segments import SegmentedBM25
 from .tree import Tree
 
 K1, B = 1.5, 0.75
@@ -18,6 +23,10 @@ K1, B = 1.5, 0.75
 NEIGHBOUR_SHARE = 0.5
 # Tokens decoded beyond a block's ends, so that a word that straddles them is whole in both.
 OVERLAP = 4
+# Blocks read at once: bounds the memory that a long text takes on its way into the index.
+READ_BLOCKS = 4096
+# What a user and the model said, as `Document.kind` has it.
+TURN_KINDS = frozenset({"user", "assistant"})
 
 
 @dataclass(frozen=True)
@@ -31,16 +40,53 @@ class Hit:
     source: str | None
 
 
-class BlockIndex:
-    """Scores every complete block of K tokens against a text. `update` follows the tree as it grows."""
+def best_first(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
+    """Places of the `most` largest scores above 0, largest first; of equal ones the earliest. No sort of them all."""
+    if most < 1:
+        raise InputError(f"most: expected at least 1, got {most!r}")
+    found = (scores > 0).nonzero()[0]
+    if len(found) > most:
+        least = np.partition(scores[found], -most)[-most]
+        found = found[scores[found] >= least]
+    return found[np.argsort(-scores[found], kind="stable")][:most]
 
-    def __init__(self, tree: Tree, tokenizer: Tokenizer) -> None:
+
+class BlockIndex:
+    """Scores every complete block of K tokens against a text. `update` follows the tree as it grows.
+
+    directory: the memory's, in which `save` keeps the index; None keeps it nowhere.
+    """
+
+    def __init__(self, tree: Tree, tokenizer: Tokenizer, directory: Path | None = None) -> None:
         self.tree, self.tokenizer = tree, tokenizer
+        self._directory = directory
         self._stemmer = Stemmer.Stemmer("english")
-        self._words: dict[str, int] = {}
-        self._blocks: list[list[int]] = []
-        self._index: bm25s.BM25 | None = None
-        self._length = 0
+        self._index = SegmentedBM25(K1, B)
+        self._length = 0  # of the history that is indexed
+        self._turns = _TurnCounts(tree)
+        if directory is not None:
+            self._index.load(directory, self._settled(tree.length), self._about)
+
+    def _settled(self, length: int) -> int:
+        """Blocks of a history of `length` tokens that stay as they are read: the words that straddle their end are
+        complete."""
+        return max(0, length - OVERLAP) // self.tree.spec.block_size
+
+    def _about(self, blocks: int) -> dict[str, str]:
+        """What tells an index of the first `blocks` blocks from that of another history."""
+        size, first = self.tree.spec.block_size, self.tree.document_at(0)
+        last = self.tree.tokens(max(0, blocks - 1) * size, blocks * size)
+        return {
+            "tree": f"{first.created if first is not None else 0.0!r}",
+            "tokenizer": self.tree.spec.tokenizer,
+            "block_size": str(size),
+            "last_block": hashlib.sha256(last.tobytes()).hexdigest(),
+        }
+
+    def save(self) -> None:
+        """Keep the index on disk, so that the next start need not read the history again."""
+        if self._directory is not None:
+            self._index.save(self._directory, self._about)
 
     def text(self, start: int, stop: int) -> str:
         """The text of a span of tokens, cut to the history."""
@@ -52,46 +98,79 @@ class BlockIndex:
         )
         return stems
 
+    def _read(self, first: int, stop: int) -> list[list[str]]:
+        """Stems of blocks [first, stop)."""
+        size = self.tree.spec.block_size
+        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(first, stop)]
+        return self._stems(texts) if texts else []
+
     def update(self) -> None:
-        """Index what is new in the tree. A block is read again once the words that straddle its end are complete, so
-        that the index depends on the history alone and not on when it was made."""
-        size, length = self.tree.spec.block_size, self.tree.length
+        """Index what is new in the tree; costs what the new text costs. A block is read again once the words that
+        straddle its end are complete, so that the index depends on the history alone and not on when it was made."""
+        length = self.tree.length
         if length == self._length:
             return
-        settled = min(len(self._blocks), max(0, self._length - OVERLAP) // size)
-        del self._blocks[settled:]
-        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(settled, length // size)]
-        for stems in self._stems(texts) if texts else []:
-            self._blocks.append([self._words.setdefault(stem, len(self._words)) for stem in stems])
-        self._length = length
-        if self._blocks:
-            self._index = bm25s.BM25(k1=K1, b=B)
-            self._index.index((self._blocks, self._words), show_progress=False)
+        with timed("index"):
+            settled = self._settled(length)
+            for first in range(len(self._index), settled, READ_BLOCKS):
+                self._index.add(self._read(first, min(first + READ_BLOCKS, settled)))
+            self._index.add([], loose=self._read(settled, length // self.tree.spec.block_size))
+            self._length = length
 
     def scores(self, query: str) -> NDArray[np.float64]:
         """[blocks] BM25 of each block's text plus a share of its neighbours'; 0 for blocks that came after the last
-        `update`, whose cost grows with the history: it has its place at the start of a turn, not at every refocus."""
-        if self._index is None:
+        `update`, which has its place at the start of a turn, not at every refocus."""
+        if not self._length:
             self.update()
         own = np.zeros(self.tree.length // self.tree.spec.block_size)
-        stems = [stem for stem in self._stems([query])[0] if stem in self._words]
-        if self._index is None or not stems:
+        stems = self._stems([query])[0]
+        if not stems:
             return own
-        own[: len(self._blocks)] = self._index.get_scores(stems)
-        around = np.zeros_like(own)
-        around[1:] += own[:-1]
-        around[:-1] += own[1:]
-        return own + NEIGHBOUR_SHARE * around
+        found = self._index.scores(stems)
+        own[: len(found)] = found
+        result = own.copy()
+        result[1:] += NEIGHBOUR_SHARE * own[:-1]
+        result[:-1] += NEIGHBOUR_SHARE * own[1:]
+        return result
+
+    def turn_counts(self) -> NDArray[np.int64]:
+        """[blocks] how many prompts and answers have a part in each block; not to be written to."""
+        return self._turns.update()
 
     def search(self, query: str, top: int = 8) -> list[Hit]:
         """The best blocks, best first; blocks that match nothing are left out."""
         self.update()
         size, scores = self.tree.spec.block_size, self.scores(query)
-        order = np.argsort(-scores, kind="stable")[:top]
         hits = []
-        for block in order[scores[order] > 0]:
+        for block in best_first(scores, top):
             start, stop = int(block) * size, (int(block) + 1) * size
             document = self.tree.document_at(start)
             title = document.title if document is not None else None
             hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), title))
         return hits
+
+
+class _TurnCounts:
+    """Counts, per block, the documents that are part of the conversation, reading only those that are new."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._counts = np.zeros(0, np.int64)
+        self._from = 0  # first token of the last document seen: the only one that can still have grown
+        self._last = (0, 0)  # blocks counted for it
+
+    def update(self) -> NDArray[np.int64]:
+        size = self._tree.spec.block_size
+        blocks = -(-self._tree.length // size)
+        if blocks > len(self._counts):  # grown by half, so that growing costs no more than counting
+            self._counts = np.concatenate((self._counts, np.zeros(max(blocks, len(self._counts) // 2), np.int64)))
+        self._counts[slice(*self._last)] -= 1
+        self._last = (0, 0)
+        for document in self._tree.documents(self._from):
+            if document.start == document.stop:
+                continue
+            self._from, self._last = document.start, (0, 0)
+            if document.kind in TURN_KINDS:
+                self._last = (document.start // size, -(-document.stop // size))
+                self._counts[slice(*self._last)] += 1
+        return self._counts[: self._tree.length // size]

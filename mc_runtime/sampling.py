@@ -57,6 +57,8 @@ class Sampler:
         if p.temperature == 0:
             return int(logits.argmax())
         scores = logits.float().cpu() / p.temperature
+        if not p.top_k and p.top_p == 1:  # nothing to leave out: no sort of the vocabulary
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         order = scores.argsort(descending=True, stable=True)
         if p.top_k:
             order = order[: p.top_k]

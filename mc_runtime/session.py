@@ -49,7 +49,7 @@ class Session:
         cache = KVCache.allocate(decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device)
         reader = gist_reader(config.gist_kind, decoder, parts.gistnet)
         self.context = WorkingContext(tree, decoder, reader, config, cache)
-        self.retrieval = BlockIndex(tree, model.tokenizer)
+        self.retrieval = BlockIndex(tree, model.tokenizer, path)
         self._turns: list[TurnStats] = []
         self._frames: list[FocusFrame] = []
         self._streaming = self._closed = False
@@ -110,6 +110,7 @@ class Session:
             for stream in list(self._streams):
                 stream.close()
             save_snapshot(self.path, self.tree, self.context, self.focus)
+            self.retrieval.save()
         finally:
             self._closed = True
             self.tree.close()
@@ -118,6 +119,7 @@ class Session:
         """Save the Working Context; the text itself is safe from the moment that a call returns."""
         self._check_idle()
         save_snapshot(self.path, self.tree, self.context, self.focus)
+        self.retrieval.save()
 
     def __enter__(self) -> Session:
         return self
@@ -170,10 +172,12 @@ class Session:
     def _ingest(
         self, source: Source, kind: str, *, fast: bool, progress: Progress | None, score: float | None = None
     ) -> Document:
-        return ingest_document(
+        document = ingest_document(
             self.tree, self.builder, self.model.decoder, self.config, source, kind,
             fast=fast, progress=progress, score=score,
         )  # fmt: skip
+        self.retrieval.update()  # now, where time goes with the text, and not when the first question waits
+        return document
 
     # -- out of the memory ------------------------------------------------------------------------------------------
 
@@ -293,7 +297,7 @@ class Session:
         """Sizes, and what each turn of this session took."""
         nodes = {level: self.tree.count(level) for level in range(1, self.tree.n_levels + 1)}
         slots = self.context.entries.per_level()
-        documents = len(self.tree.documents())
+        documents = self.tree.count_documents()
         return SessionStats(self.tree.length, self.config.budget, slots, nodes, documents, list(self._turns))
 
     def _check_idle(self) -> None:

@@ -31,7 +31,6 @@ from ..workloads.base import error_rule
 from ..workloads.kv_splice import plain_rotate
 
 NAME = "llama.cpp"
-SLOW_TO_START = True
 CELL_PADDING = 256  # llama.cpp rounds a context up to a multiple
 NO_ROOM = 1  # llama_decode's status
 LOG_ERROR = 4

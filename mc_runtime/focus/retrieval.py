@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..retrieval import best_first
 from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
@@ -11,7 +12,6 @@ HALF_SCORE = 2.0
 # What was said in the conversation counts this share of what was read: earlier questions repeat the words of this one
 # without knowing the answer, and a small model that sees its earlier answers gives them again.
 TURN_SHARE = 0.5
-TURN_KINDS = ("user", "assistant")
 
 
 class RetrievalPolicy:
@@ -38,10 +38,8 @@ class RetrievalPolicy:
         # Recent text is shown anyway; above all the question itself, which nothing matches better.
         stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
         scores = view.retrieval.scores(view.query)[:stop]
-        size = view.context.config.block_size
-        for document in view.context.tree.documents():
-            if document.kind in TURN_KINDS:
-                scores[document.start // size : -(-document.stop // size)] *= TURN_SHARE
+        found = scores.nonzero()[0]
+        scores[found] *= TURN_SHARE ** view.retrieval.turn_counts()[found].astype(np.float64)
         if not len(scores) or scores.max() <= 0:
             return {}
         blocks, best = self._passages(scores)
@@ -53,8 +51,9 @@ class RetrievalPolicy:
         """Sorted blocks of the chosen passages, and the score of the best passage that each is in."""
         worth: dict[int, float] = {}
         centres = 0
-        for centre in np.argsort(-scores, kind="stable"):
-            if centres == self.passages or scores[centre] <= 0:
+        # A passage takes up its own blocks and no others: so many candidates give as many centres as there can be.
+        for centre in best_first(scores, max(1, self.passages) * (self.before + 1 + self.after)):
+            if centres == self.passages:
                 break
             if int(centre) in worth:
                 continue

@@ -133,7 +133,7 @@ class Catalogue:
                     result.levels[level] = FlagRuns.load(count, runs.get(level, ()))
             since = -1 if known is None else known.sequence
             documents = [
-                Document(**{**dict(zip(_FIELDS, row, strict=True)), "metadata": json.loads(row[-1])})
+                Document(*(*row[:-1], json.loads(row[-1])))
                 for row in self._db.execute(
                     f"SELECT {_DOCUMENT} FROM documents WHERE sequence > ? ORDER BY start, id", (since,)
                 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,18 +41,21 @@ class DocumentIndex:
         self.by_id: dict[int, Document] = {}
         self.last_id = 0
         """Highest id in use, 0 when empty."""
+        self.of_kind: Counter[str] = Counter()
+        """Documents of each kind."""
         self._order: list[tuple[int, int]] = []
 
     def put(self, document: Document) -> None:
         """Add `document`, or replace the one with its id (whose start is the same: documents only grow)."""
         if document.id not in self.by_id:
             insort(self._order, (document.start, document.id))
+            self.of_kind[document.kind] += 1
         self.by_id[document.id] = document
         self.last_id = max(self.last_id, document.id)
 
-    def in_order(self) -> list[Document]:
-        """All documents, by start, then by id."""
-        return [self.by_id[id] for _, id in self._order]
+    def in_order(self, start: int = 0) -> list[Document]:
+        """The documents that start at token `start` or later, by start, then by id."""
+        return [self.by_id[id] for _, id in self._order[bisect_left(self._order, (start, 0)) :]]
 
     def last_before(self, token: int, skip: int = 0) -> Document | None:
         """The last document with tokens that starts before `token`, leaving out the one with id `skip`."""

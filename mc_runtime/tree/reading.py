@@ -78,19 +78,26 @@ class TreeReads:
 
         Raises `InputError` when a node does not exist or has no stored keys and values.
         """
-        self._node_range(level, 0, 0)
-        nodes = checks.integers(index, "index").astype(np.int64)
-        if nodes.size and not 0 <= nodes.min() <= nodes.max() < self.count(level):
-            bad = nodes[(nodes < 0) | (nodes >= self.count(level))][0]
-            raise InputError(f"node {bad} of level {level} does not exist: there are {self.count(level)}")
+        nodes = self._nodes(level, index)
         contextual = self._stored(level, nodes, NodeFlag.KV, "keys and values")
         shape = (2, *self.spec.kv_shape)
         k, v = (self._gather(level, "kv", nodes, contextual, shape, part) for part in (0, 1))
         return k, v
 
-    def documents(self) -> list[Document]:
-        """All documents in the order of their tokens."""
-        return self._snapshot.documents.in_order()
+    def flags_at(self, level: int, index: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+        """`NodeFlag` bits of the nodes `index` [n] of `level` >= 1, in any order. Raises `InputError` when one does not
+        exist."""
+        nodes = self._nodes(level, index)
+        return self._snapshot.levels[level].at(nodes) if nodes.size else np.empty(0, np.uint8)
+
+    def documents(self, start: int = 0) -> list[Document]:
+        """All documents that start at token `start` or later, in the order of their tokens."""
+        return self._snapshot.documents.in_order(start)
+
+    def count_documents(self, kind: str | None = None) -> int:
+        """How many documents there are, of one kind if given."""
+        documents = self._snapshot.documents
+        return len(documents.by_id) if kind is None else documents.of_kind[kind]
 
     def document(self, id: int) -> Document:
         """The document with this id. Raises `InputError` when there is none."""
@@ -120,6 +127,15 @@ class TreeReads:
         if level < 1:
             raise InputError(f"nodes have levels from 1 on, not {level}; tokens are read with tokens()")
         return self._range(level, start, stop)
+
+    def _nodes(self, level: int, index: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """`index` as an array of nodes that exist."""
+        self._node_range(level, 0, 0)
+        nodes = checks.integers(index, "index").astype(np.int64)
+        if nodes.size and not 0 <= nodes.min() <= nodes.max() < self.count(level):
+            bad = nodes[(nodes < 0) | (nodes >= self.count(level))][0]
+            raise InputError(f"node {bad} of level {level} does not exist: there are {self.count(level)}")
+        return nodes
 
     def _stored(self, level: int, nodes: npt.NDArray[np.int64], flag: NodeFlag, what: str) -> npt.NDArray[np.bool_]:
         """Which of `nodes` are contextual; `InputError` unless all have `flag`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import torch
 from checks import words
 
 from mc_runtime import Session, profiling
@@ -92,3 +93,34 @@ def test_stats(memory: Callable[..., Session]) -> None:
     assert math.isnan(TurnStats().seconds_per_refocus)
     assert SessionStats(0, 1, {}, {}, 0, []).used == 0
     assert document.stop < stats.tokens
+
+
+def test_ranges_are_collected_by_what_they_stand_in() -> None:
+    with profiling.collect_ranges() as outer:
+        with profiling.timed("turn"):
+            with profiling.collect_ranges() as inner, profiling.timed("score"):
+                pass
+            with profiling.timed("score"):
+                pass
+        with pytest.raises(KeyError), profiling.timed("splice"), profiling.timed("moves"):
+            raise KeyError
+        with profiling.timed("score") as timer:
+            pass
+    with profiling.timed("late"):
+        pass
+    assert {name: len(seconds) for name, seconds in outer.items()} == {
+        "turn/score": 2, "turn": 1, "splice/moves": 1, "splice": 1, "score": 1,
+    }  # fmt: skip
+    assert list(inner) == ["turn/score"]
+    assert outer["score"] == [timer.seconds]
+    assert outer["turn"][0] >= sum(outer["turn/score"])
+
+
+def test_a_running_torch_profiler_sees_the_ranges(memory: Callable[..., Session]) -> None:
+    session = memory()
+    session.ingest(words(600))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        session.generate("what of the dog?", max_new_tokens=10)
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["decode"] == 10
+    assert {"prefill", "refocus", "index", "score", "allocate", "splice", "recompute"} <= set(counts)

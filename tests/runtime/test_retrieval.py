@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 from checks import words
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mc_runtime import Session
-from mc_runtime.retrieval import BlockIndex
+from mc_runtime.errors import InputError
+from mc_runtime.retrieval import BlockIndex, best_first
 
 Memory = Callable[..., Session]
 FACT = " The violet lighthouse is kept by Agnes. "
@@ -75,3 +80,90 @@ def test_texts_without_a_word(memory: Memory) -> None:
 def test_text_is_cut_to_the_history(memory: Memory) -> None:
     session = planted(memory)
     assert session.retrieval.text(-5, 10**6) == session.model.tokenizer.decode(session.tree.tokens().tolist())
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.5]), max_size=40), st.integers(1, 12))
+def test_best_first_is_a_stable_sort_cut_short(scores: list[float], most: int) -> None:
+    array = np.asarray(scores)
+    order = np.argsort(-array, kind="stable")
+    assert best_first(array, most).tolist() == order[array[order] > 0][:most].tolist()
+
+
+def test_best_first_wants_at_least_one() -> None:
+    with pytest.raises(InputError, match="most"):
+        best_first(np.ones(3), 0)
+
+
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks that are read into an index, call by call."""
+    counts: list[int] = []
+    plain = BlockIndex._read
+
+    def read(self: BlockIndex, first: int, stop: int) -> list[list[str]]:
+        counts.append(stop - first)
+        return plain(self, first, stop)
+
+    monkeypatch.setattr(BlockIndex, "_read", read)
+    return counts
+
+
+def test_a_turn_reads_what_is_new_and_not_the_history(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = memory(block_size=8)
+    session.ingest(words(4000), mode="fast")
+    counts, blocks = counted_reads(monkeypatch), session.tree.length // 8
+    for question in ("what of the dog?", "and the sea?"):
+        session.generate(question, max_new_tokens=20)
+    assert 0 < sum(counts) <= session.tree.length // 8 - blocks + len(counts)
+
+
+def test_a_reopened_memory_does_not_read_its_history_again(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = memory(block_size=8)
+    session.ingest(words(3000), mode="fast")
+    session.generate("what of the dog?", max_new_tokens=20)
+    expected = session.search("keeper of the lamp")
+    session.close()
+    counts = counted_reads(monkeypatch)
+    again = memory(block_size=8)
+    assert again.search("keeper of the lamp") == expected
+    assert sum(counts) <= 2
+    again.close()
+    # Gone, it is made anew.
+    for file in again.path.glob("search-*"):
+        file.unlink()
+    third = memory(block_size=8)
+    assert third.search("keeper of the lamp") == expected
+    assert sum(counts) > 300
+
+
+def test_an_index_of_another_history_is_not_taken_up(memory: Memory) -> None:
+    first, second = memory("first", block_size=8), memory("second", block_size=8)
+    for session, seed in ((first, 1), (second, 2)):
+        session.ingest(words(1000, seed), mode="fast")
+    expected = second.search("keeper of the lamp")
+    first.close()
+    second.close()
+    for file in first.path.glob("search-*"):
+        assert (second.path / file.name).exists()
+        shutil.copy(file, second.path / file.name)
+    again = memory("second", block_size=8)
+    assert again.search("keeper of the lamp") == expected
+
+
+def test_turns_are_counted_per_block(memory: Memory) -> None:
+    session = memory(block_size=8)
+
+    def expected() -> list[int]:
+        counts = np.zeros(session.tree.length // 8 + 1, np.int64)
+        for document in session.tree.documents():
+            if document.kind in ("user", "assistant"):
+                counts[document.start // 8 : -(-document.stop // 8)] += 1
+        return counts[: session.tree.length // 8].tolist()
+
+    assert session.retrieval.turn_counts().tolist() == expected()
+    for question in ("what of the dog?", "and the sea?", "the keeper?"):
+        session.ingest(words(70))
+        assert session.retrieval.turn_counts().tolist() == expected()
+        pieces = session.generate(question, stream=True, max_new_tokens=30)
+        for _ in pieces:  # the answer's document grows while it is counted
+            assert session.retrieval.turn_counts().tolist() == expected()
+    assert sum(expected()) > 10

@@ -250,6 +250,8 @@ def test_rows_that_are_not_stored(tree):
     for seen in before_and_after_reopening(tree):
         assert seen.flags(1).tolist() == [0, NodeFlag.CONTEXTUAL | NodeFlag.HIDDEN, NodeFlag.KV, NodeFlag.KV]
         assert seen.flags(1, 1, 3).tolist() == [6, 1]
+        assert seen.flags_at(1, [3, 0, 1, 1]).tolist() == [1, 0, 6, 6]
+        assert seen.flags_at(1, []).tolist() == seen.flags_at(2, []).tolist() == []
         assert torch.equal(seen.hidden(1, 1, 2), h[1:2])
         assert torch.equal(seen.kv(1, [3, 2])[1], v[[3, 2]])
         for read, parts in [
@@ -260,6 +262,8 @@ def test_rows_that_are_not_stored(tree):
             (lambda tree=seen: tree.kv(2, [0]), ("node 0", "there are 0")),
             (lambda tree=seen: tree.kv(0, [0]), ("level",)),
             (lambda tree=seen: tree.kv(1, [0.5]), ("integers",)),
+            (lambda tree=seen: tree.flags_at(1, [0, 4]), ("node 4", "there are 4")),
+            (lambda tree=seen: tree.flags_at(0, [0]), ("level",)),
             (lambda tree=seen: tree.summaries(0), ("level",)),
             (lambda tree=seen: tree.summaries(1, 0, 5), ("there are 4",)),
             (lambda tree=seen: tree.tokens(5, 3), ("tokens 5 to 3",)),
@@ -344,6 +348,10 @@ def test_documents(tree):
     )
     for seen in before_and_after_reopening(tree):
         assert seen.documents() == [first, second, third]
+        assert [[d.id for d in seen.documents(start)] for start in (0, 1, 6, 7, 15, 16)] == [
+            [1, 2, 3], [2, 3], [2, 3], [3], [3], [],
+        ]  # fmt: skip
+        assert [seen.count_documents(kind) for kind in (None, "system", "evidence", "tool")] == [3, 1, 1, 0]
         assert seen.document(2) == second
         found = [seen.document_at(i) for i in range(-1, 21)]
         assert [d and d.id for d in found] == [None, 1, 1, 1, 1, None, None, *[2] * 9, 3, 3, 3, None, None, None]
