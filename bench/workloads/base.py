@@ -130,7 +130,7 @@ class Workload(ABC):
 
 
 def error_rule(out: Sequence[Tensor], oracle: Sequence[Tensor], plain: Sequence[Tensor]) -> Check:
-    """The error rule of `mc_kernels.testing` over several outputs; the one nearest to its bound, or furthest over, is returned."""
+    """The error rule of `mc_kernels.testing` over several outputs: of the one that comes nearest to its bound."""
     checks: list[Check] = []
     for x, exact, yardstick in zip(out, oracle, plain, strict=True):
         if x.shape != exact.shape:
