@@ -26,7 +26,7 @@ from .peers import slow_to_start
 from .plots import draw, require_matplotlib
 from .rows import Report
 from .suite import Options, run_case
-from .table import furthest, limits_line, table
+from .table import furthest, limits_line, notes, table
 from .workloads import OPS, choose
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,6 +113,8 @@ def ops(
     for reason in dict.fromkeys(absent.values()):
         names = ", ".join(name for name, why in absent.items() if why == reason)
         console.print(f"skipped: {names} ({reason})", style="dim", highlight=False)
+    for note in notes(report):
+        console.print(note, style="dim", highlight=False)
     console.print(furthest(report), style="bold", highlight=False)
     failed = any(row.correct is False and not row.is_peer for row in report.rows)
     if old is not None:

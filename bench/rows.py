@@ -21,6 +21,7 @@ class Row:
     peer, peer_ratio: best peer, and its time over ours (above 1: we are faster), taken round by round; our rows only.
     correct, error: the oracle's verdict; the reason where it rejects or where the candidate cannot run.
     max_error: largest absolute difference from the oracle. cache: "cold" or "warm", and how it was made so.
+    same_work: False for a peer that does less, which is never the best one; note says what.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Row:
     error: str | None = None
     cache: str = "cold"
     note: str = ""
+    same_work: bool = True
 
     @property
     def key(self) -> tuple[str, ...]:

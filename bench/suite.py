@@ -93,7 +93,9 @@ def run_case(
     rows: list[Row] = []
     running: list[tuple[int, Candidate]] = []
     for candidate, absent in _candidates(workload, options, peers):
-        row = replace(blank, backend=candidate.name, is_peer=candidate.peer, note=candidate.note)
+        row = replace(
+            blank, backend=candidate.name, is_peer=candidate.peer, note=candidate.note, same_work=candidate.same_work
+        )
         if absent is not None:
             rows.append(replace(row, error=f"not available: {absent}"))
             continue
@@ -154,7 +156,7 @@ def _time(
 
 
 def _with_best_peer(rows: list[Row], timed: Mapping[str, Timed]) -> list[Row]:
-    rivals = [row for row in rows if row.is_peer and row.median_s is not None]
+    rivals = [row for row in rows if row.is_peer and row.same_work and row.median_s is not None]
     if not rivals:
         return rows
     best = min(rivals, key=lambda row: row.median_s or math.inf).backend

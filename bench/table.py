@@ -75,6 +75,18 @@ def furthest(report: Report) -> str:
     return text + (f"; best peer {worst.peer} takes {worst.peer_ratio:.2f}x ours." if worst.peer_ratio else ".")
 
 
+def notes(report: Report) -> list[str]:
+    """What a reader must know about rivals, each once."""
+    said: dict[tuple[str, str, bool], dict[str, None]] = {}
+    for row in report.rows:
+        if row.note:
+            said.setdefault((row.op, row.note, row.same_work), {})[row.backend] = None
+    return [
+        f"{op}, {'; '.join(names)}: {note}{'' if same else ' (never counted as best peer)'}"
+        for (op, note, same), names in said.items()
+    ]
+
+
 def limits_line(report: Report) -> str:
     """Limits and machine in two lines."""
     x, m = report.limits, report.machine

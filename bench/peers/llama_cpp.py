@@ -298,4 +298,6 @@ def offers(workload: Workload) -> list[Candidate]:
         f"rotates all keys in place ({bytes_touched(case, workload.dtype) / 1e6:.0f} MB of {stored} read and written); "
         "moves nothing, inserts nothing"
     )
-    return [Candidate(NAME, Shift.run, lambda x: Shift(model(), case, x), note=note, verify=Shift.verify)]
+    return [
+        Candidate(NAME, Shift.run, lambda x: Shift(model(), case, x), note=note, same_work=False, verify=Shift.verify)
+    ]

@@ -38,7 +38,8 @@ class Candidate:
     run: state -> anything; timed.
     prepare: inputs (an element of `Workload.inputs`) -> state; once per input, untimed. It may alias the inputs.
     result: (state, what `run` returned) -> the op's results in the op's own form; untimed, for the check.
-    note: what a reader must know about the comparison, for instance that it does less.
+    note: what a reader must know about the comparison.
+    same_work: False for a rival that does less (or other) work: it is shown, and never the best peer.
     verify: state -> verdict; runs once and judges itself, in place of `result`, where the result has another form.
     """
 
@@ -47,6 +48,7 @@ class Candidate:
     prepare: Callable[[Any], Any] = _same
     result: Callable[[Any, Any], Any] = _returned
     note: str = ""
+    same_work: bool = True
     peer: bool = True
     verify: Callable[[Any], Check] | None = None
 

@@ -58,7 +58,8 @@ def _absorb(q: Tensor, weight: Tensor, n_heads: int) -> Tensor:
     return per_head @ weight.unflatten(0, (n_heads, head_dim)) * head_dim**-0.5
 
 
-def _score(tensors: Sequence[Tensor], legal: Tensor | None, n_heads: int) -> Tensor:
+def score_formula(tensors: Sequence[Tensor], legal: Tensor | None, n_heads: int) -> Tensor:
+    """The formula in the dtype of `tensors` (entries, features, queries and the 18 weights) -> scores [N,2]."""
     (
         entries, features, queries, w_in, read_norm, read_q, read_k, read_v, read_out, mlp_norm, mlp_gate_up, mlp_down,
         score_norm, score_q, score_k, score_v, direct, head_in, head_bias, head_out, head_out_bias,
@@ -107,7 +108,7 @@ def lens_score_ref(
         entries, features, queries, w_in, read_norm, read_q, read_k, read_v, read_out, mlp_norm, mlp_gate_up, mlp_down,
         score_norm, score_q, score_k, score_v, direct, head_in, head_bias, head_out, head_out_bias,
     )  # fmt: skip
-    return _score([x.to(acc) for x in tensors], legal, n_heads)
+    return score_formula([x.to(acc) for x in tensors], legal, n_heads)
 
 
 @register("lens_score_backward", "ref")

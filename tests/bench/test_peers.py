@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.peers import hf_transformers, kvpress, lmcache, sdpa, torch_compile, torch_eager, vllm_cpu
+from bench.peers import hf_transformers, kvpress, lmcache, sdpa, torch_compile, torch_eager, torch_forms, vllm_cpu
 from bench.workloads import OPS, Workload
 from bench.workloads.base import PEER_ALLOWANCE
 from mc_kernels.context_attention.cases import Case as AttentionCase
@@ -86,11 +86,11 @@ def test_sdpa_head_by_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(sdpa, name)
 
 
-@pytest.mark.parametrize("cache_bytes", [0, torch_compile.CACHE_BYTES], ids=["in parts", "whole"])
+@pytest.mark.parametrize("cache_bytes", [0, torch_forms.CACHE_BYTES], ids=["in parts", "whole"])
 @pytest.mark.parametrize("name", sorted(OFFERED[torch_compile]))
 def test_the_formulas_to_compile(name: str, cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_compile, "_compiled", lambda function, mode: function)
-    monkeypatch.setattr(torch_compile, "CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(torch_forms, "CACHE_BYTES", cache_bytes)
     assert_right(torch_compile, name)
 
 

@@ -71,7 +71,7 @@ def test_json_of_a_real_run(tiny_cli: Callable[..., Any], tmp_path: Path) -> Non
     assert all(set(row) >= ROW_KEYS for row in data["rows"])
     assert all(row["correct"] and row["error"] is None for row in data["rows"])
     assert data["skipped"] == {"liger": "needs a CUDA device"}
-    assert "peer liger skipped: needs a CUDA device" in result.output
+    assert "skipped: liger (needs a CUDA device)" in result.output
     assert {"read_bandwidth", "copy_bandwidth", "matrix_rate"} <= set(data["limits"])
     assert {"cpu", "cores", "threads", "torch", "device", "load"} <= set(data["machine"])
     loaded = Report.load(out)

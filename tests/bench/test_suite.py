@@ -63,7 +63,8 @@ def test_every_op_is_covered() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_right_kernels_get_times(op: str, dtype: torch.dtype, limits: Limits) -> None:
     rows = run_case(op, TINY[op], options(dtype), limits, {"torch": torch_eager})
-    assert [row.backend for row in rows] == [*IMPLS[op], "torch"]
+    tuned = ["torch, tuned"] if op in torch_eager.TUNED_OPS else []
+    assert [row.backend for row in rows] == [*IMPLS[op], "torch", *tuned]
     for row in rows:
         assert row.correct, row.error
         assert row.error is None
