@@ -110,6 +110,9 @@ def kv_splice_(
         cannot serve. All before anything is written. Under `torch.compile` what needs values or addresses (positions,
         pages, aliasing) is not checked.
 
+    Under `torch.compile`, torch 2.13 keeps the offsets of the first call where k and v are interleaved views of one
+    allocation whose offset changes between calls (some of its layers): pass the whole cache, or separate allocations.
+
     Not differentiable: with gradients enabled, tensors that require them are refused.
     Source: RoFormer (Su et al. 2021); re-rotation composes because rotations by p and d multiply to one by p + d.
     """
