@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mc_kernels.registry import BACKENDS
+
 from .compare import compare, comparison_table
 from .e2e.command import e2e
 from .limits import Limits
@@ -55,7 +57,7 @@ def pick_peers(names: str, device: torch.device) -> tuple[dict[str, ModuleType],
 def ops(
     ctx: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help=f"Op ({', '.join(x.removesuffix('_') for x in OPS)}).")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backend (ref, cpu, triton, cuda).")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help=f"Backend ({', '.join(BACKENDS)}).")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Part of a case's name; picks from all cases.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16 (default) or fp16.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -79,6 +81,8 @@ def ops(
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device: expected a device that is here, got cuda (no CUDA device)")
+    if unknown := [b for b in backend or () if b not in BACKENDS]:
+        raise typer.BadParameter(f"--backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
     if unknown := [d for d in dtype or () if d not in DTYPES]:
         raise typer.BadParameter(f"--dtype: expected some of {', '.join(DTYPES)}, got {', '.join(unknown)}")
     if out is not None and out.suffix not in (".json", ".csv"):

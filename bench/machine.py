@@ -36,6 +36,18 @@ def last_level_cache(device: torch.device) -> int:
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=ASSUMED_CACHE)
 
 
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated without swapping; None where the operating system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
 def commit() -> str:
     """The commit of the working tree, with `+` where it has changes; "unknown" outside a repository."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .limits import Limits, flusher
-from .machine import last_level_cache
+from .machine import available_memory, last_level_cache
 from .rows import Row
 from .timing import Burst, Timed, interleave, ratio
 from .workloads import OPS, Candidate, Workload
@@ -21,6 +21,8 @@ from .workloads.base import PEER_ALLOWANCE
 # Rotating inputs are together this many times the largest cache, and never more than the second number.
 ROTATION = 4
 ROTATION_BYTES = 1 << 30
+# Inputs, those of a rival with a layout of its own, and the temporaries of one that works out of place.
+WORKING_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,20 @@ def _candidates(
             found.append((Candidate(name, lambda _: None, peer=False), candidate))
         else:
             found.append((candidate, None))
-    for module in peers.values():
-        found += [(candidate, None) for candidate in module.offers(workload)]
+    for name, module in peers.items():
+        try:
+            found += [(candidate, None) for candidate in module.offers(workload)]
+        except Exception as error:  # as with what a candidate raises: the table shows it
+            found.append((Candidate(name, lambda _: None), f"{type(error).__name__}: {error}".splitlines()[0][:200]))
     return found
+
+
+def lacking_memory(op: str, case: Any, options: Options, copies: int) -> str | None:
+    """Why a case is not begun: its inputs and what rivals make of them would not fit."""
+    needed, free = WORKING_COPIES * copies * OPS[op].touched(case, options.dtype), available_memory(options.device)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
 
 def run_case(
@@ -84,12 +97,13 @@ def run_case(
 ) -> list[Row]:
     """Rows of all candidates on a case, ours first. A candidate that raises or is wrong gets its error, not a time."""
     cache = plan_cache(op, case, options)
-    workload = OPS[op](case, options.dtype, options.device, cache.copies)
-    dtype = str(options.dtype).removeprefix("torch.")
     blank = Row(
-        op.removesuffix("_"), case.name, "", str(options.device), dtype, workload.bytes, workload.flops,
-        cache=cache.label,
+        op.removesuffix("_"), case.name, "all", str(options.device), str(options.dtype).removeprefix("torch."),
+        case.bytes(options.dtype), case.flops(), cache=cache.label,
     )  # fmt: skip
+    if (reason := lacking_memory(op, case, options, cache.copies)) is not None:
+        return [replace(blank, error=reason)]
+    workload = OPS[op](case, options.dtype, options.device, cache.copies)
     rows: list[Row] = []
     running: list[tuple[int, Candidate]] = []
     for candidate, absent in _candidates(workload, options, peers):

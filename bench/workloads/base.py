@@ -120,11 +120,10 @@ class Workload(ABC):
         return judge(candidate.result(state, candidate.run(state)))
 
     def backends(self, only: Sequence[str] = ()) -> Iterator[tuple[str, Candidate | str]]:
-        """Our backends: a candidate each, or the reason why it cannot run here."""
-        for name, impl in IMPLS[self.op].items():
-            if only and name not in only:
-                continue
-            reason = impl.available()
+        """Our backends, or those of `only`: a candidate each, or the reason why it cannot run here."""
+        for name in only or IMPLS[self.op]:
+            impl = IMPLS[self.op].get(name)
+            reason = "not implemented for this op" if impl is None else impl.available()
             yield name, reason if reason is not None else self.backend(name)
 
     def backend(self, name: str) -> Candidate:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -318,3 +318,29 @@ def test_every_peer_module_keeps_the_contract() -> None:
         if reason is None:
             for op, case in TINY.items():
                 assert isinstance(module.offers(OPS[op](case, torch.float32, CPU)), list)
+
+
+def test_a_backend_that_an_op_lacks_is_named(limits: Limits) -> None:
+    (row,) = run_case("gist_pool", TINY["gist_pool"], options(torch.float32, "cuda"), limits, {})
+    assert row.backend == "cuda"
+    assert row.error == "not available: not implemented for this op"
+    assert row.median_s is None
+
+
+def test_a_peer_that_cannot_make_its_offer_ends_nothing(limits: Limits) -> None:
+    def broken(_: Any) -> Any:
+        raise OSError("no such library")
+
+    peer = SimpleNamespace(NAME="broken", offers=broken)
+    rows = {row.backend: row for row in run_case("gist_pool", TINY["gist_pool"], options(), limits, {"broken": peer})}
+    assert rows["broken"].error == "not available: OSError: no such library"
+    assert rows["broken"].is_peer
+    assert rows["ref"].median_s
+
+
+def test_a_case_that_does_not_fit_is_not_begun(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "available_memory", lambda _: 1000)
+    (row,) = run_case("gist_pool", TINY["gist_pool"], options(), limits, {})
+    assert row.error is not None
+    assert row.error.startswith("needs about")
+    assert row.correct is None
