@@ -13,6 +13,8 @@ from rich.table import Table
 
 from . import inspection
 from .errors import MegaContextError
+from .eval.command import app as eval_app
+from .train.command import app as train_app
 
 app = typer.Typer(
     name="mc",
@@ -204,6 +206,10 @@ def inspect(
             documents.add_row(*row)
         out.print(documents)
         out.print(inspection.saved_focus_map(tree, columns), soft_wrap=True)
+
+
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:

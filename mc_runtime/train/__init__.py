@@ -1,0 +1,1 @@
+"""Training of GistNet and LensNet on a frozen base model."""

@@ -1,0 +1,92 @@
+"""How a training sample sees its past: which entries of a sequence stand in the context, as tokens or as gists.
+
+A layout is drawn, not computed: a share of the blocks is gisted (often all, as in a long memory; else a random share),
+the first token or the whole first block stays as the sink, and some runs of K gists become one of level 2.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One context entry: a token of the sequence (level 0), or the gist number `index` of a level."""
+
+    level: int
+    index: int
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """whole: share of samples whose blocks are all gisted. sink_block: share that keep the first block at full detail
+    (the others keep the first token). level2: share of the complete runs of K gists that become one entry.
+    true_positions: share of samples at global instead of packed positions."""
+
+    whole: float = 0.6
+    sink_block: float = 0.5
+    level2: float = 0.0
+    true_positions: float = 0.15
+
+
+def draw_layout(rng: random.Random, blocks: int, size: int, options: LayoutOptions) -> list[Entry]:
+    """Entries for a past of `blocks` blocks of `size` tokens, in timeline order."""
+    share = 1.0 if rng.random() < options.whole else rng.random()
+    entries: list[Entry] = []
+    if rng.random() < options.sink_block:
+        entries += [Entry(0, i) for i in range(size)]
+        first = 1
+    else:
+        entries.append(Entry(0, 0))
+        first = 0
+    block = first
+    while block < blocks:
+        if block % size == 0 and block + size <= blocks and rng.random() < options.level2:
+            entries.append(Entry(2, block // size))
+            block += size
+            continue
+        if rng.random() < share:
+            entries.append(Entry(1, block))
+        else:
+            entries += [Entry(0, i) for i in range(block * size, (block + 1) * size)]
+        block += 1
+    return entries
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Layouts of several samples as index tensors. index: [n, S] into tokens, then level-1 gists, then level-2 gists of
+    the sample's sequence; position: [n, S], -1 where a shorter sample is padded; start: [n], the position of the first
+    token that is run."""
+
+    index: Tensor
+    position: Tensor
+    start: Tensor
+
+
+def gather_layouts(
+    layouts: Sequence[Sequence[Entry]], cuts: Sequence[int], tokens: int, size: int, packed: Sequence[bool]
+) -> Gathered:
+    """cuts: where each sample's past ends; tokens: length of a sequence; packed: rank positions (else span centres)."""
+    longest = max(len(layout) for layout in layouts)
+    level1 = tokens // size
+    index = torch.zeros(len(layouts), longest, dtype=torch.int64)
+    position = torch.full((len(layouts), longest), -1, dtype=torch.int64)
+    start = torch.zeros(len(layouts), dtype=torch.int64)
+    base = (0, tokens, tokens + level1)
+    for row, (layout, cut, is_packed) in enumerate(zip(layouts, cuts, packed, strict=True)):
+        index[row, : len(layout)] = torch.tensor([base[e.level] + e.index for e in layout])
+        if is_packed:
+            position[row, : len(layout)] = torch.arange(len(layout))
+            start[row] = len(layout)
+        else:
+            spans = [size**e.level for e in layout]
+            centres = [e.index * s + (s - 1) // 2 for e, s in zip(layout, spans, strict=True)]
+            position[row, : len(layout)] = torch.tensor(centres)
+            start[row] = cut
+    return Gathered(index, position, start)
