@@ -41,30 +41,30 @@ def table(report: Report) -> Table:
         ("spread", "right"), ("rate", "right"), ("of limit", "right"), ("best peer / ours", "right"), ("cache", "left"),
     ):  # fmt: skip
         out.add_column(name, justify=justify, no_wrap=name not in ("median", "cache"))  # type: ignore[arg-type]
-    last: tuple[str, str] | None = None
+    last: tuple[str, ...] | None = None
     for row in report.rows:
         style = "red" if row.correct is False else "dim" if row.is_peer or row.median_s is None else "bold"
-        head = (row.op, row.case) if (row.op, row.case) != last else ("", "")
-        if last is not None and head[0]:
+        measured_together = row.op, row.case, row.dtype
+        first = measured_together != last
+        if first and last is not None:
             out.add_row()
-        last = row.op, row.case
-        dtype = row.dtype if head[0] else ""
-        out.add_row(
-            head[0], head[1], dtype, Text(row.backend, style), *(Text(x, style) for x in _cells(row)),
-            row.cache if head[0] else "",
-        )  # fmt: skip
+        last = measured_together
+        head = measured_together if first else ("", "", "")
+        cells = (Text(x, style) for x in _cells(row))
+        out.add_row(*head, Text(row.backend, style), *cells, row.cache if first else "")
     return out
 
 
 def furthest(report: Report) -> str:
     """The one line that matters: which op, served by its best backend, is furthest from its limit."""
-    best: dict[tuple[str, str], Row] = {}
+    best: dict[tuple[str, ...], Row] = {}
     for row in report.rows:
         if row.is_peer or row.median_s is None:
             continue
-        known = best.get((row.op, row.case))
+        key = row.op, row.case, row.dtype
+        known = best.get(key)
         if known is None or row.median_s < (known.median_s or 0.0):
-            best[row.op, row.case] = row
+            best[key] = row
     if not best:
         return "Nothing was timed."
     worst = min(best.values(), key=lambda row: row.fraction_of_limit or 0.0)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +212,12 @@ def test_bytes_and_flops_are_counted(op: str) -> None:
     for case in [*CASES[op], TINY[op]]:
         assert case.bytes(torch.bfloat16) > 0, case.name
         assert case.flops() > 0 or op == "kv_splice_", case.name
+
+
+def test_two_dtypes_of_a_case_stand_apart() -> None:
+    """Each has its own head, and the faster dtype does not hide the other from the line that matters."""
+    slow = replace(timed("gist_pool", 2e-3, 0.01), dtype="float32")
+    both = report(timed("gist_pool", 1e-3, 0.5), slow)
+    dtypes = list(table(both).columns[2].cells)
+    assert [x for x in dtypes if x] == ["bfloat16", "float32"]
+    assert "1.0%" in furthest(both)
