@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from .jsonable import plain
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,6 @@ class Row:
         return self.flops / self.median_s if self.median_s else None
 
 
-def _finite(x: Any) -> Any:
-    """x with None for every number that JSON does not know."""
-    if isinstance(x, dict):
-        return {name: _finite(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 @dataclass
 class Report:
     """Everything of a run. `limits` and `machine` are of the same run as the rows."""
@@ -91,7 +83,7 @@ class Report:
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in self.rows)
         else:
-            path.write_text(json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n")
+            path.write_text(json.dumps(plain(asdict(self)), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Report:

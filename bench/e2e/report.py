@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.jsonable import plain
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,4 @@ class EndToEndReport:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_plain(asdict(self)), indent=1) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say: NaN, which it cannot, becomes null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        path.write_text(json.dumps(plain(asdict(self)), indent=1) + "\n", encoding="utf-8")
