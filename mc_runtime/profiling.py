@@ -3,6 +3,7 @@ trace of a running torch profiler, and for whoever collects their times."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,16 @@ except ImportError:  # the extra `profile` is optional
     nvtx = None
 
 _collected: list[dict[str, list[float]]] = []
-_open: list[str] = []
+
+
+class _Open(threading.local):
+    """Names of the ranges that a thread is in."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_open = _Open()
 
 
 class Timer:
@@ -30,7 +40,7 @@ def timed(name: str) -> Iterator[Timer]:
     timer = Timer()
     handle = nvtx.start_range(message=name, domain="megacontext") if nvtx is not None else None
     trace = torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
-    _open.append(name)
+    _open.names.append(name)
     start = time.perf_counter()
     try:
         with trace:
@@ -40,8 +50,8 @@ def timed(name: str) -> Iterator[Timer]:
         if handle is not None:
             nvtx.end_range(handle)
         for times in _collected:
-            times.setdefault("/".join(_open), []).append(timer.seconds)
-        _open.pop()
+            times.setdefault("/".join(_open.names), []).append(timer.seconds)
+        _open.names.pop()
 
 
 @contextmanager
