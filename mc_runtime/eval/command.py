@@ -40,6 +40,7 @@ def substitutability(
 ) -> None:
     """How well far / 32 slots stand for `far` tokens: NLL of the next true tokens, and the share of the context's
     benefit that is recovered, with 95% bootstrap intervals."""
+    from mc_runtime.config import MemoryConfig
     from mc_runtime.gistnet import GistNet
     from mc_runtime.model import cache_dir, load_model
     from mc_runtime.train.command import parse_texts
@@ -52,7 +53,7 @@ def substitutability(
     from .substitutability import Setting
     from .substitutability import substitutability as measure
 
-    size = 32
+    size = MemoryConfig().block_size
     if far < size or far % size:
         raise InputError(f"far: expected a positive multiple of {size}, got {far}")
     for name, value in (("recent", recent), ("targets", targets), ("n", n)):

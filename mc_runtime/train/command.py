@@ -58,6 +58,7 @@ def gist(
     import torch.distributed as dist
 
     from mc_kernels import GistPoolWeights
+    from mc_runtime.config import MemoryConfig
     from mc_runtime.gistnet import GistNet
     from mc_runtime.model import cache_dir, load_model
 
@@ -73,7 +74,7 @@ def gist(
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         loaded = load_model(model)
-        c, size = loaded.config, 32
+        c, size = loaded.config, MemoryConfig().block_size
         with console.status("tokenising"):
             corpora = [Corpus.open(p, loaded.tokenizer, cache_dir() / "tokens", weight=w) for p, w in files]
         net = GistNet.untrained(loaded.decoder, size) if start is None else GistNet.load(start, loaded.decoder, size)

@@ -18,26 +18,27 @@ class _SoftTargetLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, teacher: Tensor | None, targets: Tensor, head: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden)
-        total, plain = 0.0, 0.0
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        nll = torch.zeros_like(total)
         for i in range(0, len(hidden), ROWS):
             rows = slice(i, i + ROWS)
             log_p = F.log_softmax((hidden[rows] @ head.T).float(), dim=-1)
             at_target = log_p.gather(1, targets[rows, None])[:, 0]
-            plain -= float(at_target.sum())
-            total -= (1.0 - share) * float(at_target.sum())
+            nll -= at_target.sum()
             residual = log_p.exp()
             if teacher is not None and share > 0:
                 log_t = F.log_softmax((teacher[rows] @ head.T).float(), dim=-1)
                 t = log_t.exp()
-                total += share * float((t * (log_t - log_p)).sum())
+                total += (t * (log_t - log_p)).sum()
                 residual.sub_(t, alpha=share)
             hard = torch.full((len(at_target), 1), 1.0 - share, device=hidden.device)
             residual.scatter_add_(1, targets[rows, None], -hard)
             gradient[rows] = residual.to(head.dtype) @ head
         gradient /= len(hidden)
+        total, nll = total / len(hidden), nll / len(hidden)
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(nll := torch.tensor(plain / len(hidden)))
-        return torch.tensor(total / len(hidden)), nll
+        ctx.mark_non_differentiable(nll)
+        return share * total + (1.0 - share) * nll, nll
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

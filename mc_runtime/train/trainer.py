@@ -1,7 +1,8 @@
 """The optimisation loop: AdamW with warm-up and cosine decay, gradient accumulation, EMA, exact resume, a log in JSONL.
 
 A run lives in one directory: `state.pt` (everything that a resume needs), `log.jsonl` (a line per step). Stopping at a
-checkpoint and resuming gives the numbers that an uninterrupted run gives.
+checkpoint and resuming gives the numbers that an uninterrupted run gives, on one process; of several, all but the first
+go on with new samples.
 """
 
 from __future__ import annotations
