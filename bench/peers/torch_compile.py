@@ -11,6 +11,7 @@ import shutil
 from typing import Any
 
 import torch
+import torch._inductor.cudagraph_trees  # importing it compiles; left to `reset`, that breaks the loop it runs in
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
