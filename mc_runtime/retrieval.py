@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def best_first(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     return found[np.argsort(-scores[found], kind="stable")][:most]
 
 
+def _stems(texts: Sequence[str], stemmer: Stemmer.Stemmer) -> list[list[str]]:
+    stems: list[list[str]] = bm25s.tokenize(
+        list(texts), stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
+    )
+    return stems
+
+
+def _with_neighbours(own: NDArray[np.float64]) -> NDArray[np.float64]:
+    result = own.copy()
+    result[1:] += NEIGHBOUR_SHARE * own[:-1]
+    result[:-1] += NEIGHBOUR_SHARE * own[1:]
+    return result
+
+
+def score_blocks(tokenizer: Tokenizer, ids: NDArray[np.integer], size: int, query: str) -> NDArray[np.float64]:
+    """[len(ids) // size]: what a `BlockIndex` over a history of these tokens alone gives."""
+    stemmer = Stemmer.Stemmer("english")
+    spans = [(max(0, i - OVERLAP), i + size + OVERLAP) for i in range(0, len(ids) // size * size, size)]
+    words = _stems([query], stemmer)[0]
+    if not words or not spans:
+        return np.zeros(len(spans))
+    index = SegmentedBM25(K1, B)
+    index.add(_stems([tokenizer.decode(ids[a:b].tolist()) for a, b in spans], stemmer))
+    return _with_neighbours(index.scores(words))
+
+
 class BlockIndex:
     """Scores every complete block of K tokens against a text. `update` follows the tree as it grows.
 
@@ -92,17 +119,11 @@ class BlockIndex:
         """The text of a span of tokens, cut to the history."""
         return self.tokenizer.decode(self.tree.tokens(max(start, 0), min(stop, self.tree.length)).tolist())
 
-    def _stems(self, texts: list[str]) -> list[list[str]]:
-        stems: list[list[str]] = bm25s.tokenize(
-            texts, stopwords="en", stemmer=self._stemmer, return_ids=False, show_progress=False
-        )
-        return stems
-
     def _read(self, first: int, stop: int) -> list[list[str]]:
         """Stems of blocks [first, stop)."""
         size = self.tree.spec.block_size
         texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(first, stop)]
-        return self._stems(texts) if texts else []
+        return _stems(texts, self._stemmer) if texts else []
 
     def update(self) -> None:
         """Index what is new in the tree; costs what the new text costs. A block is read again once the words that
@@ -123,15 +144,12 @@ class BlockIndex:
         if not self._length:
             self.update()
         own = np.zeros(self.tree.length // self.tree.spec.block_size)
-        stems = self._stems([query])[0]
+        stems = _stems([query], self._stemmer)[0]
         if not stems:
             return own
         found = self._index.scores(stems)
         own[: len(found)] = found
-        result = own.copy()
-        result[1:] += NEIGHBOUR_SHARE * own[:-1]
-        result[:-1] += NEIGHBOUR_SHARE * own[1:]
-        return result
+        return _with_neighbours(own)
 
     def turn_counts(self) -> NDArray[np.int64]:
         """[blocks] how many prompts and answers have a part in each block; not to be written to."""

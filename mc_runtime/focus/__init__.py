@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mc_runtime.lensnet import LensNet
 
 __all__ = [
+    "LENSNET_POLICIES",
     "POLICIES",
     "AttentionPolicy",
     "BlendPolicy",
@@ -41,13 +42,20 @@ POLICIES: dict[str, Callable[[], FocusPolicy]] = {
 }
 
 
+# Policies that need trained weights too.
+LENSNET_POLICIES: dict[str, Callable[[LensNet], FocusPolicy]] = {
+    "lensnet": LensNetPolicy,
+    "lensnet+retrieval": lambda net: BlendPolicy([(1.0, LensNetPolicy(net)), (1.0, RetrievalPolicy())]),
+}
+
+
 def make_policy(name: str, lensnet: LensNet | None = None) -> FocusPolicy:
-    """A policy by name; `lensnet` is the one that needs trained weights. Raises InputError for a name that is not
-    known, and for `lensnet` without weights."""
-    if name == "lensnet":
+    """A policy by name; `lensnet` is for those of `LENSNET_POLICIES`. Raises InputError for a name that is not known,
+    and for one of these without weights."""
+    if name in LENSNET_POLICIES:
         if lensnet is None:
-            raise InputError("policy: lensnet needs trained weights; give lensnet=path of a safetensors file")
-        return LensNetPolicy(lensnet)
+            raise InputError(f"policy: {name} needs trained weights; give lensnet=path of a safetensors file")
+        return LENSNET_POLICIES[name](lensnet)
     if name not in POLICIES:
-        raise InputError(f"policy: expected one of {', '.join(POLICIES)}, lensnet, got {name!r}")
+        raise InputError(f"policy: expected one of {', '.join((*POLICIES, *LENSNET_POLICIES))}, got {name!r}")
     return POLICIES[name]()

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .leaves import Leaves, find_leaves, parents_of
 from .retrieval import HALF_SCORE
 from .view import Floats, FocusView, Ints
 
@@ -81,19 +83,7 @@ class LensInputs:
 
     def parents(self) -> tuple[Ints, Ints]:
         """[N], [N]: level and index of the node that each leaf collapses into."""
-        return self.levels + 1, np.where(self.levels > 0, self.index // self.block_size, self.index)
-
-
-@dataclass(frozen=True)
-class _Leaves:
-    """[n] each, int64: rank of the first entry and number of entries; level, index, first token and tokens covered."""
-
-    rank: Ints
-    slots: Ints
-    levels: Ints
-    index: Ints
-    starts: Ints
-    spans: Ints
+        return parents_of(self.levels, self.index, self.block_size)
 
 
 def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]] = ()) -> LensInputs:
@@ -106,14 +96,9 @@ def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]
     context, entries = view.context, view.context.entries
     if view.mass is not None and (view.mass.ndim != 2 or not len(view.mass) or view.mass.shape[1] != len(entries)):
         raise ValueError(f"mass: expected [L, {len(entries)}] with L >= 1, got {list(view.mass.shape)}")
-    leaves = _find_leaves(context)
-    columns = {name: np.zeros(len(leaves.rank)) for name in FEATURES}
-    if len(leaves.rank):
-        _place_columns(columns, leaves, context)
-        _retrieval_columns(columns, leaves, view, context.config.block_size)
-        if view.mass is not None:
-            _mass_columns(columns, leaves, view.mass, context.config.block_size)
-    features = np.stack([columns[name] for name in FEATURES], axis=1).astype(np.float32)
+    leaves = find_leaves(entries, context.tree.count(1), context.length)
+    scores = view.retrieval.scores(view.query)[: view.recent_start // context.config.block_size]
+    features = feature_rows(leaves, view.mass, scores if view.query.strip() else None)
     device = context.decoder.device
     with torch.no_grad():
         rows = _summaries(context, np.maximum(leaves.levels, 1), leaves.index)
@@ -123,34 +108,35 @@ def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]
     return LensInputs(leaves.levels, leaves.index, size, rows, torch.from_numpy(features).to(device), queries, legal)
 
 
-def _find_leaves(context: WorkingContext) -> _Leaves:
-    entries, size = context.entries, context.config.block_size
-    levels = entries.levels.astype(np.int64)
-    gists, tokens = (levels > 0).nonzero()[0], (levels == 0).nonzero()[0]
-    blocks, first, counts = np.unique(entries.index[tokens] // size, return_index=True, return_counts=True)
-    full = (counts == size) & (blocks < context.tree.count(1))
-    rank = np.concatenate((gists, tokens[first[full]]))
-    order = np.argsort(rank)
-    rank = rank[order]
-    index = np.concatenate((entries.index[gists], blocks[full]))[order]
-    levels = levels[rank]
-    spans = np.int64(size) ** np.maximum(levels, 1)
-    return _Leaves(rank, np.where(levels > 0, 1, size), levels, index, index * spans, spans)
+def feature_rows(leaves: Leaves, mass: Floats | None, block_scores: Floats | None) -> NDArray[np.float32]:
+    """[n, F], columns as `FEATURES` names them.
+
+    mass: [L, entries] attention that the newest tokens paid to each entry of the layout, by rank, or None.
+    block_scores: BM25 of the history's blocks, from the first to the last that is not recent text, or None.
+    """
+    columns = {name: np.zeros(len(leaves)) for name in FEATURES}
+    if len(leaves):
+        _place_columns(columns, leaves)
+        if block_scores is not None:
+            _retrieval_columns(columns, leaves, block_scores)
+        if mass is not None:
+            _mass_columns(columns, leaves, mass)
+    return np.stack([columns[name] for name in FEATURES], axis=1).astype(np.float32)
 
 
-def _place_columns(columns: dict[str, Floats], leaves: _Leaves, context: WorkingContext) -> None:
+def _place_columns(columns: dict[str, Floats], leaves: Leaves) -> None:
     stops = leaves.starts + leaves.spans
     columns["level_over_4"] = leaves.levels / 4
     columns["is_tokens"] = (leaves.levels == 0).astype(np.float64)
     columns["log_span_over_8"] = np.log(leaves.spans) / 8
-    columns["log_distance_over_8"] = np.log1p(np.maximum(context.length - stops, 0)) / 8
-    columns["log_rank_distance_over_8"] = np.log1p(len(context.entries) - leaves.rank - leaves.slots) / 8
-    columns["place"] = leaves.starts / max(context.length, 1)
+    columns["log_distance_over_8"] = np.log1p(np.maximum(leaves.length - stops, 0)) / 8
+    columns["log_rank_distance_over_8"] = np.log1p(leaves.entries - leaves.rank - leaves.slots) / 8
+    columns["place"] = leaves.starts / max(leaves.length, 1)
     columns["is_first"] = (leaves.starts == 0).astype(np.float64)
 
 
-def _retrieval_columns(columns: dict[str, Floats], leaves: _Leaves, view: FocusView, size: int) -> None:
-    scores = view.retrieval.scores(view.query) if view.query.strip() else np.zeros(0)
+def _retrieval_columns(columns: dict[str, Floats], leaves: Leaves, scores: Floats) -> None:
+    size = leaves.block_size
     top = float(scores.max()) if len(scores) else 0.0
     if top <= 0:
         return
@@ -167,7 +153,7 @@ def _log_mass(density: Floats) -> Floats:
     return np.log(np.maximum(density, LEAST_MASS)) / 2
 
 
-def _mass_columns(columns: dict[str, Floats], leaves: _Leaves, mass: Floats, size: int) -> None:
+def _mass_columns(columns: dict[str, Floats], leaves: Leaves, mass: Floats) -> None:
     n_layers, n = mass.shape
     even = mass.sum(axis=1, keepdims=True) / n
     density = mass / np.where(even > 0, even, 1.0)  # [L, N]
@@ -184,16 +170,15 @@ def _mass_columns(columns: dict[str, Floats], leaves: _Leaves, mass: Floats, siz
     columns["log_mass_near_over_2"] = _log_mass((around[:-2] + around[2:]) / 2)
     blocks = (leaves.levels == 0).nonzero()[0]
     if len(blocks):
-        tokens = density.mean(axis=0)[leaves.rank[blocks, None] + np.arange(size)]  # [blocks, K]
+        tokens = density.mean(axis=0)[leaves.rank[blocks, None] + np.arange(leaves.block_size)]  # [blocks, K]
         ratio = tokens.max(axis=1) / np.maximum(tokens.mean(axis=1), LEAST_MASS)
-        columns["mass_peak"][blocks] = np.log(np.maximum(ratio, 1.0)) / np.log(size)
+        columns["mass_peak"][blocks] = np.log(np.maximum(ratio, 1.0)) / np.log(leaves.block_size)
 
 
-def _legal(leaves: _Leaves, context: WorkingContext, pinned: Sequence[tuple[int, int]]) -> np.ndarray:
+def _legal(leaves: Leaves, context: WorkingContext, pinned: Sequence[tuple[int, int]]) -> np.ndarray:
     """[n, 2] bool. A collapse is legal into a stored parent of which no part is pinned."""
     tree, size = context.tree, context.config.block_size
-    level = leaves.levels + 1
-    index = np.where(leaves.levels > 0, leaves.index // size, leaves.index)
+    level, index = leaves.parents()
     counts = np.asarray([tree.count(one) for one in range(int(level.max(initial=0)) + 1)])
     collapse = index < counts[level]
     head = tree.document_at(0) if tree.length else None
@@ -218,23 +203,31 @@ def _summaries(context: WorkingContext, levels: Ints, index: Ints) -> Tensor:
 
 
 def _queries(view: FocusView, mu: Tensor) -> Tensor:
-    """[Q, E] fp32, see `WINDOWS` and `NEWEST_GISTS`; one row of zeros if there is nothing at all."""
     context = view.context
     stored, newest = context.tree.length, max(WINDOWS)
     ids = context.tree.tokens(max(0, stored - newest)).astype(np.int64).tolist() + context.pending
-    rows: list[Tensor] = []
-    if ids:
-        embeddings = _embed(context, ids[-newest:])
-        rows += [embeddings[-window:].mean(0) - mu for window in WINDOWS]
     asked = view.retrieval.tokenizer.encode(view.query[-QUERY_CHARACTERS:]) if view.query.strip() else []
-    if asked:
-        rows.append(_embed(context, asked).mean(0) - mu)
+    gists: list[Tensor] = []
     for level, most in enumerate(NEWEST_GISTS, start=1):
         count = context.tree.count(level)
-        first = max(0, count - most)
-        rows += context.tree.summaries(level, first, count).to(mu).unbind(0) if count else []
+        gists += context.tree.summaries(level, max(0, count - most), count).to(mu).unbind(0) if count else []
+    return query_rows(_embed(context, ids[-newest:]), _embed(context, asked), gists, mu)
+
+
+def query_rows(newest: Tensor, asked: Tensor, gists: Sequence[Tensor], mu: Tensor) -> Tensor:
+    """[Q, E] fp32, see `WINDOWS` and `NEWEST_GISTS`; one row of zeros if there is nothing at all.
+
+    newest: [n, E] fp32 embeddings of the newest tokens, at most max(WINDOWS). asked: those of the query text. gists:
+    [E] summaries. mu: [E] mean of the model's embeddings.
+    """
+    rows: list[Tensor] = []
+    if len(newest):
+        rows += [newest[-window:].mean(0) - mu for window in WINDOWS]
+    if len(asked):
+        rows.append(asked.mean(0) - mu)
+    rows += list(gists)
     return torch.stack(rows) if rows else torch.zeros_like(mu)[None]
 
 
 def _embed(context: WorkingContext, ids: Sequence[int]) -> Tensor:
-    return context.decoder.embed(torch.tensor([list(ids)], device=context.decoder.device))[0].float()
+    return context.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=context.decoder.device))[0].float()

@@ -1,0 +1,123 @@
+"""Scenes in which a question decides what is relevant: SQuAD's articles as a history, an answer as what follows.
+
+Rajpurkar et al. 2016, the file format of its releases 1.1 (`data`, `paragraphs`, `qas`, `answers`).
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
+from mc_runtime.errors import InputError
+from mc_runtime.model import LoadedModel
+
+
+@dataclass(frozen=True)
+class Question:
+    """paragraph: its place among the article's; answer_start: characters into it."""
+
+    paragraph: int
+    text: str
+    answer: str
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class Article:
+    title: str
+    paragraphs: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def read_articles(path: Path) -> list[Article]:
+    """Articles of a `.json` or `.json.xz` file in SQuAD's format. Raises InputError if it is not one."""
+    try:
+        raw = path.read_bytes()
+        data = json.loads(lzma.decompress(raw) if path.suffix == ".xz" else raw)["data"]
+        return [_article(one) for one in data]
+    except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a readable file of questions in SQuAD's format ({error})") from error
+
+
+def _article(data: dict[str, object]) -> Article:
+    paragraphs: list[dict[str, object]] = data["paragraphs"]  # type: ignore[assignment]
+    questions = [
+        Question(i, str(q["question"]).strip(), str(q["answers"][0]["text"]), int(q["answers"][0]["answer_start"]))
+        for i, paragraph in enumerate(paragraphs)
+        for q in paragraph["qas"]  # type: ignore[attr-defined]
+        if q["answers"]
+    ]
+    return Article(str(data["title"]), tuple(str(p["context"]) for p in paragraphs), tuple(questions))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """ids: [far + recent + targets]: system prompt, text, and the question's turn, which ends at far + recent; then the
+    answer and padding. known: answer tokens. answer_block: the block of the history that holds the answer's start."""
+
+    ids: NDArray[np.int64]
+    known: int
+    answer_block: int
+    question: str
+
+
+def draw_question(
+    rng: random.Random, model: LoadedModel, articles: list[Article], far: int, recent: int, targets: int, size: int
+) -> Asked:
+    """A question whose answer stands in the far part, but not in its first block, which always stays in full."""
+    system = model.chat.system_ids(DEFAULT_SYSTEM_PROMPT)
+    for _ in range(1000):
+        article = rng.choice(articles)
+        if not article.questions:
+            continue
+        question = rng.choice(article.questions)
+        prompt = model.chat.user_turn_ids(question.text)
+        answer = [*model.tokenizer.encode(question.answer), *model.chat.assistant_end_ids()[:1]]
+        if len(prompt) > recent or len(answer) > targets:
+            continue
+        room = far + recent - len(prompt) - len(system)
+        placed = _history(rng, model, article, question, room)
+        if placed is None:
+            continue
+        text, at = placed
+        block = (len(system) + at) // size
+        if not 0 < block < far // size:
+            continue
+        ids = np.zeros(far + recent + targets, np.int64)
+        ids[: far + recent] = [*system, *text, *prompt]
+        ids[far + recent : far + recent + len(answer)] = answer
+        return Asked(ids, len(answer), block, question.text)
+    raise InputError(f"questions: none of 1,000 drawn ones fits {far} tokens of history and {recent} of a question")
+
+
+def _history(
+    rng: random.Random, model: LoadedModel, article: Article, question: Question, room: int
+) -> tuple[list[int], int] | None:
+    """`room` tokens of an article's neighbouring paragraphs, the question's among them, and where its answer starts."""
+    encode = model.tokenizer.encode
+    paragraph = article.paragraphs[question.paragraph]
+    before = encode(paragraph[: question.answer_start])
+    own = [*before, *encode(paragraph[question.answer_start :] + "\n\n")]
+    left: list[int] = []
+    right: list[int] = []
+    wanted = rng.randrange(max(1, room - len(own)))  # tokens in front of the paragraph
+    i = question.paragraph - 1
+    while i >= 0 and len(left) < wanted:
+        left = [*encode(article.paragraphs[i] + "\n\n"), *left]
+        i -= 1
+    i = question.paragraph + 1
+    while i < len(article.paragraphs) and len(own) + len(right) < room:
+        right += encode(article.paragraphs[i] + "\n\n")
+        i += 1
+    left = left[-wanted:] if wanted else []
+    text = [*left, *own, *right]
+    if len(text) < room:
+        return None
+    return text[:room], len(left) + len(before)

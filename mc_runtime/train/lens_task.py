@@ -1,0 +1,94 @@
+"""Training of LensNet on labelled contexts.
+
+    loss = huber((score - label) / scale)          regression, in nats
+         + rank * listwise                         cross-entropy of softmax(score / t) against softmax(label / t)
+         + balance * (sum of scores - sum of labels)^2 / n^2 / scale^2
+
+Labels are gate labels times a calibration to measured nats, one for gains and one for costs. The listwise term
+(ListNet, Cao et al. 2007) is what decides which edit comes first; the balance keeps the sum of a context's predictions,
+on which depends how much is opened at all, at that of its labels. Edits that are not legal or not labelled count
+nowhere: the runtime masks them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc_kernels import LensScoreWeights, lens_score
+
+from .lens_samples import LensExample
+
+PREFIX = "lens/"
+
+
+@dataclass(frozen=True)
+class LensTaskOptions:
+    """gain, cost: nats measured per nat of a gate label. scale: nats at which the regression turns from square to
+    linear, and the temperature t. batch: contexts per micro-batch. drop: share of features' groups hidden at random."""
+
+    gain: float = 0.21
+    cost: float = 1.9
+    scale: float = 0.02
+    rank: float = 1.0
+    balance: float = 0.1
+    batch: int = 16
+
+
+class LensTask:
+    """Loss of LensNet's scores; `parameters` are fp32, named as in `LensScoreWeights` behind `lens/`."""
+
+    def __init__(
+        self, weights: LensScoreWeights, examples: Sequence[LensExample], options: LensTaskOptions | None = None
+    ) -> None:
+        if not examples:
+            raise ValueError("examples: expected at least one labelled context, got none")
+        self.examples, self.options, self.n_heads = examples, options or LensTaskOptions(), weights.n_heads
+        self.parameters: dict[str, Tensor] = {
+            PREFIX + name: x.detach().float().clone().requires_grad_() for name, x in weights.state_dict().items()
+        }
+
+    def weights(self, tensors: dict[str, Tensor] | None = None) -> LensScoreWeights:
+        named = self.parameters if tensors is None else tensors
+        fields = {name.removeprefix(PREFIX): x for name, x in named.items()}
+        return LensScoreWeights(**fields, n_heads=self.n_heads)
+
+    def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        weights, o = self.weights(), self.options
+        chosen = [self.examples[rng.randrange(len(self.examples))] for _ in range(o.batch)]
+        terms = [self.terms(score(one, weights), one.labels) for one in chosen]
+        regression, ranking, balance = (torch.stack(parts).mean() for parts in zip(*terms, strict=True))
+        loss = regression + o.rank * ranking + o.balance * balance
+        figures = {"loss": loss, "regression": regression, "ranking": ranking, "balance": balance}
+        return loss, {name: float(x.detach()) for name, x in figures.items()}
+
+    def terms(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """scores, labels [n, 2] -> regression, listwise and balance terms of one context."""
+        o = self.options
+        nats = labels * labels.new_tensor([o.gain, o.cost])
+        known = nats.isfinite()
+        regression, ranking, balance = (scores.new_zeros(()) for _ in range(3))
+        if known.any():
+            error = ((scores - nats.nan_to_num()) / o.scale)[known]
+            regression = F.huber_loss(error, torch.zeros_like(error))
+            balance = error.mean().square()
+        for column in range(2):
+            here = known[:, column]
+            if int(here.sum()) > 1:
+                # A question's answer is worth a hundred times a sentence's: temper by the context's own spread.
+                values = nats[here, column]
+                t = values.std().clamp(min=o.scale)
+                target = torch.softmax(values / t, dim=0)
+                log_p = torch.log_softmax(scores[here, column] / t, dim=0)
+                ranking = ranking + (target * (target.clamp(min=1e-9).log() - log_p)).sum()
+        return regression, ranking, balance
+
+
+def score(example: LensExample, weights: LensScoreWeights) -> Tensor:
+    """[n, 2] fp32, not masked: labels say what is legal."""
+    return lens_score(example.entries, example.features, example.queries, weights)
