@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +30,39 @@ class Estimate:
 
 def bootstrap(figure: Callable[..., float], *columns: NDArray[np.float64], seed: int = 0) -> Estimate:
     """figure(*columns) with a percentile interval over resampled rows (the same rows of every column: paired)."""
+    n = _rows(columns)
+    rng = np.random.default_rng(seed)
+    drawn = [figure(*(c[rows] for c in columns)) for rows in rng.integers(0, n, (RESAMPLES, n))]
+    return _percentiles(float(figure(*columns)), np.array(drawn), n)
+
+
+def bootstrap_of_means(figure: Callable[..., Any], *columns: NDArray[np.float64], seed: int = 0) -> Estimate:
+    """`bootstrap` of a figure that is a function of the columns' means, at a hundredth of its cost.
+
+    figure: takes one mean per column, as a float or, elementwise, as an array of them.
+    """
+    n = _rows(columns)
+    draws = _draws(n, seed)
+    return _percentiles(float(figure(*(c.mean() for c in columns))), figure(*(draws @ c for c in columns)), n)
+
+
+@lru_cache(maxsize=8)
+def _draws(n: int, seed: int) -> NDArray[np.float64]:
+    """[RESAMPLES, n] share of each row in each resample; the resamples are those of `bootstrap`."""
+    rows = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    return np.stack([np.bincount(r, minlength=n) for r in rows]) / n
+
+
+def _rows(columns: tuple[NDArray[np.float64], ...]) -> int:
     n = len(columns[0])
     if n == 0:
         raise ValueError("columns: expected at least one row, got none")
-    rng = np.random.default_rng(seed)
-    drawn = [figure(*(c[rows] for c in columns)) for rows in rng.integers(0, n, (RESAMPLES, n))]
+    return n
+
+
+def _percentiles(value: float, drawn: NDArray[np.float64], n: int) -> Estimate:
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Estimate(float(figure(*columns)), float(low), float(high), n)
+    return Estimate(value, float(low), float(high), n)
 
 
 def wilson(hits: int, n: int) -> Estimate:
@@ -49,4 +77,9 @@ def wilson(hits: int, n: int) -> Estimate:
 
 def recovery(window: NDArray[np.float64], full: NDArray[np.float64], arm: NDArray[np.float64]) -> float:
     """(NLL_window - NLL_arm) / (NLL_window - NLL_full), of means over rows."""
-    return float((window.mean() - arm.mean()) / (window.mean() - full.mean()))
+    return float(recovery_of_means(window.mean(), full.mean(), arm.mean()))
+
+
+def recovery_of_means(window: Any, full: Any, arm: Any) -> Any:
+    """`recovery` from means, for floats or arrays of them."""
+    return (window - arm) / (window - full)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mc_runtime.eval.statistics import bootstrap, recovery, wilson
+from mc_runtime.eval.statistics import bootstrap, bootstrap_of_means, recovery, recovery_of_means, wilson
 
 
 def test_wilson() -> None:
@@ -45,3 +45,16 @@ def test_recovery_is_paired() -> None:
     estimate = bootstrap(recovery, window, full, arm)
     assert estimate.value == pytest.approx(0.4)
     assert estimate.high - estimate.low < 1e-9
+
+
+def test_bootstrap_of_means_is_the_bootstrap() -> None:
+    rng = np.random.default_rng(2)
+    window, full, arm = rng.normal(3.0, 0.2, 40), rng.normal(2.0, 0.2, 40), rng.normal(2.5, 0.2, 40)
+    for seed in (0, 5):
+        slow = bootstrap(recovery, window, full, arm, seed=seed)
+        fast = bootstrap_of_means(recovery_of_means, window, full, arm, seed=seed)
+        assert (fast.value, fast.n) == (pytest.approx(slow.value), 40)
+        assert fast.low == pytest.approx(slow.low)
+        assert fast.high == pytest.approx(slow.high)
+    with pytest.raises(ValueError, match="row"):
+        bootstrap_of_means(np.negative, np.zeros(0))

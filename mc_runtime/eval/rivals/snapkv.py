@@ -1,39 +1,27 @@
-"""SnapKV (Li et al. 2024): per layer and KV head, the exact tokens that the recent tokens attend to most."""
+"""SnapKV (Li et al. 2024): per layer and KV head, the exact tokens that the recent tokens attend to most.
+
+The recent tokens are the paper's observation window. Votes of the query heads of a group are added up, since those
+share their keys. The paper pools votes over neighbours (maximum, kernel 5 or 7), so that clusters are kept together.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from mc_kernels.rope import apply_rope
 
 from ..pasts import Kept, Past, take
+from . import KeepingRival
 
 
-def attention_mass(past: Past) -> Tensor:
-    """Probability that the recent tokens give each far token, summed over queries and the heads of a group,
-    [L, B, Hkv, far]; attention in full context."""
-    rope, device = past.decoder.rope, past.ids.device
-    recent = torch.arange(past.far, past.far + past.recent, device=device)
-    out = []
-    for k, q in zip(past.k, past.queries, strict=True):
-        group = q.shape[1] // k.shape[1]
-        keys = apply_rope(k.float(), torch.arange(past.far, device=device), rope)
-        queries = apply_rope(q.float(), recent, rope).unflatten(1, (k.shape[1], group))
-        logits = torch.einsum("bhgtd,bhsd->bhgts", queries, keys) * k.shape[-1] ** -0.5
-        out.append(torch.softmax(logits, dim=-1).sum(dim=(2, 3)))
-    return torch.stack(out)
-
-
-class SnapKV:
-    """kernel: width of the max pooling over neighbours that keeps what is selected in clusters (1: none)."""
+class SnapKV(KeepingRival):
+    """kernel: width of the max pooling over neighbours (odd); 1: none."""
 
     def __init__(self, kernel: int = 1) -> None:
         self.kernel = kernel
-        self.name = "attention mass (SnapKV)" if kernel == 1 else f"attention mass, clustered {kernel} (SnapKV)"
+        self.name = "attention mass" if kernel == 1 else f"SnapKV, kernel {kernel}"
 
     def keep(self, past: Past, slots: int) -> Kept:
-        mass = attention_mass(past)
+        slots = min(slots, past.far - 1)
+        mass = past.attention_mass.clone()
         if self.kernel > 1:
             flat = mass.flatten(0, 2)[:, None]
             mass = torch.nn.functional.max_pool1d(flat, self.kernel, 1, self.kernel // 2)[:, 0].view_as(mass)

@@ -1,0 +1,4 @@
+"""The subcommands of `mc eval`, one file each.
+
+What takes long to import (torch, matplotlib) is imported when a command runs.
+"""

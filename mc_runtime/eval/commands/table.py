@@ -1,0 +1,37 @@
+"""`mc eval table`: reports as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mc_runtime.errors import InputError
+
+
+def table(
+    files: Annotated[list[Path], typer.Argument(help="Reports that `--out` wrote.", show_default=False)],
+) -> None:
+    """Print reports as Markdown tables."""
+    for i, path in enumerate(files):
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable report ({error})") from error
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema not in TABLES:
+            raise InputError(f"{path}: expected a report of schema {', '.join(TABLES)}, got {schema!r}")
+        typer.echo(("\n" if i else "") + TABLES[schema](data))
+
+
+def _substitutability(data: dict[str, Any]) -> str:
+    from ..report import Report, markdown
+
+    return markdown([Report.from_dict(data)])
+
+
+# By the schema that a report names.
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"megacontext/substitutability/1": _substitutability}
