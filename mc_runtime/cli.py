@@ -37,12 +37,17 @@ Model = Annotated[
 ]
 Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to, however long the history.")]
 Policy = Annotated[
-    str, typer.Option(help="What decides where detail goes: blend, retrieval, attention, recency, lensnet.")
+    str,
+    typer.Option(
+        help="What decides where detail goes: blend, retrieval, attention, recency, lensnet, lensnet+retrieval."
+    ),
 ]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
 Gistnet = Annotated[Path | None, typer.Option(help="Trained GistNet weights (safetensors).", show_default="untrained")]
-Lensnet = Annotated[Path | None, typer.Option(help="Weights (safetensors) for --policy lensnet.", show_default="none")]
+Lensnet = Annotated[
+    Path | None, typer.Option(help="Weights (safetensors) for the policies of lensnet.", show_default="none")
+]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that reach this probability.")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import MemoryConfig
 from .errors import InputError
-from .focus import make_policy
+from .focus import LENSNET_POLICIES, make_policy
 from .gistnet import GistNet
 from .lensnet import LensNet
 from .model import LoadedModel, load_model
@@ -35,8 +35,9 @@ def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, h
         raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
     if not has_lensnet:
         make_policy(config.policy)
-    elif config.policy != "lensnet":
-        raise InputError(f'lensnet: weights serve policy="lensnet" alone, got policy={config.policy!r}')
+    elif config.policy not in LENSNET_POLICIES:
+        names = " or ".join(f'"{name}"' for name in LENSNET_POLICIES)
+        raise InputError(f"lensnet: weights serve policy={names} alone, got policy={config.policy!r}")
     return config
 
 

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 from mc_runtime import Session
 from mc_runtime.errors import InputError, ModelError
-from mc_runtime.focus import LensNetPolicy, make_policy
+from mc_runtime.focus import LensNetPolicy, RetrievalPolicy, make_policy
 from mc_runtime.focus.allocator import layout_entries
 from mc_runtime.focus.features import FEATURES, FEATURES_HASH, lens_inputs
 from mc_runtime.focus.view import FocusView
@@ -343,14 +343,14 @@ def test_files_that_are_no_safetensors_are_refused(model, tmp_path):
 OPTIONS = {"budget": 192, "block_size": K, "recent_tokens": 32, "ingest_chunk": 128, "ingest_window": 128}
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_session_generates_with_lensnet(model, tmp_path, monkeypatch, by_name):
+@pytest.mark.parametrize("policy", ["lensnet", "lensnet+retrieval", LensNetPolicy])
+def test_a_session_generates_with_lensnet(model, tmp_path, monkeypatch, policy):
     trained(model).save(tmp_path / "lens.safetensors")
     seen: list[tuple[torch.Tensor, ...]] = []
     score = LensNet.score
     monkeypatch.setattr(LensNet, "score", lambda self, *tensors: seen.append(tensors) or score(self, *tensors))
-    how = {"policy": "lensnet", "lensnet": tmp_path / "lens.safetensors"}
-    if not by_name:
+    how = {"policy": policy, "lensnet": tmp_path / "lens.safetensors"}
+    if policy is LensNetPolicy:
         how = {"policy": LensNetPolicy(trained(model))}
     with Session.open(tmp_path / "memory", model, **OPTIONS, **how) as session:
         session.ingest(" ".join(np.random.default_rng(0).choice(WORDS, 500)))
@@ -366,14 +366,32 @@ def test_a_session_generates_with_lensnet(model, tmp_path, monkeypatch, by_name)
         assert not seen[-1][1][:, FEATURES.index("has_mass")].any()
 
 
+def test_lensnet_with_retrieval_adds_both(session, model):
+    net, view = trained(model), view_of(session, 3)
+    policy = make_policy("lensnet+retrieval", net)
+    assert policy.needs_mass
+    words, scores = RetrievalPolicy().utilities(view), LensNetPolicy(net).utilities(view)
+    assert len(words[1][0])
+    assert len(scores[1][0])
+    expected: dict[tuple[int, int], float] = {}
+    for part in (words, scores):
+        for level, (nodes, nats) in part.items():
+            for node, value in zip(nodes.tolist(), nats.tolist(), strict=True):
+                expected[level, node] = expected.get((level, node), 0.0) + value
+    got = {(level, int(i)): x for level, pair in policy.utilities(view).items() for i, x in zip(*pair, strict=True)}
+    assert got == pytest.approx(expected)
+
+
 def test_lensnet_needs_weights_and_weights_need_lensnet(model, tmp_path):
     with pytest.raises(InputError, match="lensnet needs trained weights; give lensnet="):
         Session.open(tmp_path / "memory", model, policy="lensnet", **OPTIONS)
     with pytest.raises(InputError, match="lensnet needs trained weights"):
         make_policy("lensnet")
-    with pytest.raises(InputError, match='weights serve policy="lensnet" alone'):
+    with pytest.raises(InputError, match=r"lensnet\+retrieval needs trained weights"):
+        Session.open(tmp_path / "memory", model, policy="lensnet+retrieval", **OPTIONS)
+    with pytest.raises(InputError, match=r'weights serve policy="lensnet" or "lensnet\+retrieval" alone'):
         Session.open(tmp_path / "memory", model, lensnet=tmp_path / "lens.safetensors", **OPTIONS)
-    with pytest.raises(InputError, match="lensnet, got 'nosuch'"):
+    with pytest.raises(InputError, match=r"lensnet, lensnet\+retrieval, got 'nosuch'"):
         Session.open(tmp_path / "memory", model, policy="nosuch", **OPTIONS)
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         Session.open(tmp_path / "memory", model, policy="lensnet", lensnet=tmp_path / "no.safetensors", **OPTIONS)
