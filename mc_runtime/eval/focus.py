@@ -128,7 +128,8 @@ def _bounds(result: FocusResult, past: Past, scene: Scene, rivals: Sequence[Riva
     """NLLs of the full context, the window, gists alone, and rivals that fill as many slots."""
     rows = range(past.batch)
     arms = {FULL: past.hidden, WINDOW: hidden_after(past, None)}
-    arms |= {rival.name: rival.follow(past, slots, True) for rival in rivals}
+    # Of the same name as a selector may be a rival that fills the slots with single tokens.
+    arms |= {f"{rival.name}, tokens": rival.follow(past, slots, True) for rival in rivals}
     for name, hidden in arms.items():
         result.nll.setdefault(name, []).extend(_nll(scene, hidden))
     result.nll.setdefault(GISTS, []).extend(layout_nll(scene, rows, scene.entries).tolist())

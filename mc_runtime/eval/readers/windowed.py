@@ -1,0 +1,79 @@
+"""Exact keys and values of a long text, each token's computed on a sink and a sliding window: what methods that keep
+the whole cache (InfLLM, Memorizing Transformers) search in. Read as contextual ingest reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mc_runtime.model import Decoder
+from mc_runtime.model.decoder import Attention, Layer
+from mc_runtime.model.stores import ConcatStore
+
+from .base import Progress
+
+# Longest text, in tokens: 23 kB per token for the default model.
+MOST = 1 << 17
+# Called with the number of a layer and its queries [B, Hq, T, D], unrotated, before the layer attends.
+OnQueries = Callable[[int, Tensor], None]
+
+
+def queries_of(attention: Attention, x: Tensor) -> Tensor:
+    """x [B, T, E] (normed) -> [B, Hq, T, D], unrotated."""
+    rows = attention.qkv(x).unflatten(-1, (-1, attention.head_dim))[:, :, : attention.n_heads].transpose(1, 2)
+    return rows if attention.q_norm is None else attention.q_norm(rows)
+
+
+@contextmanager
+def watching_queries(decoder: Decoder, see: OnQueries) -> Iterator[None]:
+    """Inside the block `see` is called by every layer of every forward."""
+
+    def hook(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        attention = cast(Attention, module)
+        see(attention.layer, queries_of(attention, arguments[0]))
+
+    handles = [cast(Layer, layer).attention.register_forward_pre_hook(hook) for layer in decoder.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def read_windowed(
+    decoder: Decoder,
+    ids: Sequence[int],
+    *,
+    sink: int,
+    window: int,
+    chunk: int,
+    see_chunk: Callable[[int, Tensor, Tensor], None],
+    progress: Progress | None = None,
+) -> None:
+    """Run a text chunk by chunk; each sees the first `sink` tokens and `window` tokens before it.
+
+    see_chunk: called with a chunk's first token and its k, v [L, Hkv, n, D], keys unrotated.
+    """
+    k_sink = v_sink = k_past = v_past = None
+    for start in range(0, len(ids), chunk):
+        part = torch.tensor([list(ids[start : start + chunk])], device=decoder.device)
+        store, past = ConcatStore(), 0
+        if k_past is not None and k_sink is not None and v_past is not None and v_sink is not None:
+            k, v = torch.cat((k_sink, k_past), 3), torch.cat((v_sink, v_past), 3)
+            past = k.shape[3]
+            store = ConcatStore(k, v, torch.arange(past, device=decoder.device)[None])
+        decoder(decoder.embed(part), torch.arange(past, past + part.shape[1], device=decoder.device)[None], store)
+        keys, values = store.keys, store.values
+        see_chunk(start, keys[:, 0, :, past:], values[:, 0, :, past:])
+        if k_sink is None:
+            k_sink, v_sink = keys[:, :, :, :sink], values[:, :, :, :sink]
+        keys, values = keys[:, :, :, sink:], values[:, :, :, sink:]
+        first = max(0, keys.shape[3] - window)
+        k_past, v_past = keys[:, :, :, first:], values[:, :, :, first:]
+        if progress is not None:
+            progress(min(start + chunk, len(ids)))
