@@ -3,7 +3,7 @@
 Three parts, each per kind of gist: `encode` (summary vectors in embedding space), `pool` (keys and values of a block to
 those of one entry) and `project` (keys and values of all layers from a summary vector). Untrained, `encode` is the
 centred mean of the block's embeddings, `pool` the mean of its keys and values, and `project` reads the summary through
-each layer's own key and value weights. Files are safetensors.
+each layer's own key and value weights. Files are safetensors, in fp32 or bf16; weights keep the dtype of their file.
 """
 
 from __future__ import annotations
@@ -133,15 +133,19 @@ class GistNet:
             raise ModelError(f"{path}: not GistNet weights for this model: {reason}") from error
         return net
 
-    def save(self, path: Path | str) -> None:
-        """Write all trained parts (an untrained projector belongs to the model and is not written)."""
+    def save(self, path: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write all trained parts (an untrained projector belongs to the model and is not written).
+
+        dtype: of the file; bf16 halves it. None: as the weights are.
+        """
         tensors = self.encode_weights.state_dict("encode/")
         for level, weights in enumerate(self.pool_weights, start=1):
             tensors |= weights.state_dict(f"pool{level}/")
         if isinstance(self.projector, Projector):
             p = self.projector
             tensors |= {"project/down": p.down, "project/up": p.up, "project/bias": p.bias}
-        save_file(tensors, str(path), self.encode_weights.metadata("encode/"))
+        written = {name: x.detach().to("cpu", dtype).contiguous().clone() for name, x in tensors.items()}
+        save_file(written, str(path), self.encode_weights.metadata("encode/"))
 
     def _check_fits(self, decoder: Decoder, block_size: int) -> None:
         c = decoder.config
@@ -149,8 +153,15 @@ class GistNet:
         if self.encode(probe).shape != (1, c.embed_dim):
             raise ValueError("encode: expected one gist per block")
         entries = torch.zeros(c.n_layers, c.n_kv_heads, 1, block_size, c.head_dim, device=decoder.device)
-        for level in range(1, len(self.pool_weights) + 1):
-            self.pool(entries, entries, level=level)
+        below = 1
+        for level, weights in enumerate(self.pool_weights, start=1):
+            if weights.layers != c.n_layers:
+                raise ValueError(f"pool{level}: expected {c.n_layers} layers, got {weights.layers}")
+            if weights.block_size != block_size * below:
+                raise ValueError(f"pool{level}: expected {block_size * below} children, got {weights.block_size}")
+            children = entries.repeat(1, 1, 1, below, 1)
+            gist_pool(children, children, weights)
+            below = weights.n_gists
         k, _ = self.project(probe[0, :1].to(decoder.dtype))
         if k.shape != (c.n_layers, c.n_kv_heads, 1, c.head_dim):
             raise ValueError(f"project: expected keys for {c.n_layers} layers, got shape {list(k.shape)}")
@@ -160,8 +171,11 @@ class GistNet:
         return gist_encode(blocks, self.encode_weights, level=level)[:, 0]
 
     def pool(self, k: Tensor, v: Tensor, *, level: int = 1) -> tuple[Tensor, Tensor]:
-        """k, v [L, Hkv, N, K, D], keys unrotated -> [L, Hkv, N, D] each."""
+        """k, v [L, Hkv, N, K, D], keys unrotated -> [L, Hkv, N, D] each. Raises ModelError for weights of several gists
+        per block: a node of the tree holds one."""
         weights = self.pool_weights[min(level, len(self.pool_weights)) - 1]
+        if weights.n_gists != 1:
+            raise ModelError(f"GistNet: expected one gist per block, got weights of {weights.n_gists}")
         k_gist, v_gist = gist_pool(k, v, weights)
         return k_gist[..., 0, :], v_gist[..., 0, :]
 

@@ -17,6 +17,8 @@ def joined() -> Iterator[int]:
     if "RANK" not in os.environ:
         yield 0
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank()

@@ -1,35 +1,55 @@
-"""Training of pooled gists: what follows must be as likely after gists as after the text itself.
+"""Training of gists: what follows must be as likely after gists as after the text itself.
 
 A sequence runs once through the frozen model: that gives every token's keys and values (of which gists are pooled) and
 the teacher's hidden states. Then several pieces of it run again, each behind a context in which blocks of its past
 stand as gists. The loss is the KL divergence from the teacher plus cross-entropy; gradients flow through the model's
-attention into the gists, and into the pooling weights.
+attention into the gists, and into the parameters that made them.
+
+Gists that are keys and values stand in the cache that the pieces run behind. Gists that are input embeddings run with
+the piece through the model, and so do the tokens of the context: all of it is computed on what stands before it.
+
+Precision: the frozen model, its activations and the cache keep the dtype that the model was loaded in (bf16), so no
+matmul over the model runs in fp32 and no autocast is needed. Parameters, their gradients, the optimizer, softmaxes and
+losses are fp32; the kernels take fp32 weights beside bf16 data and accumulate in fp32.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mc_kernels import GistPoolWeights, gist_pool
+from mc_kernels import GistPoolWeights
+from mc_runtime.errors import InputError
 from mc_runtime.model.decoder import Decoder
 from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
-from .layouts import LayoutOptions, draw_layout, gather_layouts
-from .losses import distillation_loss
+from .gist_kinds import GistMaker, LevelGists, PooledMaker
+from .gist_kinds import pool_levels as pool_levels
+from .gist_questions import QuestionSource, open_answers
+from .layouts import Entry, LayoutOptions, draw_layout, gather_layouts
+from .losses import distillation_loss, hidden_loss, neighbour_loss
+from .reconstruction import BagReader
 
-FIELDS = ("w", "b", "m", "c")
+LOGITS = "logits"
 
 
 @dataclass(frozen=True)
 class GistTaskOptions:
     """lengths: far tokens of a sequence, drawn per step with `length_weights`. near: tokens that run behind the gists.
     tokens: of the sequences of one micro-batch, about. cuts: pieces per sequence. teacher: share of the KL in the loss.
+
+    objective: `logits`, or `hidden:N`: the residual stream of the near tokens after the first N layers against the
+        teacher's, at N / L of the cost and without the vocabulary. Layers from N on learn nothing by it.
+    reconstruct: weight of reading a gist's tokens back out of it, through a head of rank `reader_rank` from at most
+        `reader_rows` gists. contrast: weight of the hinge at cosine distance `margin` between neighbouring gists.
+    questions: share of the micro-batches that ask about articles (see `gist_questions`), of `question_lengths` tokens,
+        `asked` questions of `question_near` tokens each.
+    curriculum: shares of the steps that train gists of a quarter, then of half a block, before those of whole blocks.
     """
 
     lengths: tuple[int, ...] = (256, 512, 1024)
@@ -38,119 +58,216 @@ class GistTaskOptions:
     tokens: int = 4096
     cuts: tuple[int, ...] = (1, 2, 4)
     teacher: float = 0.7
+    objective: str = LOGITS
+    reconstruct: float = 0.0
+    reader_rank: int = 64
+    reader_rows: int = 128
+    contrast: float = 0.0
+    margin: float = 0.2
+    questions: float = 0.0
+    question_lengths: tuple[int, ...] = (512, 1024, 2048)
+    question_near: int = 72
+    asked: int = 4
+    curriculum: tuple[float, float] = (0.0, 0.0)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
 
+    def __post_init__(self) -> None:
+        self.stop_layer  # noqa: B018 (raises for an objective that is none)
+        if min(self.curriculum) < 0 or sum(self.curriculum) > 1:
+            raise InputError(f"curriculum: expected two shares that add up to at most 1, got {self.curriculum}")
+        for name in ("reconstruct", "contrast"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected a weight of at least 0, got {getattr(self, name)}")
 
-def pool_levels(k: Tensor, v: Tensor, levels: Sequence[GistPoolWeights], size: int) -> list[tuple[Tensor, Tensor]]:
-    """k, v [L, B, Hkv, N, D] -> keys and values of the gists of each level, [L, B, Hkv, N // size**level, D]."""
-    out = []
-    for weights in levels:
-        layers, batch = k.shape[:2]
-        whole = k.shape[3] // size * size
-
-        def blocks(x: Tensor, whole: int = whole) -> Tensor:
-            return x[:, :, :, :whole].unflatten(3, (-1, size)).flatten(0, 1)
-
-        k_gist, v_gist = gist_pool(blocks(k), blocks(v), weights)
-        k, v = (x[..., 0, :].unflatten(0, (layers, batch)) for x in (k_gist, v_gist))
-        out.append((k, v))
-    return out
+    @property
+    def stop_layer(self) -> int | None:
+        """Layers that run; None: all of them, and the head."""
+        if self.objective == LOGITS:
+            return None
+        name, _, number = self.objective.partition(":")
+        if name != "hidden" or not number.isdigit() or int(number) < 1:
+            raise InputError(f"objective: expected {LOGITS} or hidden:N with N layers, got {self.objective!r}")
+        return int(number)
 
 
 class GistTask:
-    """Loss of pooled gists of one or two levels; `parameters` are fp32, by name `pool<level>/<field>`."""
+    """Loss of gists of one or two levels. parameters: those of the maker, and `aux/...` that serve training alone.
+
+    weights: pooled gists' by level, or a maker of any kind. frozen_levels: of pooled gists, used but not trained.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         corpora: Sequence[Corpus],
-        weights: Sequence[GistPoolWeights],
+        weights: Sequence[GistPoolWeights] | GistMaker,
         options: GistTaskOptions | None = None,
         frozen_levels: Sequence[int] = (),
+        questions: QuestionSource | None = None,
     ) -> None:
+        self.questions = questions
         self.decoder, self.corpora, self.options = decoder, corpora, options or GistTaskOptions()
-        self.size = weights[0].b.shape[-1]
-        self.parameters: dict[str, Tensor] = {
-            f"pool{level}/{name}": x.detach().float().clone().requires_grad_(level not in frozen_levels)
-            for level, w in enumerate(weights, start=1)
-            for name, x in zip(FIELDS, w.tensors(), strict=True)
-        }
+        self.maker = weights if isinstance(weights, GistMaker) else PooledMaker(weights, frozen_levels)
+        self.parameters = dict(self.maker.parameters)
+        self.size, self.parts = self.maker.size, 1
+        o, c = self.options, decoder.config
+        if o.stop_layer is not None and o.stop_layer > c.n_layers:
+            raise InputError(f"objective: expected at most {c.n_layers} layers, got {o.objective!r}")
+        if any(o.curriculum) and (self.maker.gists[0] != 1 or self.size % 4):
+            raise InputError("curriculum: expected one gist per block, of a size that four parts divide")
+        if o.questions and (questions is None or o.stop_layer is not None):
+            raise InputError(f"questions: a share of {o.questions} needs articles and objective {LOGITS}")
+        self.reader: BagReader | None = None
+        if o.reconstruct:
+            of_layer = 2 * c.n_kv_heads * c.head_dim
+            features = (o.stop_layer or c.n_layers) * of_layer if self.maker.kind == "pooled" else c.embed_dim
+            self.reader = BagReader(decoder, features, o.reader_rank, o.reader_rows)
+            self.parameters |= self.reader.parameters
 
-    def weights(self, tensors: dict[str, Tensor] | None = None) -> list[GistPoolWeights]:
-        named = self.parameters if tensors is None else tensors
-        levels = sorted({int(name[4 : name.index("/")]) for name in named})
-        return [GistPoolWeights(*(named[f"pool{level}/{f}"] for f in FIELDS)) for level in levels]
+    def begin_step(self, step: int, steps: int) -> None:
+        """Set the parts per block that the curriculum asks for at this step."""
+        quarters, halves = self.options.curriculum
+        done = step / max(1, steps)
+        self.parts = 4 if done < quarters else 2 if done < quarters + halves else 1
 
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one micro-batch and figures for the log (nats a token)."""
+        """Loss of one micro-batch and figures for the log: loss, nll in nats a token (of objective `logits`), and the
+        unweighted extra losses."""
         o = self.options
+        if self.questions is not None and rng.random() < o.questions:
+            return self._question_loss(rng, self.questions)
         which = rng.choices(range(len(o.lengths)), o.length_weights)[0]
         far, cuts = o.lengths[which], o.cuts[which]
         length = far + o.near
         batch = max(1, o.tokens // length)
         ids = torch.from_numpy(sample_mixture(self.corpora, rng, batch, length)).to(self.decoder.device)
         k, v, teacher = self.read(ids)
-        levels = pool_levels(k, v, self.weights(), self.size)
+        levels = self.maker.make(self.decoder, ids, k, v, self.parts)
         samples = [
             (row, self.size * rng.randint(max(1, far // self.size // 2), far // self.size) if cuts > 1 else far)
             for row in range(batch)
             for _ in range(cuts)
         ]
-        layouts = [draw_layout(rng, cut // self.size, self.size, o.layout) for _, cut in samples]
+        options = o.layout if len(levels) > 1 else replace(o.layout, level2=0.0)
+        gists = self._per_block(levels)
+        layouts = [draw_layout(rng, cut // self.size, self.size, options, gists) for _, cut in samples]
         packed = [rng.random() >= o.layout.true_positions for _ in samples]
         hidden = self.run(ids, k, v, levels, samples, layouts, packed, o.near)
-        rows = torch.tensor([row for row, _ in samples], device=ids.device)
-        at = torch.tensor([cut for _, cut in samples], device=ids.device)[:, None] + torch.arange(
-            o.near - 1, device=ids.device
-        )
-        targets = ids[rows[:, None], at + 1].flatten()
+        loss, figures = self._main_loss(ids, teacher, samples, hidden)
+        if o.contrast:
+            contrast = torch.stack([neighbour_loss(level.neighbours(), o.margin) for level in levels]).mean()
+            loss = loss + o.contrast * contrast
+            figures["contrast"] = contrast
+        if self.reader is not None:
+            reconstruction = self.reader.loss(levels, ids, rng)
+            loss = loss + o.reconstruct * reconstruction
+            figures["reconstruction"] = reconstruction
+        return loss, {"loss": float(loss.detach()), **{name: float(x.detach()) for name, x in figures.items()}}
+
+    def _question_loss(self, rng: random.Random, source: QuestionSource) -> tuple[Tensor, dict[str, float]]:
+        """Of a micro-batch of questions: the answers' tokens alone count. nll is not reported: it is not the texts'."""
+        o = self.options
+        far = rng.choice(o.question_lengths)
+        batch = max(1, o.tokens // (far + o.asked * o.question_near))
+        drawn = source.draw(rng, batch, o.asked, far, o.question_near)
+        ids, near = drawn.ids, drawn.near.flatten(0, 1)
+        k, v = self._read_all(ids)
+        of_k, of_v = (None, None) if self.maker.kind == "embedding" else (k, v)
+        levels = self.maker.make(self.decoder, ids, of_k, of_v, self.parts)
+        rows = [row for row in range(batch) for _ in range(o.asked)]
+        gists = self._per_block(levels)[0]
+        layouts = [
+            open_answers(rng, far // self.size, self.size, first, last, gists)
+            for first, last in drawn.blocks.flatten(0, 1).tolist()
+        ]
+        packed = [rng.random() >= o.layout.true_positions for _ in rows]
+        hidden = self.run(
+            ids, of_k, of_v, levels, [(row, far) for row in rows], layouts, packed, o.question_near, near_ids=near
+        )  # fmt: skip
+        with torch.no_grad():
+            span = torch.arange(far + o.question_near, device=ids.device).expand(len(rows), -1)
+            store = ConcatStore(k[:, rows], v[:, rows], span[:, :far])
+            teacher = self.decoder(self.decoder.embed(near), span[:, far:], store).hidden
+        place = torch.arange(o.question_near - 1, device=ids.device)
+        first, stop = drawn.answer.flatten(0, 1)[..., None].unbind(1)
+        asked = (place >= first - 1) & (place < stop - 1)
         loss, nll = distillation_loss(
-            hidden[:, :-1].flatten(0, 1),
-            teacher[rows[:, None], at].flatten(0, 1),
-            targets,
-            self.decoder.head,
-            o.teacher,
+            hidden[:, :-1][asked], teacher[:, :-1][asked], near[:, 1:][asked], self.decoder.head, o.teacher
         )
-        return loss, {"loss": float(loss.detach()), "nll": float(nll)}
+        return loss, {"loss": float(loss.detach()), "answer_nll": float(nll)}
 
     @torch.no_grad()
-    def read(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D] and final hidden states [B, N, E]."""
+    def _read_all(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D]."""
         store = ConcatStore()
+        self.decoder(self.decoder.embed(ids), torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), store)
+        return store.keys, store.values
+
+    def _main_loss(
+        self, ids: Tensor, teacher: Tensor, samples: Sequence[tuple[int, int]], hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        near = self.options.near
+        rows = torch.tensor([row for row, _ in samples], device=ids.device)[:, None]
+        at = torch.tensor([cut for _, cut in samples], device=ids.device)[:, None] + torch.arange(
+            near - 1, device=ids.device
+        )
+        student, taught = hidden[:, :-1].flatten(0, 1), teacher[rows, at].flatten(0, 1)
+        if self.options.stop_layer is not None:
+            return hidden_loss(student, taught), {}
+        targets = ids[rows, at + 1].flatten()
+        loss, nll = distillation_loss(student, taught, targets, self.decoder.head, self.options.teacher)
+        return loss, {"nll": nll}
+
+    def _per_block(self, levels: Sequence[LevelGists]) -> tuple[int, ...]:
+        return tuple(self.size**level // gists.span for level, gists in enumerate(levels, start=1))
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D] of the layers that the objective runs (None for
+        gists that are input embeddings) and their last hidden states [B, N, E]."""
+        store = None if self.maker.kind == "embedding" else ConcatStore()
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        hidden = self.decoder(self.decoder.embed(ids), positions, store).hidden
-        return store.keys, store.values, hidden
+        stop = self.options.stop_layer
+        hidden = self.decoder(self.decoder.embed(ids), positions, store, stop_layer=stop).hidden
+        return (None, None, hidden) if store is None else (store.keys, store.values, hidden)
 
     def run(
         self,
         ids: Tensor,
-        k: Tensor,
-        v: Tensor,
-        levels: Sequence[tuple[Tensor, Tensor]],
+        k: Tensor | None,
+        v: Tensor | None,
+        levels: Sequence[LevelGists],
         samples: Sequence[tuple[int, int]],
-        layouts: Sequence[Sequence[object]],
+        layouts: Sequence[Sequence[Entry]],
         packed: Sequence[bool],
         near: int,
+        *,
+        near_ids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [n, near, E] of the tokens after each sample's cut, behind its layout.
 
-        samples: (row of ids, cut). k, v and `levels` as `read` and `pool_levels` give them.
+        samples: (row of ids, cut). k, v as `read` and levels as the maker give them. near_ids: [n, near] what follows
+        instead of the text.
         """
         cuts = [cut for _, cut in samples]
-        where = gather_layouts(layouts, cuts, ids.shape[1], self.size, packed)  # type: ignore[arg-type]
+        where = gather_layouts(layouts, cuts, ids.shape[1], self.size, packed, self._per_block(levels))
         rows = torch.tensor([row for row, _ in samples], device=ids.device)
-        index = where.index.to(ids.device)
+        index, position = where.index.to(ids.device), where.position.to(ids.device)
+        span = torch.arange(near, device=ids.device)
+        if near_ids is None:
+            near_ids = ids[rows[:, None], torch.tensor(cuts, device=ids.device)[:, None] + span]
+        x, at = self.decoder.embed(near_ids), where.start.to(ids.device)[:, None] + span
+        stop = self.options.stop_layer
+        kv = [level.kv for level in levels if level.kv is not None]
+        if k is None or v is None or len(kv) < len(levels):
+            vectors = [level.vectors for level in levels if level.vectors is not None]
+            source = torch.cat((self.decoder.embed(ids), *vectors), dim=1)  # [B, N + gists, E]
+            x, at = torch.cat((source[rows[:, None], index], x), dim=1), torch.cat((position, at), dim=1)
+            return self.decoder(x, at, stop_layer=stop).hidden[:, -near:]
 
         def context(tokens: Tensor, gists: Sequence[Tensor]) -> Tensor:
             source = torch.cat((tokens, *gists), dim=3)  # [L, B, Hkv, N + gists, D]
             return source.permute(1, 3, 0, 2, 4)[rows[:, None], index].permute(2, 0, 3, 1, 4)  # [L, n, Hkv, S, D]
 
-        store = ConcatStore(
-            context(k, [x for x, _ in levels]),
-            context(v, [x for _, x in levels]),
-            where.position.to(ids.device),
-        )
-        span = torch.arange(near, device=ids.device)
-        near_ids = ids[rows[:, None], torch.tensor(cuts, device=ids.device)[:, None] + span]
-        positions = where.start.to(ids.device)[:, None] + span
-        return self.decoder(self.decoder.embed(near_ids), positions, store).hidden
+        store = ConcatStore(context(k, [x for x, _ in kv]), context(v, [x for _, x in kv]), position)
+        return self.decoder(x, at, store, stop_layer=stop).hidden

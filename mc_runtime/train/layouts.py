@@ -1,7 +1,8 @@
 """How a training sample sees its past: which entries of a sequence stand in the context, as tokens or as gists.
 
 A layout is drawn, not computed: a share of the blocks is gisted (often all, as in a long memory; else a random share),
-the first token or the whole first block stays as the sink, and some runs of K gists become one of level 2.
+the first token or the whole first block stays as the sink, and some runs of K gists become one of level 2. Where a
+block has several gists, they stand at successive ranks in the order of the text.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Entry:
-    """One context entry: a token of the sequence (level 0), or the gist number `index` of a level."""
+    """One context entry: a token of the sequence (level 0), or the gist number `index` of a level, G of which belong to
+    each of the level's blocks."""
 
     level: int
     index: int
@@ -34,8 +36,15 @@ class LayoutOptions:
     true_positions: float = 0.15
 
 
-def draw_layout(rng: random.Random, blocks: int, size: int, options: LayoutOptions) -> list[Entry]:
-    """Entries for a past of `blocks` blocks of `size` tokens, in timeline order."""
+def draw_layout(
+    rng: random.Random, blocks: int, size: int, options: LayoutOptions, gists: Sequence[int] = (1, 1)
+) -> list[Entry]:
+    """Entries for a past of `blocks` blocks of `size` tokens, in timeline order. gists: per block, by level."""
+
+    def gists_of(level: int, index: int) -> list[Entry]:
+        count = gists[level - 1]
+        return [Entry(level, index * count + g) for g in range(count)]
+
     share = 1.0 if rng.random() < options.whole else rng.random()
     entries: list[Entry] = []
     if rng.random() < options.sink_block:
@@ -47,11 +56,11 @@ def draw_layout(rng: random.Random, blocks: int, size: int, options: LayoutOptio
     block = first
     while block < blocks:
         if block % size == 0 and block + size <= blocks and rng.random() < options.level2:
-            entries.append(Entry(2, block // size))
+            entries += gists_of(2, block // size)
             block += size
             continue
         if rng.random() < share:
-            entries.append(Entry(1, block))
+            entries += gists_of(1, block)
         else:
             entries += [Entry(0, i) for i in range(block * size, (block + 1) * size)]
         block += 1
@@ -70,23 +79,28 @@ class Gathered:
 
 
 def gather_layouts(
-    layouts: Sequence[Sequence[Entry]], cuts: Sequence[int], tokens: int, size: int, packed: Sequence[bool]
+    layouts: Sequence[Sequence[Entry]],
+    cuts: Sequence[int],
+    tokens: int,
+    size: int,
+    packed: Sequence[bool],
+    gists: Sequence[int] = (1, 1),
 ) -> Gathered:
-    """cuts: where each sample's past ends; tokens: length of a sequence; packed: rank positions (else span centres)."""
+    """cuts: where each sample's past ends; tokens: length of a sequence; packed: rank positions (else span centres);
+    gists: per block, by level. A gist's span is its share of its block."""
     longest = max(len(layout) for layout in layouts)
-    level1 = tokens // size
     index = torch.zeros(len(layouts), longest, dtype=torch.int64)
     position = torch.full((len(layouts), longest), -1, dtype=torch.int64)
     start = torch.zeros(len(layouts), dtype=torch.int64)
-    base = (0, tokens, tokens + level1)
+    base = (0, tokens, tokens + tokens // size * gists[0])
+    span = (1, *(size**level // count for level, count in enumerate(gists, start=1)))
     for row, (layout, cut, is_packed) in enumerate(zip(layouts, cuts, packed, strict=True)):
         index[row, : len(layout)] = torch.tensor([base[e.level] + e.index for e in layout])
         if is_packed:
             position[row, : len(layout)] = torch.arange(len(layout))
             start[row] = len(layout)
         else:
-            spans = [size**e.level for e in layout]
-            centres = [e.index * s + (s - 1) // 2 for e, s in zip(layout, spans, strict=True)]
+            centres = [e.index * span[e.level] + (span[e.level] - 1) // 2 for e in layout]
             position[row, : len(layout)] = torch.tensor(centres)
             start[row] = cut
     return Gathered(index, position, start)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.errors import InputError
-from mc_runtime.model import LoadedModel
+from mc_runtime.model import LoadedModel, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,24 @@ def _history(
     if len(text) < room:
         return None
     return text[:room], len(left) + len(before)
+
+
+def article_span(
+    tokenizer: Tokenizer, article: Article, rng: random.Random, room: int
+) -> tuple[list[int], list[tuple[Question, int, int]]] | None:
+    """`room` tokens of an article from a paragraph on, and the questions that they answer, each with the answer's first
+    token and end. None where the article is too short from there on."""
+    text: list[int] = []
+    found: list[tuple[Question, int, int]] = []
+    first = rng.randrange(len(article.paragraphs))
+    for number in range(first, len(article.paragraphs)):
+        paragraph = article.paragraphs[number]
+        for question in article.questions:
+            if question.paragraph == number:
+                start = len(tokenizer.encode(paragraph[: question.answer_start]))
+                stop = len(tokenizer.encode(paragraph[: question.answer_start + len(question.answer)]))
+                found.append((question, len(text) + start, len(text) + max(stop, start + 1)))
+        text += tokenizer.encode(paragraph + "\n\n")
+        if len(text) >= room:
+            return text[:room], [one for one in found if one[2] <= room]
+    return None

@@ -1,4 +1,8 @@
-"""Distillation and cross-entropy over a large vocabulary, in chunks of rows: [rows, vocab] never exists whole."""
+"""Losses of gists: distillation and cross-entropy, reconstruction, hidden states, contrast of neighbours.
+
+What goes over the vocabulary runs in chunks of rows: [rows, vocab] never exists whole. Logits are computed in the
+model's dtype and reduced in fp32.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +62,60 @@ def distillation_loss(
         raise ValueError(f"share: expected 0 without a teacher, got {share}")
     loss, nll = _SoftTargetLoss.apply(hidden, teacher, targets, head, share)
     return loss, nll
+
+
+class _BagLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tokens: Tensor, head: Tensor) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows, share = len(hidden), 1.0 / tokens.shape[1]
+        for i in range(0, rows, ROWS):
+            log_p = F.log_softmax((hidden[i : i + ROWS].to(head.dtype) @ head.T).float(), dim=-1)
+            bag = tokens[i : i + ROWS]
+            total -= log_p.gather(1, bag).sum()
+            residual = log_p.exp_().scatter_add_(1, bag, torch.full_like(bag, -share, dtype=torch.float32))
+            gradient[i : i + ROWS] = residual.to(head.dtype) @ head
+        ctx.save_for_backward(gradient / rows)
+        return total * share / rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient), None, None
+
+
+def bag_loss(hidden: Tensor, tokens: Tensor, head: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(head . hidden) against the bag of each row's tokens (nats a token).
+
+    hidden: [rows, E]; tokens: [rows, n] int64; head: [vocab, E]. The gradient flows to `hidden` only.
+    """
+    loss: Tensor = _BagLoss.apply(hidden, tokens, head)
+    return loss
+
+
+def neighbour_loss(features: Tensor, margin: float) -> Tensor:
+    """Hinge that keeps neighbouring gists apart: mean of max(0, margin - cosine distance), 0 for fewer than two gists.
+
+    features: [..., M, F], gists in the order of the text.
+    """
+    if features.shape[-2] < 2:
+        return features.sum() * 0.0
+    x = features.float()
+    distance = 1.0 - F.cosine_similarity(x[..., 1:, :], x[..., :-1, :], dim=-1)
+    return F.relu(margin - distance).mean()
+
+
+def hidden_loss(hidden: Tensor, teacher: Tensor) -> Tensor:
+    """Share of the teacher's variance that the student misses, averaged over the dimensions: 0 for the same states.
+
+    hidden, teacher: [rows, E], residual streams after the same layers. A dimension counts by its spread over the rows,
+    not by its size: a few dimensions of a residual stream are hundreds of times as large as the rest.
+    """
+    t = teacher.float()
+    spread = (t - t.mean(0)).square().mean(0)
+    missed = (hidden.float() - t).square().mean(0)
+    return (missed / (spread + 1e-6 * spread.median())).mean()
 
 
 @torch.no_grad()

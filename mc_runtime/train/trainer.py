@@ -1,8 +1,11 @@
 """The optimisation loop: AdamW with warm-up and cosine decay, gradient accumulation, EMA, exact resume, a log in JSONL.
 
 A run lives in one directory: `state.pt` (everything that a resume needs), `log.jsonl` (a line per step). Stopping at a
-checkpoint and resuming gives the numbers that an uninterrupted run gives, on one process; of several, all but the first
-go on with new samples.
+checkpoint and resuming with as many processes gives the numbers that an uninterrupted run gives: the state holds the
+random numbers of every process, and log lines of steps that have to be done again are cut off.
+
+Several processes (torch.distributed) draw their own micro-batches and average their gradients. Parameters, optimizer
+and EMA are fp32; what the loss computes in is the task's business.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ BETAS = (0.9, 0.95)
 
 
 class Task(Protocol):
-    """What is trained. parameters: by name, fp32 leaves; those that do not require a gradient are kept as they are."""
+    """What is trained. parameters: by name, fp32 leaves; those that do not require a gradient are kept as they are.
+
+    Optional, looked up by name: `begin_step(step, steps)` is called before each step of `steps`, counted from 0.
+    """
 
     parameters: dict[str, Tensor]
 
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a micro-batch drawn with `rng`, and figures for the log."""
+        """Loss of a micro-batch drawn with `rng` (its only source of chance), and figures for the log."""
         ...
 
 
@@ -70,16 +76,21 @@ class Trainer:
         self.trained = {name: p for name, p in task.parameters.items() if p.requires_grad}
         if not self.trained:
             raise InputError("task: expected a parameter that requires a gradient, got none")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.world > 1:
+            for p in task.parameters.values():
+                dist.broadcast(p.data, 0)  # processes may have computed their start with different rounding
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=options.lr, betas=BETAS, weight_decay=options.weight_decay
         )
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.step = 0
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.rng = random.Random(f"{options.seed} {self.rank}")
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE).exists():
             self._resume()
+        if self.rank == 0:
+            cut_log(directory / LOG, self.step)
 
     def averaged(self) -> dict[str, Tensor]:
         """The moving average of the parameters, bias-free from the start; untrained ones as they are."""
@@ -88,9 +99,7 @@ class Trainer:
     def run(self, on_step: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
         """Train to the end of the schedule or of the minutes; returns the last line of the log."""
         begin, line = time.monotonic(), {"step": self.step}
-        while self.step < self.options.steps:
-            if self.options.minutes is not None and time.monotonic() - begin > 60 * self.options.minutes:
-                break
+        while self.step < self.options.steps and not self._time_is_up(begin):
             line = self._one_step()
             on_step(line)
             if self.rank == 0:
@@ -101,24 +110,34 @@ class Trainer:
         self.save()
         return line
 
+    def _time_is_up(self, begin: float) -> bool:
+        """The first process decides for all: one that went on alone would wait for the others for ever."""
+        if self.options.minutes is None:
+            return False
+        late = [time.monotonic() - begin > 60 * self.options.minutes]
+        if self.world > 1:
+            dist.broadcast_object_list(late, 0)
+        return late[0]
+
     def _one_step(self) -> dict[str, Any]:
-        begin, sums = time.monotonic(), dict[str, float]()
+        begin, seen = time.monotonic(), dict[str, list[float]]()
         rate = learning_rate(self.step, self.options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        begin_step = getattr(self.task, "begin_step", None)
+        if begin_step is not None:
+            begin_step(self.step, self.options.steps)
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.options.accumulate):
             loss, figures = self.task.loss(self.rng)
             (loss / self.options.accumulate).backward()
             for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + value / self.options.accumulate
-        gradients = []
+                seen.setdefault(name, []).append(value)
         for p in self.trained.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if self.world > 1:
                 dist.all_reduce(p.grad)
                 p.grad /= self.world
-            gradients.append(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
         if not bool(norm.isfinite()):
             raise FloatingPointError(f"step {self.step}: the gradient is not finite")
@@ -127,10 +146,15 @@ class Trainer:
         decay = min(self.options.ema, self.step / (self.step + 9))
         for name, p in self.trained.items():
             self.ema[name].lerp_(p.detach(), 1 - decay)
-        return {"step": self.step, **sums, "grad_norm": float(norm), "lr": rate, "seconds": time.monotonic() - begin}
+        means = {name: sum(values) / len(values) for name, values in seen.items()}
+        return {"step": self.step, **means, "grad_norm": float(norm), "lr": rate, "seconds": time.monotonic() - begin}
 
     def save(self) -> None:
-        """Write the state; a crash while writing leaves the former one."""
+        """Write the state; a crash while writing leaves the former one. All processes call it together."""
+        rngs = [self.rng.getstate()]
+        if self.world > 1:
+            rngs = rngs * self.world
+            dist.all_gather_object(rngs, self.rng.getstate())
         if self.rank != 0:
             return
         state = {
@@ -139,21 +163,44 @@ class Trainer:
             "parameters": {name: p.detach() for name, p in self.trained.items()},
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
-            "rng": self.rng.getstate(),
+            "rngs": rngs,
         }
         partial = self.directory / f"{STATE}.part"
         torch.save(state, partial)
         partial.replace(self.directory / STATE)
 
     def _resume(self) -> None:
-        state = torch.load(self.directory / STATE, weights_only=False)
-        if set(state["parameters"]) != set(self.trained):
+        state = torch.load(self.directory / STATE, map_location="cpu", weights_only=True)
+        if {name: x.shape for name, x in state["parameters"].items()} != {n: p.shape for n, p in self.trained.items()}:
             raise InputError(f"{self.directory}: holds a run of other parameters; choose another directory")
         for name, p in self.trained.items():
             p.data.copy_(state["parameters"][name])
-        self.ema, self.step = state["ema"], state["step"]
+            self.ema[name].copy_(state["ema"][name])
+        self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.rank == 0:
-            self.rng.setstate(state["rng"])
+        # Older states hold the first process's alone, as "rng". A process that joins later draws samples of its own.
+        rngs = state["rngs"] if "rngs" in state else [state["rng"]]
+        if self.rank < len(rngs):
+            self.rng.setstate(rngs[self.rank])
         else:
             self.rng = random.Random(f"{self.options.seed} {self.rank} {self.step}")
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a line that a crash left unfinished."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = 0
+    for line in lines:
+        try:
+            known = json.loads(line)["step"] <= step
+        except json.JSONDecodeError:
+            known = False
+        if not known:
+            break
+        kept += 1
+    if kept < len(lines):
+        partial = path.with_suffix(".part")
+        partial.write_text("".join(lines[:kept]))
+        partial.replace(path)

@@ -59,14 +59,15 @@ def test_all_tokens_kept_is_the_teacher(model: LoadedModel, corpus: Callable[...
     ids = torch.from_numpy(corpus().sample(random.Random(0), 40))[None].repeat(2, 1)
     k, v, teacher = t.read(ids)
     layout = [Entry(0, i) for i in range(16)]
-    hidden = t.run(ids, k, v, pool_levels(k, v, t.weights(), K), [(0, 16), (1, 16)], [layout] * 2, [True, False], 8)
+    levels = t.maker.make(model.decoder, ids, k, v, 1)
+    hidden = t.run(ids, k, v, levels, [(0, 16), (1, 16)], [layout] * 2, [True, False], 8)
     torch.testing.assert_close(hidden, teacher[:, 16:24], rtol=1e-4, atol=1e-4)
 
 
 def test_pooling_starts_as_the_mean(model: LoadedModel, corpus: Callable[..., Corpus]) -> None:
     t = task(model, corpus(), levels=2)
     k, v, _ = t.read(torch.from_numpy(corpus().sample(random.Random(0), 35))[None])
-    (k1, v1), (k2, _) = pool_levels(k, v, t.weights(), K)
+    (k1, v1), (k2, _) = pool_levels(k, v, t.maker.weights(), K)
     assert k1.shape[3] == 8
     assert k2.shape[3] == 2
     torch.testing.assert_close(k1[:, :, :, 1], k[:, :, :, 4:8].mean(3))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_gist_task import K
 from test_gist_task import task as gist_task
+from tiny import tiny_model
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -23,7 +25,8 @@ from mc_runtime import cli
 from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.trainer import LOG, Trainer, TrainOptions, learning_rate
+from mc_runtime.train.plot import draw_losses, smoothed
+from mc_runtime.train.trainer import LOG, Task, Trainer, TrainOptions, learning_rate
 
 
 class Quadratic:
@@ -102,31 +105,130 @@ def test_schedule() -> None:
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
+def tiny_task(text: str, cache: str) -> Task:
+    """A small gist task that every process can build for itself."""
+    model = tiny_model()
+    return gist_task(
+        model, Corpus.open(Path(text), model.tokenizer, Path(cache)), lengths=(16,), length_weights=(1,), cuts=(2,)
+    )
+
+
+TOGETHER = TrainOptions(steps=4, lr=1e-2, warmup=0, accumulate=2, clip=1e9, save_every=100)
+
+
 def _process(rank: int, world: int, folder: str) -> None:
-    """One step of a task whose loss depends on the process."""
+    """One step's gradients; then four steps at once, and two and two with a new start between them."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.set_num_threads(1)
 
-    class Own(Quadratic):
-        def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-            loss = (self.parameters["x"] - torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)).square().sum()
-            return loss, {"loss": float(loss.detach())}
+    def trainer(name: str) -> Trainer:
+        return Trainer(tiny_task(f"{folder}/text.txt", f"{folder}/cache"), Path(folder) / name, TOGETHER)
 
-    trainer = Trainer(Own(), Path(folder) / f"run{rank}", TrainOptions(steps=1, lr=0.1, warmup=0, clip=1e9))
-    trainer.run()
-    torch.save((trainer.task.parameters["x"].detach(), trainer.task.parameters["x"].grad), f"{folder}/out{rank}.pt")
+    whole = trainer("whole")
+    whole._one_step()
+    gradients = {name: p.grad.clone() for name, p in whole.trained.items() if p.grad is not None}
+    whole.run()
+    first = trainer("parts")
+    first._one_step()
+    first._one_step()
+    first.save()
+    dist.barrier()
+    again = trainer("parts")
+    started_at = again.step
+    again.run()
+    torch.save((gradients, whole.averaged(), again.averaged(), started_at), f"{folder}/out{rank}.pt")
     dist.barrier()
     os._exit(0)  # the threads of gloo may outlive what they use when a process ends in the usual way: torch then aborts
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path, corpus: Callable[..., Corpus]) -> None:
+    """They give the gradients of one process on all their micro-batches, and resume exactly."""
+    corpus("text")
     mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
-    (x0, g0), (x1, g1) = (torch.load(tmp_path / f"out{rank}.pt") for rank in range(2))
-    assert torch.equal(x0, x1)
-    assert torch.equal(g0, g1)
-    x = torch.zeros(3, requires_grad=True)
-    both = [(x - torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)).square().sum() for rank in range(2)]
-    (sum(both) / 2).backward()
-    torch.testing.assert_close(g0, x.grad)
+    (g0, whole0, parts0, started), (g1, whole1, parts1, _) = (
+        torch.load(tmp_path / f"out{rank}.pt") for rank in range(2)
+    )
+    assert started == 2
+    task = tiny_task(str(tmp_path / "text.txt"), str(tmp_path / "cache"))
+    for rank in range(2):
+        rng = random.Random(f"{TOGETHER.seed} {rank}")
+        for _ in range(TOGETHER.accumulate):
+            (task.loss(rng)[0] / (2 * TOGETHER.accumulate)).backward()
+    for name, p in task.parameters.items():
+        assert p.grad is not None
+        assert p.grad.abs().max() > 0
+        torch.testing.assert_close(g0[name], p.grad, rtol=1e-4, atol=1e-7)
+        assert torch.equal(g0[name], g1[name])
+        assert torch.equal(whole0[name], whole1[name])
+        assert torch.equal(parts0[name], parts1[name])
+        assert torch.equal(whole0[name], parts0[name])
+    lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / LOG).read_text().splitlines()]
+    assert lines == [3, 4]  # steps taken one by one are not logged
+
+
+def test_an_older_checkpoint_cuts_the_log(tmp_path: Path) -> None:
+    """Steps that are done again are logged once; a line that a crash left unfinished goes too."""
+    trainer = Trainer(Quadratic(), tmp_path, OPTIONS)
+    trainer.run()
+    old = Trainer(Quadratic(), tmp_path / "old", TrainOptions(**(asdict(OPTIONS) | {"steps": 12})))
+    old.run()
+    (tmp_path / "old" / "state.pt").replace(tmp_path / "state.pt")
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 31, "lo')
+    again = Trainer(Quadratic(), tmp_path, OPTIONS)
+    assert again.step == 12
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+    again.run()
+    lines = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
+
+
+def test_a_log_without_a_checkpoint_is_of_no_use(tmp_path: Path) -> None:
+    (tmp_path / LOG).write_text('{"step": 1, "loss": 2.0}\n')
+    Trainer(Quadratic(), tmp_path, OPTIONS)
+    assert (tmp_path / LOG).read_text() == ""
+
+
+def test_states_of_one_random_number_generator(tmp_path: Path) -> None:
+    """What runs of one process wrote before there were several is still read, exactly."""
+    whole = Trainer(Quadratic(), tmp_path / "a", OPTIONS)
+    whole.run()
+    parts = Trainer(Quadratic(), tmp_path / "b", OPTIONS)
+    for _ in range(7):
+        parts._one_step()
+    parts.save()
+    state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)
+    (state["rng"],) = state.pop("rngs")
+    torch.save(state, tmp_path / "b" / "state.pt")
+    again = Trainer(Quadratic(), tmp_path / "b", OPTIONS)
+    again.run()
+    assert torch.equal(whole.task.parameters["x"], again.task.parameters["x"])
+
+
+def test_steps_are_announced(tmp_path: Path) -> None:
+    class Counting(Quadratic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[int, int]] = []
+
+        def begin_step(self, step: int, steps: int) -> None:
+            self.seen.append((step, steps))
+
+    task = Counting()
+    Trainer(task, tmp_path, TrainOptions(steps=3)).run()
+    assert task.seen == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_plot(tmp_path: Path) -> None:
+    lines = [{"step": i + 1, "loss": 2.0 - 0.01 * i, "nll": 3.0} for i in range(40)]
+    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = draw_losses(tmp_path / LOG, tmp_path / "loss.png", "a run")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    line = smoothed([line["loss"] for line in lines])
+    assert line[0] == 2.0
+    assert lines[-1]["loss"] < line[-1] < line[0]
 
 
 def test_gists_learn(tmp_path: Path, model: LoadedModel, corpus: Callable[..., Corpus]) -> None:
@@ -156,3 +258,4 @@ def test_command(
     assert weights["pool1/w"].abs().max() > 0
     assert weights["pool1/b"].shape[-1] == 32
     assert K != 32  # the command trains the default block size
+    assert (tmp_path / "run" / "loss.png").exists()
