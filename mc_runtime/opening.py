@@ -13,6 +13,7 @@ from .focus import LENSNET_POLICIES, make_policy
 from .gistnet import GistNet
 from .lensnet import LensNet
 from .model import LoadedModel, load_model
+from .shipped import gistnet_file, lensnet_file
 from .tree import TreeSpec
 
 
@@ -27,15 +28,16 @@ class Parts:
 
 
 def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, has_lensnet: bool) -> MemoryConfig:
-    """`config` with `settings` in place of its fields; refuses unknown ones, and policies that cannot be made."""
+    """`config` with `settings` in place of its fields; refuses unknown ones, unknown policies, and weights of LensNet
+    (`has_lensnet`) that the policy does not use."""
     try:
         config = replace(config or MemoryConfig(), **settings)
     except TypeError as error:
         known = ", ".join(MemoryConfig.__dataclass_fields__)
         raise InputError(f"settings: {', '.join(settings)}: expected fields of MemoryConfig ({known})") from error
-    if not has_lensnet:
+    if config.policy not in LENSNET_POLICIES:
         make_policy(config.policy)
-    elif config.policy not in LENSNET_POLICIES:
+    if has_lensnet and config.policy not in LENSNET_POLICIES:
         names = " or ".join(f'"{name}"' for name in LENSNET_POLICIES)
         raise InputError(f"lensnet: weights serve policy={names} alone, got policy={config.policy!r}")
     return config
@@ -44,7 +46,7 @@ def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, h
 def load_parts(
     model: str | Path | LoadedModel, config: MemoryConfig, gistnet: Path | str | None, lensnet: Path | str | None
 ) -> Parts:
-    """Load what is not loaded yet and check that the settings suit the model."""
+    """Load what is not loaded yet and check that the settings suit the model. gistnet, lensnet: see `shipped`."""
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     c, size = loaded.config, config.block_size
     for name, needed in (
@@ -57,7 +59,13 @@ def load_parts(
                 f"for; give a smaller {name}"
             )
     decoder = loaded.decoder
-    net = GistNet.untrained(decoder, size) if gistnet is None else GistNet.load(gistnet, decoder, size)
+    file = gistnet_file(gistnet, loaded.fingerprint, size)
+    net = GistNet.untrained(decoder, size) if file is None else GistNet.load(file, decoder, size)
+    if any(weights.n_gists > 1 for weights in net.pool_weights):
+        raise InputError(f"gistnet: {file} has several gists per block; a memory takes one")
+    lens = (
+        LensNet.load(lensnet_file(lensnet, loaded.fingerprint), decoder) if config.policy in LENSNET_POLICIES else None
+    )
     spec = TreeSpec(
         block_size=size,
         embed_dim=c.embed_dim,
@@ -70,4 +78,4 @@ def load_parts(
         tokenizer=loaded.tokenizer.fingerprint,
         gistnet=net.fingerprint,
     )
-    return Parts(loaded, net, None if lensnet is None else LensNet.load(lensnet, decoder), spec)
+    return Parts(loaded, net, lens, spec)

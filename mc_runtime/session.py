@@ -74,8 +74,9 @@ class Session:
     ) -> Session:
         """Create a memory in a directory, or reopen it where it stopped.
 
-        model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights (safetensors).
-        lensnet: those that `policy="lensnet"` needs. config and settings: see `MemoryConfig`; settings
+        model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights: a safetensors file,
+        `shipped` (the package's, where it has some for the model) or `untrained`. lensnet: those of the policies
+        `lensnet` and `lensnet+retrieval`; by default the package's. config and settings: see `MemoryConfig`; settings
         (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
         Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block size,
         TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.

@@ -383,11 +383,11 @@ def test_lensnet_with_retrieval_adds_both(session, model):
 
 
 def test_lensnet_needs_weights_and_weights_need_lensnet(model, tmp_path):
-    with pytest.raises(InputError, match="lensnet needs trained weights; give lensnet="):
+    with pytest.raises(InputError, match="the package has no weights for this model; give lensnet="):
         Session.open(tmp_path / "memory", model, policy="lensnet", **OPTIONS)
     with pytest.raises(InputError, match="lensnet needs trained weights"):
         make_policy("lensnet")
-    with pytest.raises(InputError, match=r"lensnet\+retrieval needs trained weights"):
+    with pytest.raises(InputError, match="the package has no weights for this model"):
         Session.open(tmp_path / "memory", model, policy="lensnet+retrieval", **OPTIONS)
     with pytest.raises(InputError, match=r'weights serve policy="lensnet" or "lensnet\+retrieval" alone'):
         Session.open(tmp_path / "memory", model, lensnet=tmp_path / "lens.safetensors", **OPTIONS)
