@@ -47,10 +47,11 @@ def lens(
     from .command import parse_texts
     from .corpus import Corpus
     from .distributed import joined
+    from .gist_command import plot_run
     from .lens_fit import fit_lens, label_scenes, report_fit
     from .lens_questions import read_articles
     from .lens_task import LensTaskOptions
-    from .trainer import TrainOptions
+    from .trainer import LOG, TrainOptions
 
     files = parse_texts(texts)
     if scenes < 2:
@@ -83,3 +84,4 @@ def lens(
             for line in report_fit(fitted, held_out):
                 console.print(line)
             console.print(f"{out}")
+            plot_run(run / LOG, f"LensNet, {steps} steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from mc_kernels import GistPoolWeights
 from mc_runtime.eval.focus import FULL, GISTS, ORACLE, WINDOW, Asking, FocusResult, FocusSetting, focus_regret
-from mc_runtime.eval.focus_report import found, gain, rank, recovery, rows, share, to_dict
+from mc_runtime.eval.focus_report import found, gain, markdown, rank, recovery, rows, share, to_dict
 from mc_runtime.eval.rivals.random_tokens import RandomTokens
 from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency
 from mc_runtime.focus.leaves import Leaves
@@ -103,7 +104,11 @@ def test_figures(result: FocusResult, tmp_path: Path) -> None:
     assert {row[2] for row in table if row[1] == "place"} == {str(8 + 2 * 7)}
     path = tmp_path / "focus.json"
     path.write_text(json.dumps(to_dict(result), allow_nan=False))
-    assert json.loads(path.read_text())["nll"]["place"] == result.nll["place"]
+    written = json.loads(path.read_text())
+    assert written["nll"]["place"] == result.nll["place"]
+    table = markdown({"setting": asdict(SETTING), "model": "tiny", "texts": [written]})
+    assert "| place | " in table
+    assert f"gain {gain(result, 'place').value:.3f}" in table
 
 
 def test_rank_correlation() -> None:

@@ -33,5 +33,14 @@ def _substitutability(data: dict[str, Any]) -> str:
     return markdown([Report.from_dict(data)])
 
 
+def _focus(data: dict[str, Any]) -> str:
+    from ..focus_report import markdown
+
+    return markdown(data)
+
+
 # By the schema that a report names.
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"megacontext/substitutability/1": _substitutability}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "megacontext/substitutability/1": _substitutability,
+    "megacontext/focus/1": _focus,
+}
