@@ -24,6 +24,8 @@ from .lens_questions import Article, article_span
 
 # Share of questions whose answer stands in full detail, and of the other blocks that do as well.
 ANSWER_OPEN, OTHERS_OPEN = 0.75, 0.1
+# Share of samples that open nothing outside the run of blocks with the answer.
+DEEP = 0.5
 TRIES = 200
 
 
@@ -95,18 +97,32 @@ class QuestionSource:
         return [*prompt, *reply, *[0] * (near - stop)], (len(prompt), stop)
 
 
-def open_answers(rng: random.Random, blocks: int, size: int, first: int, last: int, gists: int = 1) -> list[Entry]:
-    """Entries of a past of `blocks` blocks whose first one is in full: the system prompt stands there. first, last: the
-    answer's blocks; gists: per block."""
+def open_answers(
+    rng: random.Random, blocks: int, size: int, first: int, last: int, gists: Sequence[int] = (1,), level2: float = 0.0
+) -> list[Entry]:
+    """Entries of a past of `blocks` blocks whose first one is in full: the system prompt stands there.
+
+    first, last: the answer's blocks. gists: per block, by level. level2: share of the complete runs of blocks, none of
+    them open, that stand as gists of level 2.
+    """
     opened = {block for block in range(1, blocks) if rng.random() < OTHERS_OPEN}
+    if rng.random() < DEEP:  # a long memory: whole runs of blocks have nothing open
+        opened = {block for block in opened if block // size == first // size}
     if rng.random() < ANSWER_OPEN:
         opened |= set(range(max(1, first - rng.randint(0, 1)), min(blocks, last + 1 + rng.randint(0, 1))))
     else:
         opened -= set(range(first, last + 1))
     entries = [Entry(0, i) for i in range(size)]
-    for block in range(1, blocks):
-        whole = range(block * size, (block + 1) * size)
-        entries += (
-            [Entry(0, i) for i in whole] if block in opened else [Entry(1, block * gists + g) for g in range(gists)]
-        )
+    block = 1
+    while block < blocks:
+        run = range(block, block + size)
+        if block % size == 0 and run.stop <= blocks and opened.isdisjoint(run) and rng.random() < level2:
+            entries += [Entry(2, block // size * gists[1] + g) for g in range(gists[1])]
+            block = run.stop
+            continue
+        if block in opened:
+            entries += [Entry(0, i) for i in range(block * size, (block + 1) * size)]
+        else:
+            entries += [Entry(1, block * gists[0] + g) for g in range(gists[0])]
+        block += 1
     return entries

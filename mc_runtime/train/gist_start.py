@@ -93,6 +93,7 @@ class GistSettings:
         layout = LayoutOptions(level2=0.5 if self.levels == 2 else 0.0, true_positions=self.true_positions)
         # A gist of level 2 needs K blocks in front of a cut.
         deep: dict[str, Any] = {"lengths": (1024, 2048), "length_weights": (1.0, 1.0), "cuts": (2, 2)}
+        deep |= {"question_lengths": (1024, 2048, 4096)}
         return GistTaskOptions(
             tokens=self.tokens, teacher=self.teacher, objective=self.objective, reconstruct=self.reconstruct,
             contrast=self.contrast, curriculum=self.curriculum, questions=self.questions, layout=layout,

@@ -175,9 +175,9 @@ class GistTask:
         of_k, of_v = (None, None) if self.maker.kind == "embedding" else (k, v)
         levels = self.maker.make(self.decoder, ids, of_k, of_v, self.parts)
         rows = [row for row in range(batch) for _ in range(o.asked)]
-        gists = self._per_block(levels)[0]
+        gists, level2 = self._per_block(levels), o.layout.level2 if len(levels) > 1 else 0.0
         layouts = [
-            open_answers(rng, far // self.size, self.size, first, last, gists)
+            open_answers(rng, far // self.size, self.size, first, last, gists, level2)
             for first, last in drawn.blocks.flatten(0, 1).tolist()
         ]
         packed = [rng.random() >= o.layout.true_positions for _ in rows]
