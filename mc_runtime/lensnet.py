@@ -33,8 +33,8 @@ SIZES = {"width": 256, "n_heads": 2, "head_value_dim": 16}
 class LensNet:
     """Weights for the features `FEATURES` over one model's embeddings.
 
-    weights: fp32 when trained or loaded here, on the model's device. mu: [E] fp32, the mean of the model's embeddings,
-    on which pooled tokens are centred; it belongs to the model and is not saved.
+    weights: fp32 when trained or loaded (files may hold bf16), on the model's device. mu: [E] fp32, the mean of the
+    model's embeddings, on which pooled tokens are centred; it belongs to the model and is not saved.
     """
 
     weights: LensScoreWeights
@@ -86,13 +86,14 @@ class LensNet:
                     raise ValueError(f"{name}: expected finite numbers, got others")
         except (TypeError, ValueError) as error:
             raise ModelError(f"{path}: not LensNet weights for this model: {error}") from error
-        return cls(weights.to(decoder.device), _mean_embedding(decoder))
+        return cls(weights.to(decoder.device, torch.float32), _mean_embedding(decoder))
 
-    def save(self, path: Path | str) -> None:
-        """Write weights and the name of the features. Raises ModelError if the file cannot be written."""
+    def save(self, path: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write weights, in `dtype` or as they are, and the name of the features. Raises ModelError if the file cannot
+        be written."""
         metadata = self.weights.metadata(PREFIX) | {PREFIX + "features": FEATURES_HASH}
         try:
-            save_file(self._state(), str(path), metadata)
+            save_file({name: x.to(dtype or x.dtype) for name, x in self._state().items()}, str(path), metadata)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: the weights could not be written ({error})") from error
 

@@ -10,7 +10,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SHIPPED, UNTRAINED = "shipped", "untrained"
 # Of `LoadedModel.fingerprint`: the gists' file and LensNet's. Blocks of 32 tokens.
 FILES: dict[str, tuple[str, str | None]] = {
-    "7b17bd75d3bd4bb0": ("smollm2-135m-gist.safetensors", None),
+    "7b17bd75d3bd4bb0": ("smollm2-135m-gist.safetensors", "smollm2-135m-lens.safetensors"),
 }
 BLOCK_SIZE = 32
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from mc_runtime import MegaContextError, SamplingParams, Session
 from mc_runtime.model import DEFAULT_MODEL, cache_dir, load_model
 from mc_runtime.recent_window import RecentWindow
+from mc_runtime.shipped import SHIPPED, UNTRAINED
 from mc_runtime.stats import TurnStats
 
 console = Console(highlight=False)
@@ -130,6 +131,9 @@ def main(
     model: Annotated[str, typer.Option(help="Model name, directory or GGUF file.")] = DEFAULT_MODEL,
     budget: Annotated[int, typer.Option(help="Slots of the Working Context.")] = 2048,
     policy: Annotated[str, typer.Option(help="Focus policy.")] = "blend",
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Gists are plain means, instead of the trained ones of the package.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Use the memory of the last run instead of a new one.")] = False,
     out: Annotated[Path, typer.Option(help="Where the memory and the picture go.")] = Path("demo_out"),
 ) -> None:
@@ -141,7 +145,11 @@ def main(
     with console.status("fetching the book and the model (the first time takes a minute)"):
         book = fetch_book(cache_dir() / "book")
         loaded = load_model(model)
-    with Session.open(memory, loaded, budget=budget, policy=policy, recent_tokens=RECENT_TOKENS) as session:
+    gistnet = UNTRAINED if untrained else SHIPPED
+    console.print(f"gists: {gistnet}")
+    with Session.open(
+        memory, loaded, gistnet=gistnet, budget=budget, policy=policy, recent_tokens=RECENT_TOKENS
+    ) as session:
         if session.tree.length < 10_000:
             ingest(session, book, fast)
         tokens = session.tree.tokens().tolist()

@@ -83,5 +83,5 @@ def joint(
         )  # fmt: skip
         if rank == 0:
             gistnet.save(out, dtype=torch.bfloat16)
-            lensnet.save(lens_out)
+            lensnet.save(lens_out, dtype=torch.bfloat16)
             console.print(f"{out}, {lens_out}")

@@ -40,6 +40,8 @@ def lens(
 
     Example: mc train lens books/ docs/ --questions train.json --gistnet gist.safetensors --run runs/lens --out l.st
     """
+    import torch
+
     from mc_runtime.gistnet import GistNet
     from mc_runtime.lensnet import LensNet
     from mc_runtime.model import cache_dir, load_model
@@ -80,7 +82,7 @@ def lens(
                 lambda line: bar.update(shown, completed=line["step"], description=f"loss {line['loss']:.3f}"),
             )  # fmt: skip
         if rank == 0:
-            fitted.save(out)
+            fitted.save(out, dtype=torch.bfloat16)
             for line in report_fit(fitted, held_out):
                 console.print(line)
             console.print(f"{out}")

@@ -382,6 +382,17 @@ def test_lensnet_with_retrieval_adds_both(session, model):
     assert got == pytest.approx(expected)
 
 
+def test_half_precision_files_are_read_as_fp32(model, tmp_path):
+    net = trained(model)
+    net.save(tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    net.save(tmp_path / "whole.safetensors")
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
+    loaded = LensNet.load(tmp_path / "half.safetensors", model.decoder)
+    for a, b in zip(loaded.weights.tensors(), net.weights.tensors(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
 def test_lensnet_needs_weights_and_weights_need_lensnet(model, tmp_path):
     with pytest.raises(InputError, match="the package has no weights for this model; give lensnet="):
         Session.open(tmp_path / "memory", model, policy="lensnet", **OPTIONS)
