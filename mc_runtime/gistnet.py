@@ -67,7 +67,7 @@ class LayerProjector:
 
 @dataclass(frozen=True)
 class GistNet:
-    """Weights of all three parts. `pool[i]` serves level i + 1, the last one all levels above it."""
+    """Weights of all three parts. `pool_weights[i]` serves level i + 1; levels above are means."""
 
     encode_weights: GistEncodeWeights
     pool_weights: tuple[GistPoolWeights, ...]
@@ -170,10 +170,17 @@ class GistNet:
         """blocks [N, K, E] (token embeddings, or gists of the level below) -> summary vectors [N, E]."""
         return gist_encode(blocks, self.encode_weights, level=level)[:, 0]
 
+    def weights_of(self, level: int) -> GistPoolWeights:
+        """Those that pool into a level. Levels above the trained ones are means: their input is distributed unlike the
+        one that any weights here were trained on."""
+        if level <= len(self.pool_weights):
+            return self.pool_weights[level - 1]
+        return GistPoolWeights(*(torch.zeros_like(x) for x in self.pool_weights[-1].tensors()))
+
     def pool(self, k: Tensor, v: Tensor, *, level: int = 1) -> tuple[Tensor, Tensor]:
         """k, v [L, Hkv, N, K, D], keys unrotated -> [L, Hkv, N, D] each. Raises ModelError for weights of several gists
         per block: a node of the tree holds one."""
-        weights = self.pool_weights[min(level, len(self.pool_weights)) - 1]
+        weights = self.weights_of(level)
         if weights.n_gists != 1:
             raise ModelError(f"GistNet: expected one gist per block, got weights of {weights.n_gists}")
         k_gist, v_gist = gist_pool(k, v, weights)

@@ -138,7 +138,8 @@ def make_scene(
 ) -> Scene:
     """A scene of far tokens that have been read. k, v: [L, B, Hkv, far, D], keys unrotated."""
     size = pools[0].b.shape[-1]
-    levels = pool_levels(k, v, [*pools, pools[-1]][:2], size)
+    means = GistPoolWeights(*(torch.zeros_like(x) for x in pools[-1].tensors()))  # as `GistNet.weights_of`
+    levels = pool_levels(k, v, [*pools, means][:2], size)
     source_k = torch.cat((k, *(x for x, _ in levels)), dim=3)
     source_v = torch.cat((v, *(x for _, x in levels)), dim=3)
     return Scene(decoder, ids, k.shape[3], recent, size, tuple(entries), source_k, source_v)

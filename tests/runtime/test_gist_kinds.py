@@ -167,10 +167,11 @@ def test_trained_weights_are_read_back_and_used(memory: Memory, model: LoadedMod
     one, two = plain.tree, session.tree
     assert not torch.allclose(one.summaries(1)[:9], two.summaries(1)[:9])
     assert not torch.allclose(one.kv(1, [5])[0], two.kv(1, [5])[0])
-    # Each level pools with its own weights, the last ones serve all above.
+    # Each level pools with its own weights; above the trained ones (two here) is the mean.
+    assert len(net.pool_weights) == 2
     for level in (2, 3):
         k, v = two.kv(level - 1, np.arange(8))
-        got = net.pool(*(x.permute(1, 2, 0, 3).unsqueeze(2) for x in (k, v)), level=2)
+        got = net.pool(*(x.permute(1, 2, 0, 3).unsqueeze(2) for x in (k, v)), level=level)
         assert relative_error(two.kv(level, [0])[0][0], got[0][:, :, 0]) < 1e-5
     session.close()
     again = memory("trained", gistnet=path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_model
 
+from mc_kernels import GistPoolWeights
 from mc_runtime import Session
 from mc_runtime.errors import InputError
+from mc_runtime.gistnet import GistNet
 from mc_runtime.shipped import CHECKPOINTS, FILES, gistnet_file, lensnet_file
 
 OPTIONS = {"budget": 256, "block_size": 8, "recent_tokens": 32, "ingest_chunk": 128, "ingest_window": 128}
@@ -42,3 +46,17 @@ def test_a_model_without_shipped_weights_has_untrained_gists(tmp_path: Path) -> 
         shipped = session.tree.spec.gistnet
     with Session.open(tmp_path / "b", model, gistnet="untrained", **OPTIONS) as session:
         assert session.tree.spec.gistnet == shipped
+
+
+def test_levels_above_the_trained_ones_are_means() -> None:
+    """Weights of a level that is applied to the next see what they were not trained for."""
+    model = tiny_model()
+    net, generator = GistNet.untrained(model.decoder, 8), torch.Generator().manual_seed(0)
+    trained = net.pool_weights[0].state_dict()
+    trained = GistPoolWeights(*(torch.randn(x.shape, generator=generator) for x in trained.values()))
+    net = replace(net, pool_weights=(trained,))
+    c = model.config
+    k, v = torch.randn(2, c.n_layers, c.n_kv_heads, 2, 8, c.head_dim, generator=generator)
+    for x, gist, mean in zip((k, v), net.pool(k, v, level=1), net.pool(k, v, level=2), strict=True):
+        torch.testing.assert_close(mean, x.mean(3))
+        assert not torch.allclose(gist, mean, atol=0.1)

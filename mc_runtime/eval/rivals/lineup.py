@@ -53,9 +53,9 @@ def ours_for(kinds: Sequence[GistKind], net: GistNet, label: str, ratio: int, si
     arms: list[Rival] = []
     level = next((i for i in range(1, 5) if size**i == ratio), None)
     if "pooled" in kinds:
-        # The last weights serve all levels above, where a block of their gists is again a block of theirs.
-        repeats = 4 if net.pool_weights[-1].n_gists == 1 else 0
-        levels = [*net.pool_weights, *[net.pool_weights[-1]] * repeats]
+        # Levels above the trained ones are means, where there is one gist per block.
+        above = 4 if net.pool_weights[-1].n_gists == 1 else 0
+        levels = [net.weights_of(level) for level in range(1, len(net.pool_weights) + above + 1)]
         for top, weights in enumerate(levels, start=1):
             if size**top == ratio * weights.n_gists:
                 name = "pooled gists" if top == 1 else f"pooled gists, level {top}"
