@@ -44,9 +44,11 @@ Policy = Annotated[
 ]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
-Gistnet = Annotated[Path | None, typer.Option(help="Trained GistNet weights (safetensors).", show_default="untrained")]
+Gistnet = Annotated[
+    Path | None, typer.Option(help="Trained gists: a safetensors file, or `shipped`.", show_default="untrained")
+]
 Lensnet = Annotated[
-    Path | None, typer.Option(help="Weights (safetensors) for the policies of lensnet.", show_default="none")
+    Path | None, typer.Option(help="Weights (safetensors) for the policies of lensnet.", show_default="the package's")
 ]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]

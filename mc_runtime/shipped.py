@@ -21,9 +21,9 @@ def gistnet_file(choice: Path | str | None, fingerprint: str, block_size: int) -
     choice: a path; `shipped`: the package's weights for the model, or untrained gists where it has none for it or for
     blocks of that size; `untrained` or None.
     """
-    if choice is None or choice == UNTRAINED:
+    if choice is None or str(choice) == UNTRAINED:
         return None
-    if choice != SHIPPED:
+    if str(choice) != SHIPPED:
         return Path(choice)
     files = FILES.get(fingerprint)
     return CHECKPOINTS / files[0] if files is not None and block_size == BLOCK_SIZE else None

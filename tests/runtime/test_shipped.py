@@ -27,6 +27,7 @@ def test_files_of_every_model_are_there() -> None:
 def test_a_choice_of_gists() -> None:
     known = next(iter(FILES))
     assert gistnet_file("shipped", known, 32) == CHECKPOINTS / FILES[known][0]
+    assert gistnet_file(Path("shipped"), known, 32) == CHECKPOINTS / FILES[known][0], "as the command line gives it"
     assert gistnet_file("shipped", known, 16) is None
     assert gistnet_file("shipped", "another model", 32) is None
     assert gistnet_file("untrained", known, 32) is None
