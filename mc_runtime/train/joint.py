@@ -23,7 +23,7 @@ from mc_runtime.ranks import spearman
 from .ablate import HeldOut, held_out_losses
 from .corpus import Corpus
 from .gist_start import GistSettings, make_task
-from .lens_fit import HELD_OUT, examples_of, fit_lens, label_scenes
+from .lens_fit import fit_lens, label_scenes
 from .lens_questions import Article
 from .lens_samples import LensExample, SampleOptions
 from .lens_task import LensTaskOptions, score
@@ -126,10 +126,7 @@ def _gist_phase(
 def _lens_phase(
     folder: Path, model: LoadedModel, gistnet: GistNet, lensnet: LensNet, options: JointOptions
 ) -> tuple[LensNet, float, float, bool]:
-    paths = sorted((folder / "labels").glob("*.safetensors"))
-    apart = list(examples_of(paths[:: max(2, min(HELD_OUT, len(paths)))], model, gistnet, lensnet))
-    before = rank_correlation(lensnet, apart)
-    fitted, _ = fit_lens(folder, model, gistnet, lensnet, options.lens, LensTaskOptions())
-    after = rank_correlation(fitted, apart)
+    fitted, apart = fit_lens(folder, model, gistnet, lensnet, options.lens, LensTaskOptions())
+    before, after = rank_correlation(lensnet, apart), rank_correlation(fitted, apart)
     kept = after > before + options.least_lens
     return fitted if kept else lensnet, before, after, kept

@@ -42,6 +42,7 @@ def lens(
     """
     import torch
 
+    from mc_runtime.config import MemoryConfig
     from mc_runtime.gistnet import GistNet
     from mc_runtime.lensnet import LensNet
     from mc_runtime.model import cache_dir, load_model
@@ -60,7 +61,7 @@ def lens(
         raise InputError(f"scenes: expected at least 2, got {scenes}")
     with joined() as rank:
         loaded = load_model(model)
-        net = GistNet.load(gistnet, loaded.decoder, 32)
+        net = GistNet.load(gistnet, loaded.decoder, MemoryConfig().block_size)
         lensnet = LensNet.untrained(loaded.decoder) if start is None else LensNet.load(start, loaded.decoder)
         with console.status("tokenising"):
             corpora = [Corpus.open(p, loaded.tokenizer, cache_dir() / "tokens", weight=w) for p, w in files]

@@ -30,7 +30,8 @@ PREFIX = "lens/"
 @dataclass(frozen=True)
 class LensTaskOptions:
     """gain, cost: nats measured per nat of a gate label. scale: nats at which the regression turns from square to
-    linear, and the temperature t. batch: contexts per micro-batch. drop: share of features' groups hidden at random."""
+    linear, and the least temperature t (else the spread of a context's labels). rank, balance: weights of these terms.
+    batch: contexts per micro-batch."""
 
     gain: float = 0.21
     cost: float = 1.9

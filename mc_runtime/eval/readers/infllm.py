@@ -20,7 +20,7 @@ from mc_runtime.model import LoadedModel
 
 from .base import History, Opened, Progress, Question, Reply, Tokens, share_covered
 from .decoding import decode, prompt_ids, rank
-from .windowed import MOST, read_windowed, watching_queries
+from .windowed import MOST, check_readable, read_windowed, watching_queries
 
 BLOCK, REPRESENTATIVES = 128, 4
 
@@ -33,10 +33,7 @@ class InfLLM:
         self.model, self.system, self.config = model, list(system), config
 
     def open(self, history: History, *, remember: bool = False, progress: Progress | None = None) -> Opened:
-        if remember:
-            raise InputError(f"remember: {self.name} answers single questions only")
-        if len(history.ids) > MOST:
-            raise InputError(f"history: expected at most {MOST} tokens, got {len(history.ids)}")
+        check_readable(self.name, history, remember=remember)
         return OpenedInfLLM(self.model, self.system, self.config, history, progress)
 
 

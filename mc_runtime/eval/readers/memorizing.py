@@ -17,15 +17,15 @@ from torch import Tensor
 
 from mc_kernels.rope import apply_rope
 from mc_runtime.config import MemoryConfig
-from mc_runtime.errors import InputError
 from mc_runtime.kv_cache import SlotWriter
 from mc_runtime.model import LoadedModel
 from mc_runtime.model.decoder import Attention, Layer
 
+from ..pasts import layer_queries
 from .base import History, Opened, Progress, Question, Reply
 from .plain import OpenedPlain
 from .window import newest
-from .windowed import MOST, queries_of, read_windowed
+from .windowed import MOST, check_readable, read_windowed
 
 NEAREST = 32
 
@@ -38,10 +38,7 @@ class Memorizing:
         self.model, self.system, self.config = model, list(system), config
 
     def open(self, history: History, *, remember: bool = False, progress: Progress | None = None) -> Opened:
-        if remember:
-            raise InputError(f"remember: {self.name} answers single questions only")
-        if len(history.ids) > MOST:
-            raise InputError(f"history: expected at most {MOST} tokens, got {len(history.ids)}")
+        check_readable(self.name, history, remember=remember)
         return OpenedMemorizing(self.model, self.system, self.config, history, progress)
 
 
@@ -114,7 +111,7 @@ def attend_with_memory(
     kv_pos = cache.pos[:, :used]
     local_k, local_v = cache.k[layer][:, :, :used].float(), cache.v[layer][:, :, :used].float()
     groups = (attention.n_kv_heads, -1)
-    q = queries_of(attention, x).float()  # [B, Hq, T, D]
+    q = layer_queries(attention, x).float()  # [B, Hq, T, D]
     rotated = torch.stack([apply_rope(row, at, rope) for row, at in zip(q, positions, strict=True)])
     keys = torch.stack([apply_rope(row, at.clamp(min=0), rope) for row, at in zip(local_k, kv_pos, strict=True)])
     scale = attention.head_dim**-0.5

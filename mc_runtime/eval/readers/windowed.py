@@ -10,11 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mc_runtime.errors import InputError
 from mc_runtime.model import Decoder
 from mc_runtime.model.decoder import Attention, Layer
 from mc_runtime.model.stores import ConcatStore
 
-from .base import Progress
+from ..pasts import layer_queries
+from .base import History, Progress
 
 # Longest text, in tokens: 23 kB per token for the default model.
 MOST = 1 << 17
@@ -22,10 +24,12 @@ MOST = 1 << 17
 OnQueries = Callable[[int, Tensor], None]
 
 
-def queries_of(attention: Attention, x: Tensor) -> Tensor:
-    """x [B, T, E] (normed) -> [B, Hq, T, D], unrotated."""
-    rows = attention.qkv(x).unflatten(-1, (-1, attention.head_dim))[:, :, : attention.n_heads].transpose(1, 2)
-    return rows if attention.q_norm is None else attention.q_norm(rows)
+def check_readable(name: str, history: History, *, remember: bool) -> None:
+    """Raises InputError for what no reader of this sort can do: keep a conversation, or hold a longer text."""
+    if remember:
+        raise InputError(f"remember: {name} answers single questions only")
+    if len(history.ids) > MOST:
+        raise InputError(f"history: expected at most {MOST} tokens, got {len(history.ids)}")
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def watching_queries(decoder: Decoder, see: OnQueries) -> Iterator[None]:
 
     def hook(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         attention = cast(Attention, module)
-        see(attention.layer, queries_of(attention, arguments[0]))
+        see(attention.layer, layer_queries(attention, arguments[0]))
 
     handles = [cast(Layer, layer).attention.register_forward_pre_hook(hook) for layer in decoder.layers]
     try:
