@@ -72,6 +72,13 @@ class WorkingContext:
         """Slots in use."""
         return len(self.entries)
 
+    def bias_of(self, entries: Entries) -> Tensor | None:
+        """[N] fp32: log-weights of entries by rank: gists `gist_bias`, tokens 0. None if all weigh alike."""
+        if not self.config.gist_bias:
+            return None
+        gists = torch.from_numpy(entries.levels > 0).to(self.cache.pos.device)
+        return gists.float() * self.config.gist_bias
+
     @property
     def length(self) -> int:
         """Tokens of history, pending ones included."""
@@ -89,7 +96,7 @@ class WorkingContext:
         branch.expanded = {level: index.copy() for level, index in self.expanded.items()}
         branch.counts_seen, branch.pending = self.counts_seen, list(self.pending)
         branch.archive = self.archive.copy()
-        branch.cache.set_ranks(branch.slots)
+        branch.cache.set_ranks(branch.slots, branch.bias_of(branch.entries))
         return branch
 
     def synced_expanded(self) -> Expanded:
@@ -156,7 +163,7 @@ class WorkingContext:
         plan = SplicePlan.from_edits(
             len(self.entries), diff.edits, capacity=self.cache.capacity, discipline="slots", slots=self.slots.cpu()
         )
-        self.cache.splice(plan, k_new, v_new)
+        self.cache.splice(plan, k_new, v_new, self.bias_of(new))
         self.entries, self.slots = new, plan.new_slots.to(self.slots.device)
         return diff.inserted[needs_run]
 
@@ -235,9 +242,9 @@ class WorkingContext:
         plan = SplicePlan.from_edits(
             used, [Edit(kept, count, 0)], capacity=self.cache.capacity, discipline="slots", slots=self.slots.cpu()
         )
-        self.cache.splice(plan, nothing, nothing)
-        self.slots = plan.new_slots.to(self.slots.device)
         self.entries = Entries(self.entries.levels[:kept], self.entries.index[:kept], self.config.block_size)
+        self.cache.splice(plan, nothing, nothing, self.bias_of(self.entries))
+        self.slots = plan.new_slots.to(self.slots.device)
 
     def commit(self, builder: NodeBuilder, also: Callable[[Transaction, int, int], None]) -> None:
         """Write the pending tokens, and every node that they complete, to the tree in one transaction.

@@ -2,7 +2,7 @@
 
 One allocation `[L, 2, B, Hkv, S, D]`. Keys are unrotated and a slot's place in memory means nothing: attention masks
 and rotates by `pos`, so entries can be put into any free slot and renumbered for free. Slots [0, used) of a row are in
-use; `pos` is -1 elsewhere.
+use; `pos` is -1 elsewhere. `bias` is what a slot's entry is weighed by: a log-weight that every head's logits get.
 """
 
 from __future__ import annotations
@@ -17,22 +17,31 @@ from .model import ModelConfig
 
 
 class KVCache:
-    """Keys, values and positions of B rows of S slots.
+    """Keys, values, positions and weights of B rows of S slots.
 
-    data [L, 2, B, Hkv, S, D]; pos [B, S] int64. `row(b)` is a view: what is written through it lands here.
+    data [L, 2, B, Hkv, S, D]; pos [B, S] int64; bias [B, S] fp32, or None where all entries weigh alike. `row(b)` is a
+    view: what is written through it lands here.
     """
 
-    def __init__(self, data: Tensor, pos: Tensor) -> None:
-        self.data, self.pos = data, pos
+    def __init__(self, data: Tensor, pos: Tensor, bias: Tensor | None = None) -> None:
+        self.data, self.pos, self.bias = data, pos, bias
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, capacity: int, *, batch: int = 1, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ModelConfig,
+        capacity: int,
+        *,
+        batch: int = 1,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weighted: bool = False,
     ) -> KVCache:
-        """Zeroed, so that a masked slot can never bring a NaN into a product."""
+        """Zeroed, so that a masked slot can never bring a NaN into a product. weighted: with a `bias`."""
         shape = (config.n_layers, 2, batch, config.n_kv_heads, capacity, config.head_dim)
         data = torch.zeros(shape, dtype=dtype, device=device)
-        return cls(data, torch.full((batch, capacity), -1, dtype=torch.int64, device=device))
+        bias = torch.zeros(batch, capacity, device=device) if weighted else None
+        return cls(data, torch.full((batch, capacity), -1, dtype=torch.int64, device=device), bias)
 
     @property
     def k(self) -> Tensor:
@@ -53,35 +62,45 @@ class KVCache:
         return self.data.shape[4]
 
     def row(self, b: int) -> KVCache:
-        return KVCache(self.data[:, :, b : b + 1], self.pos[b : b + 1])
+        bias = None if self.bias is None else self.bias[b : b + 1]
+        return KVCache(self.data[:, :, b : b + 1], self.pos[b : b + 1], bias)
 
     def stacked(self, copies: int) -> KVCache:
         """A new cache of `copies` rows, each a copy of this cache's single row."""
         if self.batch != 1:
             raise ValueError(f"stacked: expected a cache of one row, got {self.batch}")
-        return KVCache(self.data.repeat(1, 1, copies, 1, 1, 1), self.pos.repeat(copies, 1))
+        bias = None if self.bias is None else self.bias.repeat(copies, 1)
+        return KVCache(self.data.repeat(1, 1, copies, 1, 1, 1), self.pos.repeat(copies, 1), bias)
 
     def widened(self, capacity: int) -> KVCache:
         """A copy with room for `capacity` slots in each row."""
         extra = capacity - self.capacity
         if extra < 0:
             raise ValueError(f"capacity: expected at least {self.capacity}, got {capacity}")
-        return KVCache(F.pad(self.data, (0, 0, 0, extra)), F.pad(self.pos, (0, extra), value=-1))
+        bias = None if self.bias is None else F.pad(self.bias, (0, extra))
+        return KVCache(F.pad(self.data, (0, 0, 0, extra)), F.pad(self.pos, (0, extra), value=-1), bias)
 
     def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of row 0's keys and values at `slots [M]`: [L, Hkv, M, D] each."""
         return self.k[:, 0].index_select(2, slots), self.v[:, 0].index_select(2, slots)
 
-    def splice(self, plan: SplicePlan, k_new: Tensor, v_new: Tensor) -> None:
+    def splice(self, plan: SplicePlan, k_new: Tensor, v_new: Tensor, bias: Tensor | None = None) -> None:
         """Edit row 0 in place: remove and insert entries (k_new, v_new [L, Hkv, M, D], keys unrotated) and give every
-        entry its rank as position."""
+        entry its rank as position; bias as in `set_ranks`."""
         kv_splice_(self.k[:, 0], self.v[:, 0], k_new, v_new, plan)
-        self.set_ranks(plan.new_slots)
+        self.set_ranks(plan.new_slots, bias)
 
-    def set_ranks(self, slots: Tensor) -> None:
-        """Positions of row 0 become ranks: `slots [n]` names the slot of rank 0, 1, ...; every other slot is empty."""
+    def set_ranks(self, slots: Tensor, bias: Tensor | None = None) -> None:
+        """Positions of row 0 become ranks: `slots [n]` names the slot of rank 0, 1, ...; every other slot is empty.
+        bias: [n] log-weights by rank, None: 0; an empty slot's is 0. Raises ValueError for a cache without weights."""
+        if bias is not None and self.bias is None:
+            raise ValueError("bias: expected None for a cache that was not allocated as weighted")
         self.pos[0].fill_(-1)
         self.pos[0, slots] = torch.arange(len(slots), device=self.pos.device)
+        if self.bias is not None:
+            self.bias[0].zero_()
+            if bias is not None:
+                self.bias[0, slots] = bias
 
     def writer(self, slots: Tensor, used: int) -> SlotWriter:
         return SlotWriter(self, slots, used)
@@ -94,12 +113,11 @@ class SlotWriter:
     their positions allow. Only slots [0, used) are attended to.
     """
 
-    kv_bias: Tensor | None = None
-
     def __init__(self, cache: KVCache, slots: Tensor, used: int) -> None:
         if slots.dim() != 2 or slots.shape[0] != cache.batch:
             raise ValueError(f"slots: expected [B={cache.batch}, T], got {list(slots.shape)}")
         self.cache, self.used = cache, used
+        self.kv_bias = None if cache.bias is None else cache.bias[:, :used]
         first, count = int(slots[0, 0]) if slots.numel() else 0, slots.shape[1]
         run = torch.arange(first, first + count, device=slots.device)
         # A run of neighbouring slots, the same in each row, is one strided copy instead of a scatter.

@@ -46,7 +46,9 @@ class Session:
         self.path, self.tree, self.model, self.config = path, tree, model, config
         decoder = model.decoder
         self.builder = NodeBuilder(tree, parts.gistnet)
-        cache = KVCache.allocate(decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device)
+        cache = KVCache.allocate(
+            decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device, weighted=bool(config.gist_bias)
+        )
         reader = gist_reader(config.gist_kind, decoder, parts.gistnet)
         self.context = WorkingContext(tree, decoder, reader, config, cache)
         self.retrieval = BlockIndex(tree, model.tokenizer, path)

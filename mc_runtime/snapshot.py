@@ -56,6 +56,7 @@ def save_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
         "length": tree.length,
         "counts": list(context.counts_seen),
         "gist_kind": context.config.gist_kind,
+        "gist_bias": context.config.gist_bias,
         "archive": [block for block, _ in context.archive.items()],
         "expanded": {str(level): nodes.tolist() for level, nodes in context.expanded.items()},
         "focus": focus.state(),
@@ -79,6 +80,9 @@ def load_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
     if state["gist_kind"] != context.config.gist_kind:
         logger.info("gists of another kind were saved; the context is rebuilt")
         return False
+    if state["gist_bias"] != context.config.gist_bias:
+        logger.info("tokens were read behind gists of another weight; the context is rebuilt")
+        return False
     try:
         with safe_open(str(directory / FILE), "pt") as file:
             if (file.metadata() or {}).get("name") != state["snapshot"]:
@@ -97,7 +101,7 @@ def load_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
     context.cache.k[:, 0, :, : len(entries)] = tensors["k"].to(device)
     context.cache.v[:, 0, :, : len(entries)] = tensors["v"].to(device)
     context.slots = tensors["slots"].to(device)
-    context.cache.set_ranks(context.slots)
+    context.cache.set_ranks(context.slots, context.bias_of(entries))
     context.entries, context.expanded, context.counts_seen = entries, expanded, tuple(state["counts"])
     for block in state["archive"]:
         context.archive.put(block, tensors[f"archive/{block}/k"].to(device), tensors[f"archive/{block}/v"].to(device))

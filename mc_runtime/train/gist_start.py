@@ -17,7 +17,7 @@ from mc_runtime.model.decoder import Decoder
 from .corpus import Corpus
 from .gist_kinds import OUTSIDE, EmbeddingMaker, GistMaker, PooledMaker, ProjectedMaker, split_blocks
 from .gist_questions import QuestionSource
-from .gist_task import LOGITS, GistTask, GistTaskOptions
+from .gist_task import ATTENTION, LOGITS, GistTask, GistTaskOptions
 from .layouts import LayoutOptions
 from .ridge import collect, ridge_projector
 
@@ -59,6 +59,8 @@ class GistSettings:
     keep_vectors: bool = False
     objective: str = LOGITS
     teacher: float = 0.7
+    match: float = 0.0
+    pieces: int = 24
     reconstruct: float = 0.0
     contrast: float = 0.0
     curriculum: tuple[float, float] = (0.0, 0.0)
@@ -79,7 +81,7 @@ class GistSettings:
             )
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise InputError(f"width: expected a multiple of {HEAD_WIDTH}, got {self.width}")
-        for name, least in (("layers", 0), ("rank", 1), ("ridge_blocks", 1000), ("tokens", 1)):
+        for name, least in (("layers", 0), ("rank", 1), ("ridge_blocks", 1000), ("tokens", 1), ("pieces", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name in ("teacher", "true_positions", "questions"):
@@ -91,14 +93,21 @@ class GistSettings:
 
     def task_options(self) -> GistTaskOptions:
         layout = LayoutOptions(level2=0.5 if self.levels == 2 else 0.0, true_positions=self.true_positions)
-        # A gist of level 2 needs K blocks in front of a cut.
-        deep: dict[str, Any] = {"lengths": (1024, 2048), "length_weights": (1.0, 1.0), "cuts": (2, 2)}
-        deep |= {"question_lengths": (1024, 2048, 4096)}
         return GistTaskOptions(
-            tokens=self.tokens, teacher=self.teacher, objective=self.objective, reconstruct=self.reconstruct,
-            contrast=self.contrast, curriculum=self.curriculum, questions=self.questions, layout=layout,
-            **(deep if self.levels == 2 else {}),
+            tokens=self.tokens, teacher=self.teacher, objective=self.objective, match=self.match, pieces=self.pieces,
+            reconstruct=self.reconstruct, contrast=self.contrast, curriculum=self.curriculum,
+            questions=self.questions, layout=layout, **self._lengths(),
         )  # fmt: skip
+
+    def _lengths(self) -> dict[str, Any]:
+        """A gist of level 2 needs K blocks in front of a cut."""
+        deep = self.levels == 2
+        if self.objective == ATTENTION:
+            return {"lengths": (2048 if deep else 1024,), "length_weights": (1.0,), "cuts": (1,), "near": 96}
+        if deep:
+            shares = {"lengths": (1024, 2048), "length_weights": (1.0, 1.0), "cuts": (2, 2)}
+            return shares | {"question_lengths": (1024, 2048, 4096)}
+        return {}
 
 
 def make_task(

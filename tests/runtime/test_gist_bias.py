@@ -1,0 +1,113 @@
+"""What gists weigh: the log-weight reaches attention for gists alone, survives edits, branches and a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import bring_in, words
+from torch import Tensor
+
+from mc_runtime import Session
+from mc_runtime.errors import InputError
+from mc_runtime.kv_cache import KVCache
+from mc_runtime.model import LoadedModel
+
+Memory = Callable[..., Session]
+NEVER = -1e4
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.inference_mode():
+        yield
+
+
+def bias_by_rank(session: Session) -> Tensor:
+    context = session.context
+    bias = context.cache.bias
+    assert bias is not None
+    assert not bias[0, context.used :].any(), "an empty slot weighs nothing"
+    return bias[0, context.slots]
+
+
+def assert_right(session: Session, weight: float) -> None:
+    levels = torch.from_numpy(session.context.entries.levels)
+    torch.testing.assert_close(bias_by_rank(session), (levels > 0).float() * weight)
+
+
+def test_follows_edits(memory: Memory) -> None:
+    session = memory(budget=256, gist_bias=-2.5)
+    session.ingest(words(400))
+    bring_in(session)
+    assert_right(session, -2.5)
+    gists = int((session.context.entries.levels > 0).sum())
+    assert gists > 0
+    session.focus_on((64, 96))
+    assert_right(session, -2.5)
+    session.generate("what is said?", max_new_tokens=40)
+    assert_right(session, -2.5)
+
+
+def test_none_by_default(memory: Memory) -> None:
+    session = memory()
+    assert session.context.cache.bias is None
+
+
+def test_gists_of_no_weight_are_not_there(memory: Memory, model: LoadedModel) -> None:
+    """At a weight of zero the newest tokens' keys and values are those of a context without the gists."""
+    session = memory(budget=256, gist_bias=NEVER)
+    session.ingest(words(400))
+    bring_in(session)
+    context = session.context
+    tokens = (context.entries.levels == 0).nonzero()[0]
+    assert len(tokens) < context.used
+    context.run(tokens)
+    found_k, found_v = context.cache.gather(context.slots[torch.from_numpy(tokens)])
+
+    cache = KVCache.allocate(model.config, context.used, dtype=model.decoder.dtype, device=model.decoder.device)
+    slots = torch.arange(len(tokens))
+    cache.pos[0, slots] = torch.from_numpy(tokens)  # the same ranks, with holes where the gists stood
+    x = context._inputs(tokens)[None]
+    model.decoder(x, torch.from_numpy(tokens)[None], cache.writer(slots[None], len(tokens)))
+    k, v = cache.gather(slots)
+    torch.testing.assert_close(found_k, k, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_v, v, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_answers_like_one(memory: Memory) -> None:
+    """Branches of a batch weigh gists as the session does."""
+    session = memory(budget=256, gist_bias=-3.0)
+    session.ingest(words(400))
+    alone = [session.generate([text], max_new_tokens=8) for text in ("first one?", "and a second one?")]
+    together = session.generate(["first one?", "and a second one?"], max_new_tokens=8)
+    assert [x[0] for x in alone] == together
+
+
+def test_restart(memory: Memory) -> None:
+    session = memory(budget=256, gist_bias=-2.0)
+    session.ingest(words(400))
+    session.generate("what is said?", max_new_tokens=4)
+    before = bias_by_rank(session).clone()
+    session.close()
+    again = memory(budget=256, gist_bias=-2.0)
+    assert again.context.used > 0
+    torch.testing.assert_close(bias_by_rank(again), before)
+    again.close()
+    other = memory(budget=256, gist_bias=-1.0)
+    assert other.context.used == 0, "tokens that were read behind gists of another weight are read again"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", 1e9])
+def test_refused(memory: Memory, value: Any) -> None:
+    with pytest.raises(InputError, match="gist_bias"):
+        memory(gist_bias=value)
+
+
+def test_weights_need_a_weighted_cache(model: LoadedModel) -> None:
+    cache = KVCache.allocate(model.config, 8, dtype=model.decoder.dtype, device=model.decoder.device)
+    with pytest.raises(ValueError, match="bias"):
+        cache.set_ranks(torch.arange(2), torch.zeros(2))
+    assert (cache.pos == -1).all()
