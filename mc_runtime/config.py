@@ -28,8 +28,8 @@ class MemoryConfig:
     budget: slots of the Working Context, W.
     block_size: children per gist, K.
     gist_kind: how a gist is put in front of the model (see `mc_runtime.gists`).
-    gist_bias: what a gist weighs in attention beside a token, as a logarithm (0: alike). Hundreds of gists together
-        draw attention from the passages that are open.
+    gist_bias: what a gist weighs in attention beside a token, as a logarithm (0: alike): hundreds of gists together
+        draw attention from the passages that are open. None: what the gists' weights ask for (untrained: 0).
     ingest: `contextual` runs the text through the model, `fast` only through GistNet.
     refresh: what is recomputed after the edits of a user turn (see `mc_runtime.refresh`); refresh_decode: after those
         of a refocus while decoding.
@@ -44,7 +44,7 @@ class MemoryConfig:
     budget: int = 2048
     block_size: int = 32
     gist_kind: GistKind = "pooled"
-    gist_bias: float = 0.0
+    gist_bias: float | None = None
     ingest: IngestMode = "contextual"
     refresh: RefreshMode = "full"
     refresh_decode: RefreshMode = "tail"
@@ -80,7 +80,9 @@ class MemoryConfig:
             raise InputError(f"ingest_chunk: expected a multiple of {self.block_size}, got {self.ingest_chunk!r}")
         if not isinstance(self.refresh_share, int | float) or not 0.0 <= self.refresh_share <= 1.0:
             raise InputError(f"refresh_share: expected a number from 0 to 1, got {self.refresh_share!r}")
-        if not isinstance(self.gist_bias, int | float) or not -1e4 <= self.gist_bias <= 1e4:
+        if self.gist_bias is not None and not (
+            isinstance(self.gist_bias, int | float) and -1e4 <= self.gist_bias <= 1e4
+        ):
             raise InputError(f"gist_bias: expected a finite number, a log-weight, got {self.gist_bias!r}")
         if not isinstance(self.system_prompt, str):
             raise InputError(f"system_prompt: expected text, got {type(self.system_prompt).__name__}")

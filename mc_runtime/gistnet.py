@@ -9,6 +9,7 @@ each layer's own key and value weights. Files are safetensors, in fp32 or bf16; 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -67,12 +68,17 @@ class LayerProjector:
 
 @dataclass(frozen=True)
 class GistNet:
-    """Weights of all three parts. `pool_weights[i]` serves level i + 1; levels above are means."""
+    """Weights of all three parts. `pool_weights[i]` serves level i + 1; levels above are means.
+
+    gist_bias: what a memory weighs these gists by in attention, as a logarithm, where its settings do not say (see
+    `MemoryConfig`).
+    """
 
     encode_weights: GistEncodeWeights
     pool_weights: tuple[GistPoolWeights, ...]
     projector: Projector | LayerProjector
     fingerprint: str
+    gist_bias: float = 0.0
 
     @classmethod
     def untrained(cls, decoder: Decoder, block_size: int) -> GistNet:
@@ -123,7 +129,9 @@ class GistNet:
                 pool = tuple(w.to(decoder.device) for w in weights)
             if "project" in parts:
                 projector = Projector(**{k: v.to(decoder.device) for k, v in parts["project"].items()})
-            net = cls(encode, pool, projector, _digest(tensors))
+            net = cls(encode, pool, projector, _digest(tensors), float(metadata.get("gist_bias", 0.0)))
+            if not math.isfinite(net.gist_bias):
+                raise ValueError(f"gist_bias: expected a finite number, got {net.gist_bias}")
             net._check_fits(decoder, block_size)
             bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
             if bad:
@@ -145,7 +153,7 @@ class GistNet:
             p = self.projector
             tensors |= {"project/down": p.down, "project/up": p.up, "project/bias": p.bias}
         written = {name: x.detach().to("cpu", dtype).contiguous().clone() for name, x in tensors.items()}
-        save_file(written, str(path), self.encode_weights.metadata("encode/"))
+        save_file(written, str(path), self.encode_weights.metadata("encode/") | {"gist_bias": repr(self.gist_bias)})
 
     def _check_fits(self, decoder: Decoder, block_size: int) -> None:
         c = decoder.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args, overload
@@ -87,6 +88,8 @@ class Session:
             settings["policy"], policy = policy, None
         config = read_settings(config, settings, has_lensnet=lensnet is not None)
         parts = load_parts(model, config, gistnet, lensnet)
+        if config.gist_bias is None:
+            config = replace(config, gist_bias=parts.gistnet.gist_bias)
         tree = Tree.open(path, parts.spec)
         try:
             session = cls(Path(path), tree, config, parts)

@@ -24,10 +24,9 @@ from torch import Tensor
 from mc_kernels import context_attention
 from mc_kernels.rope import phases, rotate
 from mc_runtime.model.decoder import Attention, Decoder
-from mc_runtime.model.stores import ConcatStore
 
 from .gist_kinds import LevelGists
-from .layouts import Gathered
+from .layouts import Gathered, split_entries
 
 # Positions whose gradients do not count: a first token is a sink, and its residual stream is like no other's.
 SKIP = 8
@@ -124,10 +123,11 @@ def matching_loss(
     span = torch.arange(near, device=device)
     at = cuts[:, None] + span  # [n, T] places in the sequence
     q_pos = where.start.to(device)[:, None] + span
-    of_tokens, of_gists = _split(where, tokens, device)
+    of_tokens, of_gists = split_entries(where, where.index < tokens)
+    of_tokens, of_gists = ((i.to(device), p.to(device)) for i, p in (of_tokens, of_gists))
     token_index = torch.cat((of_tokens[0], at), dim=1)  # the near tokens follow the context
     token_pos = torch.cat((of_tokens[1], q_pos), dim=1)
-    gist_index, gist_pos = of_gists
+    gist_index, gist_pos = (of_gists[0] - tokens).clamp_min(0), of_gists[1]
     absent = (gist_pos < 0)[:, None, None, None]
     spectrum, interleaved = decoder.rope.inv_freq_on(device), decoder.rope.interleaved
     (q_cos, q_sin), (k_cos, k_sin) = ([x[:, None] for x in phases(p, spectrum)] for p in (q_pos, gist_pos))
@@ -160,26 +160,3 @@ def matching_loss(
         error = layer.attention.out((merged.flatten(1, 2).transpose(1, 2).flatten(2) - aim).to(k)).float()
         losses.append(0.5 * (error.square().mean((0, 1)) * fisher[number]).sum())
     return torch.stack(losses)
-
-
-def _split(where: Gathered, tokens: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Index and position, [n, S] each, of a context's tokens and of its gists (counted from 0), the rest at -1."""
-    index, position = where.index.to(device), where.position.to(device)
-    parts = []
-    for mine in (index < tokens, index >= tokens):
-        mine = mine & (position >= 0)
-        order = (~mine).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(mine.sum(1).max()))]
-        first = torch.where(mine, index, 0).gather(1, order), torch.where(mine, position, -1).gather(1, order)
-        parts.append(first)
-    (a, b), (gists, d) = parts
-    return (a, b), ((gists - tokens).clamp_min(0), d)
-
-
-@torch.no_grad()
-def record_text(decoder: Decoder, ids: Tensor) -> tuple[Tensor, Tensor, Recording]:
-    """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D] and the recording of the pass."""
-    store = ConcatStore()
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    with recording(decoder) as record:
-        decoder(decoder.embed(ids), positions, store)
-    return store.keys, store.values, record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -46,12 +47,21 @@ def gist(
         typer.Option(help="logits; attention: each layer reads as from the text; hidden:N: the stream after N layers."),
     ] = "logits",
     match: Annotated[float, typer.Option(help="Weight of objective attention beside logits.")] = 0.0,
+    crowd: Annotated[
+        int, typer.Option(help="Texts whose gists stand among those of a question's past; they are kept in memory.")
+    ] = 0,
     pieces: Annotated[int, typer.Option(help="Samples per sequence (objective attention).")] = 24,
     reconstruct: Annotated[float, typer.Option(help="Weight of reading a gist's tokens back out of it.")] = 0.0,
     contrast: Annotated[float, typer.Option(help="Weight of keeping neighbouring gists apart.")] = 0.0,
     curriculum: Annotated[
         tuple[float, float], typer.Option(help="Shares of the steps at gists of a quarter and of half a block.")
     ] = (0.0, 0.0),
+    gist_bias: Annotated[
+        float | None,
+        typer.Option(
+            help="Log-weight in attention that a memory gives these gists; kept with them.", show_default="as --start"
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 300,
     minutes: Annotated[float | None, typer.Option(help="Stop, with a checkpoint, after so long.")] = None,
     lr: Annotated[
@@ -87,7 +97,7 @@ def gist(
         kind=cast(GistKind, kind), levels=levels, train_levels=_levels(train_levels), block_size=block_size,
         gists=gists_per_block, width=width, layers=layers, rank=rank, ridge_blocks=ridge_blocks,
         keep_vectors=keep_vectors, objective=objective, reconstruct=reconstruct, contrast=contrast,
-        curriculum=curriculum, tokens=tokens, match=match, pieces=pieces,
+        curriculum=curriculum, tokens=tokens, match=match, pieces=pieces, crowd=crowd,
         questions=question_share if questions else 0.0,
     )  # fmt: skip
     rate = DEFAULT_LR[settings.kind] if lr is None else lr
@@ -117,7 +127,10 @@ def gist(
                 )
             )
         if trainer.rank == 0:
-            task.maker.install(net, trainer.averaged()).save(out, dtype=torch.bfloat16)
+            trained = task.maker.install(net, trainer.averaged())
+            if gist_bias is not None:
+                trained = replace(trained, gist_bias=gist_bias)
+            trained.save(out, dtype=torch.bfloat16)
             console.print(f"step {trainer.step} of {steps}: {out}, {out.stat().st_size / 1e6:.1f} MB")
             plot_run(run / LOG, f"{settings.kind} gists, {trainer.step} steps")
 

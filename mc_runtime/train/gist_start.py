@@ -66,6 +66,7 @@ class GistSettings:
     curriculum: tuple[float, float] = (0.0, 0.0)
     true_positions: float = 0.15
     questions: float = 0.0
+    crowd: int = 0
     tokens: int = 4096
 
     def __post_init__(self) -> None:
@@ -81,7 +82,14 @@ class GistSettings:
             )
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise InputError(f"width: expected a multiple of {HEAD_WIDTH}, got {self.width}")
-        for name, least in (("layers", 0), ("rank", 1), ("ridge_blocks", 1000), ("tokens", 1), ("pieces", 1)):
+        for name, least in (
+            ("layers", 0),
+            ("rank", 1),
+            ("ridge_blocks", 1000),
+            ("tokens", 1),
+            ("pieces", 1),
+            ("crowd", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name in ("teacher", "true_positions", "questions"):
@@ -96,7 +104,7 @@ class GistSettings:
         return GistTaskOptions(
             tokens=self.tokens, teacher=self.teacher, objective=self.objective, match=self.match, pieces=self.pieces,
             reconstruct=self.reconstruct, contrast=self.contrast, curriculum=self.curriculum,
-            questions=self.questions, layout=layout, **self._lengths(),
+            questions=self.questions, crowd=self.crowd, layout=layout, **self._lengths(),
         )  # fmt: skip
 
     def _lengths(self) -> dict[str, Any]:
@@ -105,8 +113,8 @@ class GistSettings:
         if self.objective == ATTENTION:
             return {"lengths": (2048 if deep else 1024,), "length_weights": (1.0,), "cuts": (1,), "near": 96}
         if deep:
-            shares = {"lengths": (1024, 2048), "length_weights": (1.0, 1.0), "cuts": (2, 2)}
-            return shares | {"question_lengths": (1024, 2048, 4096)}
+            lengths = {"lengths": (256, 512, 1024, 2048), "length_weights": (1.0,) * 4, "cuts": (1, 2, 6, 6)}
+            return lengths | {"question_lengths": (512, 1024, 2048)}
         return {}
 
 

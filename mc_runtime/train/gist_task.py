@@ -33,10 +33,11 @@ from mc_runtime.model.stores import ConcatStore
 
 from .attention_match import Recording, matching_loss, recording, residual_fisher
 from .corpus import Corpus, sample_mixture
+from .crowd import Crowd
 from .gist_kinds import GistMaker, LevelGists, PooledMaker
 from .gist_kinds import pool_levels as pool_levels
 from .gist_questions import QuestionSource, open_answers
-from .layouts import Entry, LayoutOptions, draw_layout, gather_layouts
+from .layouts import Entry, Gathered, LayoutOptions, draw_layout, gather_layouts, split_entries
 from .losses import distillation_loss, hidden_loss, neighbour_loss
 from .reconstruction import BagReader
 
@@ -59,7 +60,10 @@ class GistTaskOptions:
     reconstruct: weight of reading a gist's tokens back out of it, through a head of rank `reader_rank` from at most
         `reader_rows` gists. contrast: weight of the hinge at cosine distance `margin` between neighbouring gists.
     questions: share of the micro-batches that ask about articles (see `gist_questions`), of `question_lengths` tokens,
-        `asked` questions of `question_near` tokens each.
+        `asked` questions of `question_near` tokens each. Blocks that stand open there are run with the question on the
+        gists before them, as the runtime does.
+    crowd: texts whose gists surround those of the sample's own past (see `crowd`; 0: none), in all samples that ask and
+        in `crowded` of the others.
     curriculum: shares of the steps that train gists of a quarter, then of half a block, before those of whole blocks.
     """
 
@@ -81,6 +85,8 @@ class GistTaskOptions:
     question_lengths: tuple[int, ...] = (512, 1024, 2048)
     question_near: int = 72
     asked: int = 4
+    crowd: int = 0
+    crowded: float = 0.3
     curriculum: tuple[float, float] = (0.0, 0.0)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
 
@@ -134,6 +140,8 @@ class GistTask:
             raise InputError("curriculum: expected one gist per block, of a size that four parts divide")
         if (o.objective == ATTENTION or o.match) and self.maker.kind == "embedding":
             raise InputError("objective: embedding gists are no keys and values that attention could be matched with")
+        if o.crowd and (self.maker.kind == "embedding" or o.objective != LOGITS or any(o.curriculum)):
+            raise InputError(f"crowd: expected gists that are keys and values, objective {LOGITS} and no curriculum")
         if o.questions and (questions is None or o.objective != LOGITS):
             raise InputError(f"questions: a share of {o.questions} needs articles and objective {LOGITS}")
         self.reader: BagReader | None = None
@@ -173,10 +181,15 @@ class GistTask:
         ]
         layouts = self._layouts(rng, samples, levels, o.layout)
         packed = [rng.random() >= o.layout.true_positions for _ in samples]
-        hidden = self.run(ids, k, v, levels, samples, layouts, packed, o.near)
+        crowd = None
+        if o.crowd and rng.random() < o.crowded:
+            crowd, packed = self.crowd.gists(rng), [True] * len(samples)
+            layouts = [self._crowded(rng, layout, levels, all_before=True) for layout in layouts]
+        hidden = self.run(ids, k, v, levels, samples, layouts, packed, o.near, crowd=crowd)
         loss, figures = self._main_loss(ids, teacher, samples, hidden)
         if o.match:
-            match = self._matching(record, k, v, levels, samples, layouts, packed)
+            own = [[e for e in layout if e.level <= len(levels)] for layout in layouts]
+            match = self._matching(record, k, v, levels, samples, own, packed)
             loss, figures["match"] = loss + o.match * match, match
         return self._with_extras(rng, loss, figures, levels, ids)
 
@@ -190,6 +203,22 @@ class GistTask:
         options = options if len(levels) > 1 else replace(options, level2=0.0)
         gists = self._per_block(levels)
         return [draw_layout(rng, cut // self.size, self.size, options, gists) for _, cut in samples]
+
+    def _crowded(
+        self, rng: random.Random, layout: Sequence[Entry], levels: Sequence[LevelGists], *, all_before: bool = False
+    ) -> list[Entry]:
+        """A layout with the crowd's gists behind its first block or token, and before what follows it."""
+        entries = self.crowd.draw(rng, self._per_block(levels))
+        head = 0
+        while head < len(layout) and layout[head] == Entry(0, head) and head < self.size:
+            head += 1
+        before = len(entries) if all_before else rng.randint(0, len(entries))
+        return [*layout[:head], *entries[:before], *layout[head:], *entries[before:]]
+
+    @cached_property
+    def crowd(self) -> Crowd:
+        """The same texts for the same corpora."""
+        return Crowd(self.decoder, self.corpora, self.maker, self.options.crowd)
 
     def _pieces(
         self, rng: random.Random, batch: int, far: int, levels: Sequence[LevelGists]
@@ -259,8 +288,13 @@ class GistTask:
             for first, last in drawn.blocks.flatten(0, 1).tolist()
         ]
         packed = [rng.random() >= o.layout.true_positions for _ in rows]
+        crowd = None
+        if o.crowd:
+            crowd, packed = self.crowd.gists(rng), [True] * len(rows)
+            layouts = [self._crowded(rng, layout, levels) for layout in layouts]
         hidden = self.run(
-            ids, of_k, of_v, levels, [(row, far) for row in rows], layouts, packed, o.question_near, near_ids=near
+            ids, of_k, of_v, levels, [(row, far) for row in rows], layouts, packed, o.question_near, near_ids=near,
+            crowd=crowd, fresh=True,
         )  # fmt: skip
         with torch.no_grad():
             span = torch.arange(far + o.question_near, device=ids.device).expand(len(rows), -1)
@@ -321,11 +355,14 @@ class GistTask:
         near: int,
         *,
         near_ids: Tensor | None = None,
+        crowd: tuple[Tensor, Tensor] | None = None,
+        fresh: bool = False,
     ) -> Tensor:
         """Hidden states [n, near, E] of the tokens after each sample's cut, behind its layout.
 
         samples: (row of ids, cut). k, v as `read` and levels as the maker give them. near_ids: [n, near] what follows
-        instead of the text.
+        instead of the text. crowd: keys and values [L, Hkv, M, D] of the entries of the level above `levels`. fresh:
+        tokens beyond the first block are run on what stands before them, instead of as they stood in the text.
         """
         cuts = [cut for _, cut in samples]
         where = gather_layouts(layouts, cuts, ids.shape[1], self.size, packed, self._per_block(levels))
@@ -343,9 +380,19 @@ class GistTask:
             x, at = torch.cat((source[rows[:, None], index], x), dim=1), torch.cat((position, at), dim=1)
             return self.decoder(x, at, stop_layer=stop).hidden[:, -near:]
 
+        if fresh:
+            (run, run_at), (index, position) = split_entries(
+                Gathered(index, position, where.start), (index >= self.size) & (index < ids.shape[1])
+            )
+            x = torch.cat((self.decoder.embed(ids[rows[:, None], run]), x), dim=1)
+            at = torch.cat((run_at, at), dim=1)
+        if crowd is not None:
+            k_crowd, v_crowd = (one[:, None].expand(-1, len(ids), -1, -1, -1) for one in crowd)
+            kv = [*kv, (k_crowd, v_crowd)]
+
         def context(tokens: Tensor, gists: Sequence[Tensor]) -> Tensor:
             source = torch.cat((tokens, *gists), dim=3)  # [L, B, Hkv, N + gists, D]
             return source.permute(1, 3, 0, 2, 4)[rows[:, None], index].permute(2, 0, 3, 1, 4)  # [L, n, Hkv, S, D]
 
         store = ConcatStore(context(k, [x for x, _ in kv]), context(v, [x for _, x in kv]), position)
-        return self.decoder(x, at, store, stop_layer=stop).hidden
+        return self.decoder(x, at, store, stop_layer=stop).hidden[:, -near:]

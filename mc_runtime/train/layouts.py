@@ -78,6 +78,18 @@ class Gathered:
     start: Tensor
 
 
+def split_entries(where: Gathered, chosen: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Index and position, [n, S] each and in timeline order, of the chosen [n, S] entries and of the others; padded
+    with positions of -1."""
+    parts = []
+    for mine in (chosen, ~chosen):
+        mine = mine & (where.position >= 0)
+        order = (~mine).to(torch.int8).argsort(dim=1, stable=True)[:, : int(mine.sum(1).max())]
+        index = torch.where(mine, where.index, 0).gather(1, order)
+        parts.append((index, torch.where(mine, where.position, -1).gather(1, order)))
+    return parts[0], parts[1]
+
+
 def gather_layouts(
     layouts: Sequence[Sequence[Entry]],
     cuts: Sequence[int],
@@ -87,12 +99,15 @@ def gather_layouts(
     gists: Sequence[int] = (1, 1),
 ) -> Gathered:
     """cuts: where each sample's past ends; tokens: length of a sequence; packed: rank positions (else span centres);
-    gists: per block, by level. A gist's span is its share of its block."""
+    gists: per block, by level. A gist's span is its share of its block. Entries of the level above those of `gists`
+    stand behind them in the index, at packed positions only."""
     longest = max(len(layout) for layout in layouts)
     index = torch.zeros(len(layouts), longest, dtype=torch.int64)
     position = torch.full((len(layouts), longest), -1, dtype=torch.int64)
     start = torch.zeros(len(layouts), dtype=torch.int64)
-    base = (0, tokens, tokens + tokens // size * gists[0])
+    base = [0, tokens]
+    for level, count in enumerate(gists, start=1):
+        base.append(base[-1] + tokens // size**level * count)
     span = (1, *(size**level // count for level, count in enumerate(gists, start=1)))
     for row, (layout, cut, is_packed) in enumerate(zip(layouts, cuts, packed, strict=True)):
         index[row, : len(layout)] = torch.tensor([base[e.level] + e.index for e in layout])

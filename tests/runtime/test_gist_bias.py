@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checks import bring_in, words
+from checks import SMALL, bring_in, words
 from torch import Tensor
 
 from mc_runtime import Session
 from mc_runtime.errors import InputError
+from mc_runtime.gistnet import GistNet
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import LoadedModel
 
@@ -54,6 +57,18 @@ def test_follows_edits(memory: Memory) -> None:
 def test_none_by_default(memory: Memory) -> None:
     session = memory()
     assert session.context.cache.bias is None
+
+
+def test_weights_say_what_they_weigh(memory: Memory, model: LoadedModel, tmp_path: Path) -> None:
+    net = replace(GistNet.untrained(model.decoder, SMALL["block_size"]), gist_bias=-1.25)
+    net.save(tmp_path / "net.safetensors")
+    session = memory(budget=256, gistnet=tmp_path / "net.safetensors")
+    assert session.config.gist_bias == -1.25
+    session.ingest(words(400))
+    bring_in(session)
+    assert_right(session, -1.25)
+    session.close()
+    assert memory(budget=256, gistnet=tmp_path / "net.safetensors", gist_bias=0.0).context.cache.bias is None
 
 
 def test_gists_of_no_weight_are_not_there(memory: Memory, model: LoadedModel) -> None:
