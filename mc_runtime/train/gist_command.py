@@ -43,14 +43,11 @@ def gist(
         bool, typer.Option("--keep-vectors", help="Train the projector alone (projected).")
     ] = False,
     objective: Annotated[
-        str,
-        typer.Option(help="logits; attention: each layer reads as from the text; hidden:N: the stream after N layers."),
+        str, typer.Option(help="logits, or hidden:N: the stream after N layers, at a part of the cost.")
     ] = "logits",
-    match: Annotated[float, typer.Option(help="Weight of objective attention beside logits.")] = 0.0,
     crowd: Annotated[
         int, typer.Option(help="Texts whose gists stand among those of a question's past; they are kept in memory.")
     ] = 0,
-    pieces: Annotated[int, typer.Option(help="Samples per sequence (objective attention).")] = 24,
     reconstruct: Annotated[float, typer.Option(help="Weight of reading a gist's tokens back out of it.")] = 0.0,
     contrast: Annotated[float, typer.Option(help="Weight of keeping neighbouring gists apart.")] = 0.0,
     curriculum: Annotated[
@@ -97,8 +94,7 @@ def gist(
         kind=cast(GistKind, kind), levels=levels, train_levels=_levels(train_levels), block_size=block_size,
         gists=gists_per_block, width=width, layers=layers, rank=rank, ridge_blocks=ridge_blocks,
         keep_vectors=keep_vectors, objective=objective, reconstruct=reconstruct, contrast=contrast,
-        curriculum=curriculum, tokens=tokens, match=match, pieces=pieces, crowd=crowd,
-        questions=question_share if questions else 0.0,
+        curriculum=curriculum, tokens=tokens, crowd=crowd, questions=question_share if questions else 0.0,
     )  # fmt: skip
     rate = DEFAULT_LR[settings.kind] if lr is None else lr
     options = TrainOptions(steps=steps, minutes=minutes, lr=rate, seed=seed, accumulate=accumulate)
@@ -118,7 +114,7 @@ def gist(
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=rank_of_process > 0) as bar:
             shown = bar.add_task("training", total=steps, completed=trainer.step)
-            names = ("loss", "nll", "answer_nll", "match", "reconstruction", "contrast")
+            names = ("loss", "nll", "answer_nll", "reconstruction", "contrast")
             trainer.run(
                 lambda line: bar.update(
                     shown,

@@ -17,7 +17,7 @@ from mc_runtime.model.decoder import Decoder
 from .corpus import Corpus
 from .gist_kinds import OUTSIDE, EmbeddingMaker, GistMaker, PooledMaker, ProjectedMaker, split_blocks
 from .gist_questions import QuestionSource
-from .gist_task import ATTENTION, LOGITS, GistTask, GistTaskOptions
+from .gist_task import LOGITS, GistTask, GistTaskOptions
 from .layouts import LayoutOptions
 from .ridge import collect, ridge_projector
 
@@ -59,8 +59,6 @@ class GistSettings:
     keep_vectors: bool = False
     objective: str = LOGITS
     teacher: float = 0.7
-    match: float = 0.0
-    pieces: int = 24
     reconstruct: float = 0.0
     contrast: float = 0.0
     curriculum: tuple[float, float] = (0.0, 0.0)
@@ -82,14 +80,7 @@ class GistSettings:
             )
         if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
             raise InputError(f"width: expected a multiple of {HEAD_WIDTH}, got {self.width}")
-        for name, least in (
-            ("layers", 0),
-            ("rank", 1),
-            ("ridge_blocks", 1000),
-            ("tokens", 1),
-            ("pieces", 1),
-            ("crowd", 0),
-        ):
+        for name, least in (("layers", 0), ("rank", 1), ("ridge_blocks", 1000), ("tokens", 1), ("crowd", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name in ("teacher", "true_positions", "questions"):
@@ -102,20 +93,17 @@ class GistSettings:
     def task_options(self) -> GistTaskOptions:
         layout = LayoutOptions(level2=0.5 if self.levels == 2 else 0.0, true_positions=self.true_positions)
         return GistTaskOptions(
-            tokens=self.tokens, teacher=self.teacher, objective=self.objective, match=self.match, pieces=self.pieces,
-            reconstruct=self.reconstruct, contrast=self.contrast, curriculum=self.curriculum,
-            questions=self.questions, crowd=self.crowd, layout=layout, **self._lengths(),
+            tokens=self.tokens, teacher=self.teacher, objective=self.objective, reconstruct=self.reconstruct,
+            contrast=self.contrast, curriculum=self.curriculum, questions=self.questions, crowd=self.crowd,
+            layout=layout, **self._lengths(),
         )  # fmt: skip
 
     def _lengths(self) -> dict[str, Any]:
-        """A gist of level 2 needs K blocks in front of a cut."""
-        deep = self.levels == 2
-        if self.objective == ATTENTION:
-            return {"lengths": (2048 if deep else 1024,), "length_weights": (1.0,), "cuts": (1,), "near": 96}
-        if deep:
-            lengths = {"lengths": (256, 512, 1024, 2048), "length_weights": (1.0,) * 4, "cuts": (1, 2, 6, 6)}
-            return lengths | {"question_lengths": (512, 1024, 2048)}
-        return {}
+        """A gist of level 2 needs K blocks in front of a cut; a long past that was read serves several pieces."""
+        if self.levels == 1:
+            return {}
+        lengths = {"lengths": (256, 512, 1024, 2048), "length_weights": (1.0,) * 4, "cuts": (1, 2, 6, 6)}
+        return lengths | {"question_lengths": (512, 1024, 2048)}
 
 
 def make_task(

@@ -3,8 +3,7 @@
 A sequence runs once through the frozen model: that gives every token's keys and values (of which gists are pooled) and
 the teacher's hidden states. Then several pieces of it run again, each behind a context in which blocks of its past
 stand as gists. The loss is the KL divergence from the teacher plus cross-entropy; gradients flow through the model's
-attention into the gists, and into the parameters that made them. Cheaper, and the start of a run: gists that attention
-reads like the text itself (see `attention_match`).
+attention into the gists, and into the parameters that made them.
 
 Gists that are keys and values stand in the cache that the pieces run behind. Gists that are input embeddings run with
 the piece through the model, and so do the tokens of the context: all of it is computed on what stands before it.
@@ -16,10 +15,8 @@ losses are fp32; the kernels take fp32 weights beside bf16 data and accumulate i
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,7 +28,6 @@ from mc_runtime.errors import InputError
 from mc_runtime.model.decoder import Decoder
 from mc_runtime.model.stores import ConcatStore
 
-from .attention_match import Recording, matching_loss, recording, residual_fisher
 from .corpus import Corpus, sample_mixture
 from .crowd import Crowd
 from .gist_kinds import GistMaker, LevelGists, PooledMaker
@@ -41,11 +37,7 @@ from .layouts import Entry, Gathered, LayoutOptions, draw_layout, gather_layouts
 from .losses import distillation_loss, hidden_loss, neighbour_loss
 from .reconstruction import BagReader
 
-LOGITS, ATTENTION = "logits", "attention"
-# Rows and tokens that the Fisher information of the residual stream is estimated from.
-FISHER_ROWS, FISHER_TOKENS = 12, 512
-# Share of the micro-batches of objective `attention` whose past stands partly in full detail.
-MIXED = 0.25
+LOGITS = "logits"
 
 
 @dataclass(frozen=True)
@@ -54,9 +46,7 @@ class GistTaskOptions:
     tokens: of the sequences of one micro-batch, about. cuts: pieces per sequence. teacher: share of the KL in the loss.
 
     objective: `logits`, or `hidden:N`: the residual stream of the near tokens after the first N layers against the
-        teacher's, at N / L of the cost and without the vocabulary. Layers from N on learn nothing by it. Or
-        `attention`: see `attention_match`; `pieces` pieces of each sequence, of one length of `lengths` or less.
-    match: weight of the loss of objective `attention` beside that of `logits`.
+        teacher's, at N / L of the cost and without the vocabulary. Layers from N on learn nothing by it.
     reconstruct: weight of reading a gist's tokens back out of it, through a head of rank `reader_rank` from at most
         `reader_rows` gists. contrast: weight of the hinge at cosine distance `margin` between neighbouring gists.
     questions: share of the micro-batches that ask about articles (see `gist_questions`), of `question_lengths` tokens,
@@ -74,8 +64,6 @@ class GistTaskOptions:
     cuts: tuple[int, ...] = (1, 2, 4)
     teacher: float = 0.7
     objective: str = LOGITS
-    pieces: int = 24
-    match: float = 0.0
     reconstruct: float = 0.0
     reader_rank: int = 64
     reader_rows: int = 128
@@ -94,22 +82,18 @@ class GistTaskOptions:
         self.stop_layer  # noqa: B018 (raises for an objective that is none)
         if min(self.curriculum) < 0 or sum(self.curriculum) > 1:
             raise InputError(f"curriculum: expected two shares that add up to at most 1, got {self.curriculum}")
-        for name in ("reconstruct", "contrast", "match"):
+        for name in ("reconstruct", "contrast"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: expected a weight of at least 0, got {getattr(self, name)}")
-        if self.match and self.objective != LOGITS:
-            raise InputError(f"match: expected objective {LOGITS} beside it, got {self.objective!r}")
 
     @property
     def stop_layer(self) -> int | None:
         """Layers that run; None: all of them, and the head."""
-        if self.objective in (LOGITS, ATTENTION):
+        if self.objective == LOGITS:
             return None
         name, _, number = self.objective.partition(":")
         if name != "hidden" or not number.isdigit() or int(number) < 1:
-            raise InputError(
-                f"objective: expected {LOGITS}, {ATTENTION} or hidden:N with N layers, got {self.objective!r}"
-            )
+            raise InputError(f"objective: expected {LOGITS} or hidden:N with N layers, got {self.objective!r}")
         return int(number)
 
 
@@ -138,8 +122,6 @@ class GistTask:
             raise InputError(f"objective: expected at most {c.n_layers} layers, got {o.objective!r}")
         if any(o.curriculum) and (self.maker.gists[0] != 1 or self.size % 4):
             raise InputError("curriculum: expected one gist per block, of a size that four parts divide")
-        if (o.objective == ATTENTION or o.match) and self.maker.kind == "embedding":
-            raise InputError("objective: embedding gists are no keys and values that attention could be matched with")
         if o.crowd and (self.maker.kind == "embedding" or o.objective != LOGITS or any(o.curriculum)):
             raise InputError(f"crowd: expected gists that are keys and values, objective {LOGITS} and no curriculum")
         if o.questions and (questions is None or o.objective != LOGITS):
@@ -168,12 +150,8 @@ class GistTask:
         length = far + o.near
         batch = max(1, o.tokens // length)
         ids = torch.from_numpy(sample_mixture(self.corpora, rng, batch, length)).to(self.decoder.device)
-        with recording(self.decoder) if o.match or o.objective == ATTENTION else nullcontext(Recording()) as record:
-            k, v, teacher = self.read(ids)
+        k, v, teacher = self.read(ids)
         levels = self.maker.make(self.decoder, ids, k, v, self.parts)
-        if o.objective == ATTENTION:
-            loss = self._matching(record, k, v, levels, *self._pieces(rng, batch, far, levels))
-            return self._with_extras(rng, loss, {}, levels, ids)
         samples = [
             (row, self.size * rng.randint(max(1, far // self.size // 2), far // self.size) if cuts > 1 else far)
             for row in range(batch)
@@ -187,11 +165,15 @@ class GistTask:
             layouts = [self._crowded(rng, layout, levels, all_before=True) for layout in layouts]
         hidden = self.run(ids, k, v, levels, samples, layouts, packed, o.near, crowd=crowd)
         loss, figures = self._main_loss(ids, teacher, samples, hidden)
-        if o.match:
-            own = [[e for e in layout if e.level <= len(levels)] for layout in layouts]
-            match = self._matching(record, k, v, levels, samples, own, packed)
-            loss, figures["match"] = loss + o.match * match, match
-        return self._with_extras(rng, loss, figures, levels, ids)
+        if o.contrast:
+            contrast = torch.stack([neighbour_loss(level.neighbours(), o.margin) for level in levels]).mean()
+            loss = loss + o.contrast * contrast
+            figures["contrast"] = contrast
+        if self.reader is not None:
+            reconstruction = self.reader.loss(levels, ids, rng)
+            loss = loss + o.reconstruct * reconstruction
+            figures["reconstruction"] = reconstruction
+        return loss, {"loss": float(loss.detach()), **{name: float(x.detach()) for name, x in figures.items()}}
 
     def _layouts(
         self,
@@ -219,57 +201,6 @@ class GistTask:
     def crowd(self) -> Crowd:
         """The same texts for the same corpora."""
         return Crowd(self.decoder, self.corpora, self.maker, self.options.crowd)
-
-    def _pieces(
-        self, rng: random.Random, batch: int, far: int, levels: Sequence[LevelGists]
-    ) -> tuple[list[tuple[int, int]], list[list[Entry]], list[bool]]:
-        """Samples, layouts and packed positions for objective `attention`: cuts at all scales. A micro-batch is either
-        all gists or mixed, so that contexts of one are about as long."""
-        o, most = self.options, far // self.size
-        mixed = rng.random() < MIXED
-        per_row = max(1, o.pieces // 2 if mixed else o.pieces)
-        samples = [
-            (row, self.size * min(most, round(math.exp(rng.uniform(math.log(min(2, most)), math.log(most))))))
-            for row in range(batch)
-            for _ in range(per_row)
-        ]
-        sink = o.layout.sink_block if mixed else float(rng.random() < o.layout.sink_block / 2)
-        layout = replace(o.layout, whole=0.0 if mixed else 1.0, sink_block=sink)
-        packed = [rng.random() >= o.layout.true_positions for _ in samples]
-        return samples, self._layouts(rng, samples, levels, layout), packed
-
-    def _matching(
-        self, record: Recording, k: Tensor | None, v: Tensor | None, levels: Sequence[LevelGists],
-        samples: Sequence[tuple[int, int]], layouts: Sequence[Sequence[Entry]], packed: Sequence[bool],
-    ) -> Tensor:  # fmt: skip
-        assert k is not None
-        assert v is not None
-        rows, cuts = (torch.tensor(column, device=k.device) for column in zip(*samples, strict=True))
-        where = gather_layouts(layouts, cuts.tolist(), k.shape[3], self.size, packed, self._per_block(levels))
-        near = self.options.near
-        return matching_loss(self.decoder, record, k, v, levels, rows, cuts, where, near, self.fisher).sum()
-
-    @cached_property
-    def fisher(self) -> Tensor:
-        """[L, E], of the texts that are trained on; the same for the same texts."""
-        length = min(FISHER_TOKENS, *(len(corpus.ids) for corpus in self.corpora))
-        ids = torch.from_numpy(sample_mixture(self.corpora, random.Random("fisher"), FISHER_ROWS, length))
-        generator = torch.Generator(self.decoder.device).manual_seed(0)
-        return residual_fisher(self.decoder, ids.to(self.decoder.device), generator)
-
-    def _with_extras(
-        self, rng: random.Random, loss: Tensor, figures: dict[str, Tensor], levels: Sequence[LevelGists], ids: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        o = self.options
-        if o.contrast:
-            contrast = torch.stack([neighbour_loss(level.neighbours(), o.margin) for level in levels]).mean()
-            loss = loss + o.contrast * contrast
-            figures["contrast"] = contrast
-        if self.reader is not None:
-            reconstruction = self.reader.loss(levels, ids, rng)
-            loss = loss + o.reconstruct * reconstruction
-            figures["reconstruction"] = reconstruction
-        return loss, {"loss": float(loss.detach()), **{name: float(x.detach()) for name, x in figures.items()}}
 
     def _question_loss(self, rng: random.Random, source: QuestionSource) -> tuple[Tensor, dict[str, float]]:
         """Of a micro-batch of questions: the answers' tokens alone count. nll is not reported: it is not the texts'."""

@@ -140,7 +140,7 @@ def test_splitting_keeps_order() -> None:
     assert rest_at.tolist() == [[0, 2], [0, -1]]
 
 
-@pytest.mark.parametrize("options", [{"objective": "attention"}, {"objective": "hidden:2"}, {"curriculum": (0.2, 0.2)}])
+@pytest.mark.parametrize("options", [{"objective": "hidden:2"}, {"curriculum": (0.2, 0.2)}])
 def test_refusals(model: LoadedModel, corpus: Corpora, options: dict) -> None:
     with pytest.raises(InputError, match="crowd"):
         task_of(model, corpus(), levels=1, **options)
