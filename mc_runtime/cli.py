@@ -39,7 +39,8 @@ Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to
 Policy = Annotated[
     str,
     typer.Option(
-        help="What decides where detail goes: blend, retrieval, attention, recency, lensnet, lensnet+retrieval."
+        help="What decides where detail goes: blend, retrieval, attention, recency, retrieval+recency, lensnet, "
+        "lensnet+retrieval."
     ),
 ]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]

@@ -131,8 +131,8 @@ def main(
     model: Annotated[str, typer.Option(help="Model name, directory or GGUF file.")] = DEFAULT_MODEL,
     budget: Annotated[int, typer.Option(help="Slots of the Working Context.")] = 2048,
     policy: Annotated[str, typer.Option(help="Focus policy.")] = "blend",
-    trained: Annotated[
-        bool, typer.Option("--trained", help="Use the package's trained gists; so far they answer worse on a book.")
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Use means of keys and values as gists, the baseline.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Use the memory of the last run instead of a new one.")] = False,
     out: Annotated[Path, typer.Option(help="Where the memory and the picture go.")] = Path("demo_out"),
@@ -145,7 +145,7 @@ def main(
     with console.status("fetching the book and the model (the first time takes a minute)"):
         book = fetch_book(cache_dir() / "book")
         loaded = load_model(model)
-    gistnet = SHIPPED if trained else UNTRAINED
+    gistnet = UNTRAINED if untrained else SHIPPED
     console.print(f"gists: {gistnet}")
     with Session.open(
         memory, loaded, gistnet=gistnet, budget=budget, policy=policy, recent_tokens=RECENT_TOKENS

@@ -39,6 +39,7 @@ POLICIES: dict[str, Callable[[], FocusPolicy]] = {
     "retrieval": RetrievalPolicy,
     "attention": AttentionPolicy,
     "recency": RecencyPolicy,
+    "retrieval+recency": BlendPolicy.reading,
 }
 
 

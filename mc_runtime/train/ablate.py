@@ -23,8 +23,9 @@ from mc_runtime.gistnet import GistNet
 from mc_runtime.model.decoder import Decoder
 
 from .corpus import Corpus
+from .gist_options import GistTaskOptions
 from .gist_start import DEFAULT_LR, GistSettings, make_task
-from .gist_task import GistTask, GistTaskOptions
+from .gist_task import GistTask
 from .layouts import LayoutOptions
 from .trainer import LOG, STATE, Trainer, TrainOptions
 

@@ -16,8 +16,9 @@ from mc_runtime.model.decoder import Decoder
 
 from .corpus import Corpus
 from .gist_kinds import OUTSIDE, EmbeddingMaker, GistMaker, PooledMaker, ProjectedMaker, split_blocks
+from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource
-from .gist_task import LOGITS, GistTask, GistTaskOptions
+from .gist_task import GistTask
 from .layouts import LayoutOptions
 from .ridge import collect, ridge_projector
 

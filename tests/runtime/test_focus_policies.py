@@ -54,7 +54,7 @@ class Watched:
         return answer
 
 
-@pytest.mark.parametrize("name", ["blend", "retrieval", "recency", "attention"])
+@pytest.mark.parametrize("name", ["blend", "retrieval", "recency", "attention", "retrieval+recency"])
 def test_utilities_are_finite_sorted_and_of_stored_nodes(memory: Memory, name: str) -> None:
     policy = Watched(make_policy(name))
     session = memory(policy=policy)

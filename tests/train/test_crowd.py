@@ -14,7 +14,8 @@ from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.crowd import Crowd
 from mc_runtime.train.gist_kinds import PooledMaker
-from mc_runtime.train.gist_task import GistTask, GistTaskOptions
+from mc_runtime.train.gist_options import GistTaskOptions
+from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import Entry, LayoutOptions, gather_layouts, split_entries
 
 K, FAR, NEAR = 4, 32, 8

@@ -17,7 +17,8 @@ from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_task import GistTask, GistTaskOptions
+from mc_runtime.train.gist_options import GistTaskOptions
+from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.losses import hidden_loss
 from mc_runtime.train.trainer import Trainer, TrainOptions
 

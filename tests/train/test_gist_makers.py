@@ -26,7 +26,8 @@ from mc_runtime.train.gist_kinds import (
     pool_levels,
     split_blocks,
 )
-from mc_runtime.train.gist_task import GistTask, GistTaskOptions
+from mc_runtime.train.gist_options import GistTaskOptions
+from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import Entry, LayoutOptions, draw_layout, gather_layouts
 from mc_runtime.train.trainer import Trainer, TrainOptions
 

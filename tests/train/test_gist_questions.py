@@ -16,8 +16,9 @@ from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.gist_kinds import PooledMaker
+from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_questions import QuestionSource, open_answers
-from mc_runtime.train.gist_task import GistTask, GistTaskOptions
+from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
 from mc_runtime.train.lens_questions import read_articles
 

@@ -14,7 +14,8 @@ from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.gist_kinds import EmbeddingMaker, GistMaker, ProjectedMaker
-from mc_runtime.train.gist_task import GistTask, GistTaskOptions
+from mc_runtime.train.gist_options import GistTaskOptions
+from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
 from mc_runtime.train.ridge import Moments, collect, fit_ridge, group_scale, ridge_projector
 

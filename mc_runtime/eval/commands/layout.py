@@ -24,7 +24,7 @@ def layout(
         str | None,
         typer.Option(
             help="Names with commas, as in `mc generate --policy`.",
-            show_default="blend,retrieval,attention,recency, and with --lensnet lensnet,lensnet+retrieval",
+            show_default="all, and with --lensnet lensnet,lensnet+retrieval",
         ),
     ] = None,
     model: Model = "smollm2-135m",
