@@ -134,6 +134,9 @@ def main(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Use means of keys and values as gists, the baseline.")
     ] = False,
+    gist_bias: Annotated[
+        float | None, typer.Option(help="Log-weight of gists in attention.", show_default="as the weights ask")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Use the memory of the last run instead of a new one.")] = False,
     out: Annotated[Path, typer.Option(help="Where the memory and the picture go.")] = Path("demo_out"),
 ) -> None:
@@ -146,10 +149,9 @@ def main(
         book = fetch_book(cache_dir() / "book")
         loaded = load_model(model)
     gistnet = UNTRAINED if untrained else SHIPPED
-    console.print(f"gists: {gistnet}")
-    with Session.open(
-        memory, loaded, gistnet=gistnet, budget=budget, policy=policy, recent_tokens=RECENT_TOKENS
-    ) as session:
+    settings = {"budget": budget, "policy": policy, "recent_tokens": RECENT_TOKENS, "gist_bias": gist_bias}
+    with Session.open(memory, loaded, gistnet=gistnet, **settings) as session:
+        console.print(f"gists: {gistnet}, log-weight {session.config.gist_bias:g} in attention")
         if session.tree.length < 10_000:
             ingest(session, book, fast)
         tokens = session.tree.tokens().tolist()

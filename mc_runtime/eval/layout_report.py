@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import RECENCY, LayoutResult, LayoutSetting, Point
+from .markdown import estimate, lines_of
 from .statistics import Estimate, bootstrap_of_means
 from .swaps import Cycle, changed_share, residency
 
@@ -112,6 +113,26 @@ def to_dict(about: dict[str, Any], results: Sequence[LayoutResult], setting: Lay
             }
         texts.append(one)
     return {"schema": SCHEMA, **about, "setting": asdict(setting), "texts": texts}
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A report as a table: arms down, texts across: NLL against recency; then how restless each policy is."""
+    setting, texts = data["setting"], data["texts"]
+    title = (
+        f"NLL against recency at as many slots, nats per token (below 0: better); {setting['history']:,} tokens in "
+        f"{setting['budget']:,} slots, n = {setting['n']} per text; gists {data['gistnet'] or 'untrained'}; "
+        f"{data['model']}. 95% intervals."
+    )
+    arms = dict.fromkeys(arm for one in texts for arm in one["against_recency"])
+    rows = []
+    for arm in arms:
+        cells = [one["against_recency"].get(arm) for one in texts]
+        last = texts[-1]["swaps"].get(arm)
+        changed = "" if last is None or last["changed"] is None else estimate(last["changed"], 3)
+        stay = "" if last is None else "none closed" if last["residency"] is None else f"{last['residency']:.1f}"
+        rows.append([arm, *("" if cell is None else estimate(cell, 3) for cell in cells), changed, stay])
+    names = [one["text"] for one in texts]
+    return lines_of(title, ["arm", *names, "changed per block", "residency, cycles"], rows)
 
 
 def _plain(cycle: Cycle) -> dict[str, Any]:

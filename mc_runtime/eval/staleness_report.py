@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .markdown import estimate, lines_of
 from .staleness import ANEW, MODES, Reading, StalenessSetting
 from .statistics import Estimate, bootstrap_of_means
 
@@ -74,6 +75,26 @@ def to_dict(about: dict[str, Any], texts: Readings, setting: StalenessSetting) -
             one["readings"] = [asdict(reading) for reading in readings]
         found.append(one)
     return {"schema": SCHEMA, **about, "setting": asdict(setting), "texts": found}
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A report as a table: edits and modes down, texts across: KL and the share of the same first choice."""
+    setting, texts = data["setting"], data["texts"]
+    title = (
+        f"KL(assembled anew || mode), nats per token; share of the same first choice. {setting['history']:,} tokens in "
+        f"{setting['budget']:,} slots, n = {setting['n']} per text; gists {data['gistnet'] or 'untrained'}; "
+        f"{data['model']}. 95% intervals."
+    )
+    cells: dict[tuple[int, str], dict[str, str]] = {}
+    for one in texts:
+        for found in one["estimates"]:
+            if found["mode"] != ANEW:
+                kl = Estimate(**found["kl"])
+                text = f"{kl.value:.1e} [{kl.low:.1e}, {kl.high:.1e}]; {estimate(found['agrees'])}"
+                cells.setdefault((found["edits"], found["mode"]), {})[one["text"]] = text
+    names = [one["text"] for one in texts]
+    rows = [[str(edits), mode, *(found.get(name, "") for name in names)] for (edits, mode), found in cells.items()]
+    return lines_of(title, ["edits", "refresh", *names], rows)
 
 
 def draw(texts: Readings, path: Path, title: str) -> None:

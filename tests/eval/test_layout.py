@@ -340,6 +340,14 @@ def test_command(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert report["policies"] == names.split(",")
     assert [p["length"] for p in report["texts"][0]["points"]] == [900, 964]
     assert (tmp_path / "p.png").exists()
+    table = CliRunner().invoke(cli.app, ["eval", "table", str(tmp_path / "r.json")]).output.splitlines()
+    assert table[2] == "| arm | text | changed per block | residency, cycles |"
+    assert {line.split(" | ")[0].removeprefix("| ") for line in table[4:]} == {
+        *names.split(","),
+        WINDOW,
+        COARSEST,
+        LEVEL_ONE,
+    }
     for bad, message in (
         (("--policies", "lensnet"), "lensnet needs trained weights"),
         (("--policies", "nosuch"), "policy: expected one of"),

@@ -252,5 +252,9 @@ def test_command(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(report["replies"]) == 8
     assert report["setting"]["budget"] == 2048
     assert picture.stat().st_size > 10_000
+    table = CliRunner().invoke(cli.app, ["eval", "table", str(out)], catch_exceptions=False).output.splitlines()
+    assert table[2] == "| reader | passkey, 2,048 tokens | vt, 2,048 tokens |"
+    assert [line.split(" | ")[0] for line in table[4:]] == ["| no text", "| recency (StreamingLLM)"]
+    assert "n = 2 questions" in table[0]
     with pytest.raises(InputError, match="readers"):
         CliRunner().invoke(cli.app, ["eval", "needle", "--tasks", "vt", "--readers", "x"], catch_exceptions=False)

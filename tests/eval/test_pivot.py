@@ -149,5 +149,8 @@ def test_command(model: LoadedModel, tmp_path: Path, corpus: Corpus, monkeypatch
     assert len(report["turns"]) == 12
     assert {row["kind"] for row in report["rows"]} == {"first", "stay", "pivot", "return", "updated"}
     assert picture.stat().st_size > 10_000
+    table = CliRunner().invoke(cli.app, ["eval", "table", str(out)], catch_exceptions=False).output.splitlines()
+    assert table[2].startswith("| reader | first | stay | pivot | return | updated | old value said | swaps per turn |")
+    assert [line.split(" | ")[0] for line in table[4:]] == ["| no text", "| BM25 append (RAG)"]
     with pytest.raises(InputError, match="readers"):
         CliRunner().invoke(cli.app, ["eval", "pivot", "x", "--readers", "retro"], catch_exceptions=False)

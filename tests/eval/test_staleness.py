@@ -173,6 +173,9 @@ def test_command(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["setting"]["edits"] == [1, 2]
     assert (tmp_path / "p.png").exists()
+    table = CliRunner().invoke(cli.app, ["eval", "table", str(tmp_path / "r.json")]).output.splitlines()
+    assert table[2] == "| edits | refresh | text |"
+    assert len(table) == 4 + 2 * len(MODES)
     for bad, message in ((("--edits", "1,x"), "edits: expected numbers"), (("--edits", "0"), "at least 1")):
         failed = run(*bad)
         assert isinstance(failed.exception, InputError)

@@ -39,8 +39,36 @@ def _focus(data: dict[str, Any]) -> str:
     return markdown(data)
 
 
+def _needle(data: dict[str, Any]) -> str:
+    from ..needle.report import markdown
+
+    return markdown(data)
+
+
+def _pivot(data: dict[str, Any]) -> str:
+    from ..pivot.report import markdown
+
+    return markdown(data)
+
+
+def _layout(data: dict[str, Any]) -> str:
+    from ..layout_report import markdown
+
+    return markdown(data)
+
+
+def _staleness(data: dict[str, Any]) -> str:
+    from ..staleness_report import markdown
+
+    return markdown(data)
+
+
 # By the schema that a report names.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "megacontext/substitutability/1": _substitutability,
     "megacontext/focus/1": _focus,
+    "megacontext/needle/1": _needle,
+    "megacontext/pivot/1": _pivot,
+    "megacontext/layout/1": _layout,
+    "megacontext/staleness/1": _staleness,
 }

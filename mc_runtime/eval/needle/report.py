@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.table import Table
 
+from ..markdown import estimate, lines_of
 from ..statistics import Estimate
 from .run import Record
 from .scoring import share
@@ -85,6 +87,23 @@ def to_json(setting: dict[str, object], records: Sequence[Record]) -> dict[str, 
         "rows": [asdict(row) for row in rows(records)],
         "replies": [record.to_dict() for record in records],
     }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A report as a table: readers down, tasks and sizes across; said / ranked first."""
+    setting, found = data["setting"], data["rows"]
+    places = list(dict.fromkeys((row["task"], row["size"]) for row in found))
+    cells = {
+        (row["reader"], row["task"], row["size"]): f"{estimate(row['generated'])} / {estimate(row['ranked'])}"
+        for row in found
+    }
+    title = (
+        f"Said / ranked first of {setting['candidates']}, n = {setting['n']} questions, {setting['budget']:,} slots, "
+        f"gists {setting['gistnet'] or 'untrained'}; {setting['model']}. 95% intervals."
+    )
+    header = ["reader", *(f"{task}, {size:,} tokens" for task, size in places)]
+    readers = dict.fromkeys(row["reader"] for row in found)
+    return lines_of(title, header, [[r, *(cells.get((r, *place), "") for place in places)] for r in readers])
 
 
 def plot(found: Sequence[Row], path: Path) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from rich.table import Table
 
+from ..markdown import estimate, lines_of
 from ..needle.scoring import share
 from ..statistics import Estimate
 from .run import Record
@@ -92,6 +94,29 @@ def to_json(setting: dict[str, object], records: Sequence[Record]) -> dict[str, 
         "rows": [asdict(row) for row in rows(records)],
         "turns": [record.to_dict() for record in records],
     }
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A report as a table: readers down, kinds of turn across; said / ranked first. Then what changed in the memory."""
+    setting, found = data["setting"], data["rows"]
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in found)]
+    by = {(row["reader"], row["kind"]): row for row in found}
+    lines = []
+    for reader in dict.fromkeys(row["reader"] for row in found):
+        mine = [by.get((reader, kind)) for kind in kinds]
+        cells = ["" if row is None else f"{estimate(row['generated'])} / {estimate(row['ranked'])}" for row in mine]
+        seen = [row for row in mine if row is not None]
+        stale = [estimate(row["stale_said"]) for row in seen if row["stale_said"] is not None]
+        turns = sum(row["generated"]["n"] for row in seen)
+        swaps = sum(row["swaps"] * row["generated"]["n"] for row in seen) / turns
+        after = [f"{row['refocus_tokens']:.0f}" for row in seen if row["kind"] == "pivot" and row["refocus_tokens"]]
+        lines.append([reader, *cells, "".join(stale), f"{swaps:.1f}", "".join(after)])
+    title = (
+        f"Said / ranked first of {setting['candidates']}, n = {setting['n']} conversations over {setting['size']:,} "
+        f"tokens, {setting['budget']:,} slots, gists {setting['gistnet'] or 'untrained'}; {setting['model']}. 95% "
+        "intervals."
+    )
+    return lines_of(title, ["reader", *kinds, "old value said", "swaps per turn", "tokens to refocus"], lines)
 
 
 def plot(found: Sequence[Row], path: Path) -> None:
