@@ -113,15 +113,18 @@ def _replace(source: Path, destination: Path) -> None:
     os.replace(fresh, destination)
 
 
-def build(destination: Path) -> list[Path]:
-    """Build and put the library, the extension and the header into `destination`. Returns their paths."""
+def build(destination: Path, work: Path = WORK) -> list[Path]:
+    """Build and put the library, the extension and the header into `destination`. Returns their paths.
+
+    work: where objects stay for the next build.
+    """
     if os.name != "posix":
         raise BuildError(f"the native code needs a POSIX system, this is {sys.platform}")
     compiler, ninja = _compiler(), _ninja()
-    WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "build.ninja").write_text(_ninja_file(compiler))
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text(_ninja_file(compiler))
     jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
-    done = subprocess.run([*ninja, *jobs, "-C", str(WORK)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([*ninja, *jobs, "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         raise BuildError(f"compiling failed:\n{done.stdout.strip()}")
     if "warning:" in done.stdout:
@@ -129,16 +132,16 @@ def build(destination: Path) -> list[Path]:
     destination.mkdir(parents=True, exist_ok=True)
     (destination / REASON).unlink(missing_ok=True)
     made = []
-    for source in (WORK / LIBRARY, WORK / EXTENSION, SOURCES / "include" / "mc_kernels.h"):
+    for source in (work / LIBRARY, work / EXTENSION, SOURCES / "include" / "mc_kernels.h"):
         _replace(source, destination / source.name)
         made.append(destination / source.name)
     return made
 
 
-def build_or_explain(destination: Path) -> list[Path]:
+def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:
     """As `build`; where that fails, says so once and leaves the reason in `destination` for `mc_kernels.native`."""
     try:
-        return build(destination)
+        return build(destination, work)
     except BuildError as e:
         reason = str(e)
     print(f"megacontext: native kernels were not built, PyTorch serves in their place: {reason}", file=sys.stderr)

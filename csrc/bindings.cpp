@@ -48,8 +48,8 @@ void raise(int32_t status) {
 
 void kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new, const py::handle& v_new,
                const py::handle& table, int64_t n_plans, uintptr_t offsets, uintptr_t rows, uintptr_t segments,
-               uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions, uintptr_t inv_freq,
-               int64_t inv_freq_rows, int64_t half, bool interleaved, double attention_scaling, int32_t n_threads) {
+               uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions, int64_t inv_freq_rows,
+               uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling, int32_t n_threads) {
     mc_kv_splice_args a{};
     a.struct_size = sizeof a;
     a.k = tensor("k", k);
@@ -65,8 +65,8 @@ void kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new
     a.insert_slots = array<int64_t>(insert_slots);
     a.positions = array<int64_t>(positions);
     a.new_positions = array<int64_t>(new_positions);
-    a.inv_freq = array<double>(inv_freq);
     a.inv_freq_rows = inv_freq_rows;
+    a.inv_freq = array<double>(inv_freq);
     a.half = half;
     a.interleaved = interleaved;
     a.attention_scaling = attention_scaling;
@@ -97,6 +97,6 @@ PYBIND11_MODULE(_C, m) {
         raise(mc_set_cpu_isa(name.is_none() ? nullptr : py::cast<std::string>(name).c_str()));
     });
     m.def("kv_splice", &kv_splice, "k", "v", "k_new", "v_new", "table", "n_plans", "offsets", "rows", "segments", "stays",
-          "insert_slots", "positions", "new_positions", "inv_freq", "inv_freq_rows", "half", "interleaved",
+          "insert_slots", "positions", "new_positions", "inv_freq_rows", "inv_freq", "half", "interleaved",
           "attention_scaling", "n_threads");
 }

@@ -79,7 +79,7 @@ MC_API int32_t mc_set_cpu_isa(const char *name);
  *   inserted    k[r,h,slot_j] <- R(new_positions[slot_j]) k_new[r,h,j] * attention_scaling
  *               v[r,h,slot_j] <- v_new[r,h,j]
  *
- * R(.) rotates pairs of dimensions (RoPE) or, without inv_freq, is nothing. Where a survivor's position does not change
+ * R(.) rotates pairs of dimensions (RoPE) or, with inv_freq_rows = 0, is nothing. Where a survivor's position does not change
  * its bits are kept. Angles are reduced to a quarter turn in fp64, rotations computed in fp32 and rounded once.
  *
  * Row r = layer * B + b. A plan says what happens in a row; all rows share one, or `rows` names each row's. Only
@@ -113,14 +113,14 @@ typedef struct mc_kv_splice_args {
     const int64_t *segments;     /* [n, 3] (source slot, destination slot, count) of the survivors that move, in an order
                                     in which they can be executed one after the other, each with memmove's semantics:
                                     those that move left ascending, then those that move right descending */
-    const int64_t *stays;        /* [n, 3] (slot, slot, count) of those that keep their slot; read with inv_freq only */
+    const int64_t *stays;        /* [n, 3] (slot, slot, count) of those that keep their slot; read with rotation only */
     const int64_t *insert_slots; /* [sum of M_p] slot of each inserted entry */
 
-    /* Positions by slot; both or neither. NULL: an entry's position is its slot. Not read without inv_freq. */
+    /* Positions by slot; both or neither. NULL: an entry's position is its slot. Not read without rotation. */
     const int64_t *positions, *new_positions;
 
-    const double *inv_freq;   /* [half], or [R, half] contiguous: radians per position. NULL: nothing is rotated */
-    int64_t inv_freq_rows;    /* 1, or R */
+    int64_t inv_freq_rows;    /* 0: nothing is rotated; 1: inv_freq is [half]; R: it is [R, half] */
+    const double *inv_freq;   /* contiguous, radians per position */
     int64_t half;             /* half of the rotated dimensions, 2 * half <= D; dimensions beyond pass unchanged */
     int32_t interleaved;      /* 0: pairs (b, b + half), as Llama in Hugging Face layout; 1: (2b, 2b + 1), as GPT-J */
     double attention_scaling; /* magnitude of inserted keys (all their dimensions); 1 for most models */

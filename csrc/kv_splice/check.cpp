@@ -117,14 +117,15 @@ void check_plans(const mc_kv_splice_args& a, const Cache& c) {
 }
 
 void check_rotation(const mc_kv_splice_args& a, const Cache& c) {
-    if (!a.inv_freq) return;
+    if (a.inv_freq_rows == 0) return;
     if (a.half < 0 || 2 * a.half > c.dim) {
         invalid("half: expected 0.." + std::to_string(c.dim / 2) + " (D/2), got " + std::to_string(a.half));
     }
     if (a.inv_freq_rows != 1 && a.inv_freq_rows != c.layers * c.batch) {
-        invalid("inv_freq_rows: expected 1 or R = " + std::to_string(c.layers * c.batch) + ", got " +
+        invalid("inv_freq_rows: expected 0, 1 or R = " + std::to_string(c.layers * c.batch) + ", got " +
                 std::to_string(a.inv_freq_rows));
     }
+    if (!a.inv_freq && a.half) invalid("inv_freq: expected an array, got NULL");
     if (!a.positions && !a.new_positions) return;
     const int64_t* total = a.offsets + 5 * a.n_plans;  // of an empty array the address may be NULL
     if (!a.positions && total[3]) invalid("positions: expected an array as new_positions, got NULL");

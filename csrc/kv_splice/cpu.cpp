@@ -87,13 +87,13 @@ public:
     void run(int64_t first, int64_t end) {
         while (first < end) {
             const int64_t row = row_of(first), plan = plan_of(row);
-            const bool own_frequencies = a_.inv_freq && a_.inv_freq_rows != 1;
+            const bool own_frequencies = a_.inv_freq_rows > 1;
             int64_t last_row = row + 1;
             while (!own_frequencies && item_of(last_row) < end && plan_of(last_row) == plan) ++last_row;
             first_ = first;
             end_ = first = std::min(end, item_of(last_row));
             if (plan < 0) continue;
-            for (int64_t b = 0; a_.inv_freq && b < a_.half; ++b) {
+            for (int64_t b = 0; rotates() && b < a_.half; ++b) {
                 turns_[b] = a_.inv_freq[(own_frequencies ? row * a_.half : 0) + b] / 6.283185307179586476925;
             }
             splice(Plan(a_, plan));
@@ -101,6 +101,7 @@ public:
     }
 
 private:
+    bool rotates() const { return a_.inv_freq_rows != 0; }
     int64_t row_of(int64_t item) const { return item / (2 * c_.heads); }
     int64_t item_of(int64_t row) const { return row * 2 * c_.heads; }
     int64_t plan_of(int64_t row) const { return a_.rows ? a_.rows[row] : 0; }
@@ -120,16 +121,16 @@ private:
     template <class Body>
     void each(bool turning, Body&& body) const {
         for (int64_t i = first_; i < end_; ++i) {
-            if ((a_.inv_freq && i % 2 == 0) == turning) body(lane(i));
+            if ((rotates() && i % 2 == 0) == turning) body(lane(i));
         }
     }
 
     void splice(const Plan& plan) {
-        for (int64_t i = 0; a_.inv_freq && i < plan.n_stays; ++i) turn(plan, Plan::at(plan.stays, i));
+        for (int64_t i = 0; rotates() && i < plan.n_stays; ++i) turn(plan, Plan::at(plan.stays, i));
         for (int64_t i = 0; i < plan.n_segments; ++i) {
             const Segment s = Plan::at(plan.segments, i);
             each(false, [&](const Lane& lane) { copy(lane, s, s.destination <= s.source ? 1 : -1); });
-            if (a_.inv_freq) turn(plan, s);
+            if (rotates()) turn(plan, s);
         }
         insert(plan);
     }
@@ -217,7 +218,7 @@ private:
             each(false, [&](const Lane& lane) {
                 copy_rows(lane.fresh + j * lane.fresh_step, lane.at(slot), n, lane.fresh_step, lane.slot_step);
             });
-            if (!a_.inv_freq) continue;
+            if (!rotates()) continue;
             for (int64_t i = 0; i < n; ++i) {
                 ops_.phases(turns_, a_.half, plan.after(slot + i), a_.attention_scaling, a_.interleaved,
                             phases_ + i * phase_floats_);
@@ -245,7 +246,7 @@ int64_t traffic(const mc_kv_splice_args& a, const Cache& c) {
         const Plan plan(a, p);
         entries = plan.n_inserts;
         for (int64_t i = 0; i < plan.n_segments; ++i) entries += plan.segments[3 * i + 2];
-        for (int64_t i = 0; a.inv_freq && a.new_positions && i < plan.n_stays; ++i) entries += plan.stays[3 * i + 2];
+        for (int64_t i = 0; a.inv_freq_rows && a.new_positions && i < plan.n_stays; ++i) entries += plan.stays[3 * i + 2];
         most = std::max(most, entries);
     }
     return most * c.layers * c.batch * c.heads * c.dim * c.bytes * 4;
@@ -260,7 +261,7 @@ void kv_splice(const mc_kv_splice_args& a, int n_threads) {
     const int64_t threads = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(bytes / kThreadBytes, 1));
     const int64_t tasks = threads == 1 ? 1 : std::min(items, threads * kTasksPerThread);
     // Allocated before anything is written, so that a call that lacks memory leaves the cache as it was.
-    const int64_t half = a.inv_freq ? a.half : 0, per_task = kChunk * phase_floats(half, a.interleaved);
+    const int64_t half = a.inv_freq_rows ? a.half : 0, per_task = kChunk * phase_floats(half, a.interleaved);
     std::vector<double> turns(static_cast<size_t>(tasks * half));
     std::vector<float> phases(static_cast<size_t>(tasks * per_task));
     auto body = [&](int64_t i) {
