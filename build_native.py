@@ -126,7 +126,9 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
     jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
     done = subprocess.run([*ninja, *jobs, "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise BuildError(f"compiling failed:\n{done.stdout.strip()}")
+        print(done.stdout, file=sys.stderr)
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        raise BuildError(f"compiling failed: {next((x for x in lines if 'error' in x.lower()), lines[-1]).strip()}")
     if "warning:" in done.stdout:
         print(done.stdout, file=sys.stderr)
     destination.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 #include "mc_kernels.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -96,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_cpu_isa", [](const py::object& name) {
         raise(mc_set_cpu_isa(name.is_none() ? nullptr : py::cast<std::string>(name).c_str()));
     });
-    m.def("kv_splice", &kv_splice, "k", "v", "k_new", "v_new", "table", "n_plans", "offsets", "rows", "segments", "stays",
-          "insert_slots", "positions", "new_positions", "inv_freq_rows", "inv_freq", "half", "interleaved",
-          "attention_scaling", "n_threads");
+    m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
+          "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
+          "half"_a, "interleaved"_a, "attention_scaling"_a, "n_threads"_a);
 }
