@@ -1,7 +1,7 @@
 // Python's way to the C ABI: addresses, sizes and strides come in as integers, a status goes out as an exception. No
 // torch header: one build serves every torch version.
 //
-// A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0 for NULL.
+// A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0: NULL.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -49,8 +49,9 @@ void raise(int32_t status) {
 
 void kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new, const py::handle& v_new,
                const py::handle& table, int64_t n_plans, uintptr_t offsets, uintptr_t rows, uintptr_t segments,
-               uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions, int64_t inv_freq_rows,
-               uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling, int32_t n_threads) {
+               uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions,
+               int64_t inv_freq_rows, uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling,
+               int32_t n_threads) {
     mc_kv_splice_args a{};
     a.struct_size = sizeof a;
     a.k = tensor("k", k);

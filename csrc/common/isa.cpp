@@ -59,8 +59,7 @@ constexpr int kLevels = 3;
 // Slowest first.
 const Level* levels() {
     static const Features have = detect();
-    static const Level table[kLevels] = {
-        {rows_scalar(), true}, {rows_avx2(), have.avx2}, {rows_avx512(), have.avx512}};
+    static const Level table[kLevels] = {{rows_scalar(), true}, {rows_avx2(), have.avx2}, {rows_avx512(), have.avx512}};
     return table;
 }
 
@@ -82,8 +81,8 @@ std::string names() {
 }
 
 [[noreturn]] void not_here(const char* what, const char* name) {
-    throw Error(MC_UNAVAILABLE,
-                std::string(what) + ": expected one of " + names() + " (the levels of this machine), got '" + name + "'");
+    throw Error(MC_UNAVAILABLE, std::string(what) + ": expected one of " + names() +
+                                    " (the levels of this machine), got '" + name + "'");
 }
 
 const RowOps* choose_at_start() {

@@ -1,7 +1,7 @@
 // The pool: one a process, made at its first use, its threads asleep on a condition variable between jobs.
 //
-// Not OpenMP: the host program usually has that runtime in use already (torch), and two teams of spinning threads on the
-// same cores slow each other down. Workers here never spin.
+// Not OpenMP: the host program usually has that runtime in use already (torch), and two teams of spinning threads on
+// the same cores slow each other down. Workers here never spin.
 //
 // One job at a time. Who finds the pool taken runs his job alone, which is what he would get from a machine whose cores
 // are busy. A worker that wakes too late is not waited for: the job is withdrawn when its iterations are given out.

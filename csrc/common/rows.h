@@ -8,10 +8,10 @@ namespace mc {
 // Floating dtypes, numbered as in mc_kernels.h.
 enum Dtype : int { kF32 = 0, kF16 = 1, kBF16 = 2, kDtypes = 3 };
 
-inline int64_t dtype_bytes(int dtype) { return dtype == kF32 ? 4 : 2; }
+static inline int64_t dtype_bytes(int dtype) { return dtype == kF32 ? 4 : 2; }
 
-// `count` rows, one after the other: row i goes from src + i * src_step to dst + i * dst_step. Steps are in bytes and may
-// be negative; a row's source is its own destination or apart from it.
+// `count` rows, one after the other: row i goes from src + i * src_step to dst + i * dst_step. Steps are in bytes and
+// may be negative; a row's source is its own destination or apart from it.
 //
 // phase: what `phases` wrote for row 0; row i's lies i * phase_step floats on (0: one phase for all).
 // rest: elements beyond the rotated 2 * half, multiplied by rest_scale (copied if that is 1).
@@ -26,14 +26,15 @@ struct RotateRows {
 
 struct RowOps {
     const char* name;
-    // The phase of one entry: turns [half] are inv_freq / 2 pi; `scale` multiplies both parts, before the only rounding.
-    // Writes 2 * half floats (cosines, sines), interleaved 4 * half: each cosine twice, then each sine with both signs.
+    // The phase of one entry: turns [half] are inv_freq / 2 pi; `scale` multiplies both parts, before the only
+    // rounding. Writes 2 * half floats (cosines, sines), or interleaved 4 * half: each cosine twice, then each sine with
+    // both signs.
     void (*phases)(const double* turns, int64_t half, int64_t position, double scale, bool interleaved, float* out);
     // [dtype][interleaved]
     void (*rotate[kDtypes][2])(const RotateRows&);
 };
 
-inline int64_t phase_floats(int64_t half, bool interleaved) { return (interleaved ? 4 : 2) * half; }
+static inline int64_t phase_floats(int64_t half, bool interleaved) { return (interleaved ? 4 : 2) * half; }
 
 // nullptr where the build has no such level.
 const RowOps* rows_scalar();

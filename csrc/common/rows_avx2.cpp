@@ -10,9 +10,15 @@
 namespace mc {
 namespace {
 
-struct F32 { static constexpr int kBytes = 4; };
-struct F16 { static constexpr int kBytes = 2; };
-struct BF16 { static constexpr int kBytes = 2; };
+struct F32 {
+    static constexpr int kBytes = 4;
+};
+struct F16 {
+    static constexpr int kBytes = 2;
+};
+struct BF16 {
+    static constexpr int kBytes = 2;
+};
 
 struct Vec {
     static constexpr int kWidth = 8;
@@ -21,7 +27,9 @@ struct Vec {
     static Vec all(float x) { return {_mm256_set1_ps(x)}; }
 
     static Vec load(F32, const char* p) { return {_mm256_loadu_ps(reinterpret_cast<const float*>(p))}; }
-    static Vec load(F16, const char* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+    static Vec load(F16, const char* p) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    }
     static Vec load(BF16, const char* p) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};

@@ -8,9 +8,15 @@
 namespace mc {
 namespace {
 
-struct F32 { static constexpr int kBytes = 4; };
-struct F16 { static constexpr int kBytes = 2; };
-struct BF16 { static constexpr int kBytes = 2; };
+struct F32 {
+    static constexpr int kBytes = 4;
+};
+struct F16 {
+    static constexpr int kBytes = 2;
+};
+struct BF16 {
+    static constexpr int kBytes = 2;
+};
 
 struct Vec {
     static constexpr int kWidth = 16;
@@ -44,8 +50,7 @@ private:
         const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
         const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-        const __m512i rounded =
-            _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40));
+        const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40));
         return _mm512_cvtepi32_epi16(rounded);
     }
 };

@@ -121,12 +121,16 @@ void rotate(const RotateRows& run) {
     for (int64_t row = 0; row < run.count; ++row) {
         int64_t i = 0;
         for (; i + Vec::kWidth <= width; i += Vec::kWidth) {
-            if constexpr (kInterleaved) rotate_pairs<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
-            else rotate_bands<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
+            if constexpr (kInterleaved)
+                rotate_pairs<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
+            else
+                rotate_bands<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
         }
         if (i < width) {
-            if constexpr (kInterleaved) rotate_pairs<T, true>(src, dst, phase, run.half, i, width - i);
-            else rotate_bands<T, true>(src, dst, phase, run.half, i, width - i);
+            if constexpr (kInterleaved)
+                rotate_pairs<T, true>(src, dst, phase, run.half, i, width - i);
+            else
+                rotate_bands<T, true>(src, dst, phase, run.half, i, width - i);
         }
         if (run.rest) {
             if (run.rest_scale != 1.0f) {

@@ -5,9 +5,15 @@
 namespace mc {
 namespace {
 
-struct F32 { static constexpr int kBytes = 4; };
-struct F16 { static constexpr int kBytes = 2; };
-struct BF16 { static constexpr int kBytes = 2; };
+struct F32 {
+    static constexpr int kBytes = 4;
+};
+struct F16 {
+    static constexpr int kBytes = 2;
+};
+struct BF16 {
+    static constexpr int kBytes = 2;
+};
 
 inline float as_float(uint32_t u) {
     float f;
@@ -50,8 +56,14 @@ inline uint16_t encode(F16, float f) {
     return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
 }
 
-template <class T> struct Stored { using type = uint16_t; };
-template <> struct Stored<F32> { using type = uint32_t; };
+template <class T>
+struct Stored {
+    using type = uint16_t;
+};
+template <>
+struct Stored<F32> {
+    using type = uint32_t;
+};
 
 struct Vec {
     static constexpr int kWidth = 8;
@@ -79,8 +91,14 @@ struct Vec {
         std::memcpy(p, raw, static_cast<size_t>(n * T::kBytes));
     }
 
-    template <class T> static Vec load(T t, const char* p) { return load_part(t, p, kWidth); }
-    template <class T> static void store(T t, char* p, const Vec& x) { store_part(t, p, kWidth, x); }
+    template <class T>
+    static Vec load(T t, const char* p) {
+        return load_part(t, p, kWidth);
+    }
+    template <class T>
+    static void store(T t, char* p, const Vec& x) {
+        store_part(t, p, kWidth, x);
+    }
 };
 
 inline Vec mul(const Vec& a, const Vec& b) {

@@ -34,7 +34,8 @@ inline void check_view(const char* name, const mc_tensor& x, int ndim) {
     for (int i = 0; i < ndim; ++i) {
         if (x.size[i] < 0) invalid(who + "expected sizes >= 0, got shape " + shape_text(x));
         if (x.size[i] > 1 && x.stride[i] < 0) {
-            invalid(who + "expected strides >= 0, got stride[" + std::to_string(i) + "] = " + std::to_string(x.stride[i]));
+            invalid(who + "expected strides >= 0, got stride[" + std::to_string(i) +
+                    "] = " + std::to_string(x.stride[i]));
         }
     }
     if (is_empty(x)) return;
@@ -64,7 +65,7 @@ inline void check_sizes(const char* name, const mc_tensor& x, std::initializer_l
     if (!same) invalid(std::string(name) + ": expected shape [" + text + "], got " + shape_text(x));
 }
 
-// Nested strides: each dimension's step clears all that the smaller ones reach. Anything else may name an element twice.
+// Nested strides: each dimension's step clears all that the smaller ones reach. Others may name an element twice.
 inline void check_no_overlap(const char* name, const mc_tensor& x) {
     if (is_empty(x)) return;
     bool used[MC_MAX_DIMS] = {};

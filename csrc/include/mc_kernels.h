@@ -47,31 +47,31 @@ enum {
 
 /* A strided view. Zero-initialised it means "absent" where an argument is optional. */
 typedef struct mc_tensor {
-    void *data;                   /* address of element [0, ..., 0]; any alignment; not read if a size is 0 */
-    int32_t dtype;                /* MC_F32, ... */
-    int32_t ndim;                 /* dimensions in use; 0: absent */
-    int64_t size[MC_MAX_DIMS];    /* size[0] is the outermost dimension; [ndim, MC_MAX_DIMS) is not read */
-    int64_t stride[MC_MAX_DIMS];  /* in elements, >= 0 */
+    void* data;                  /* address of element [0, ..., 0]; any alignment; not read if a size is 0 */
+    int32_t dtype;               /* MC_F32, ... */
+    int32_t ndim;                /* dimensions in use; 0: absent */
+    int64_t size[MC_MAX_DIMS];   /* size[0] is the outermost dimension; [ndim, MC_MAX_DIMS) is not read */
+    int64_t stride[MC_MAX_DIMS]; /* in elements, >= 0 */
 } mc_tensor;
 
 /* What the last call of this thread that did not return MC_OK had to say. Valid until this thread's next failure. */
-MC_API const char *mc_last_error(void);
+MC_API const char* mc_last_error(void);
 
 /* Version of the library, "major.minor.patch". */
-MC_API const char *mc_version(void);
+MC_API const char* mc_version(void);
 
 /* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C) or "avx512" (F, BW, DQ, VL). The best
- * that processor and operating system have, unless the environment variable MC_CPU_ISA (read once) or mc_set_cpu_isa
+ * that processor and operating system have, unless the environment variable MC_CPU_ISA or mc_set_cpu_isa
  * names one. NULL, with a text in mc_last_error, if MC_CPU_ISA names one that is unknown or not there; every kernel
  * then returns MC_UNAVAILABLE. */
-MC_API const char *mc_cpu_isa(void);
+MC_API const char* mc_cpu_isa(void);
 
 /* Whether the level called `name` is in this build and can run here: 1 or 0. */
-MC_API int32_t mc_cpu_isa_available(const char *name);
+MC_API int32_t mc_cpu_isa_available(const char* name);
 
 /* Use the level called `name` from now on in the whole process; NULL goes back to the choice at start. MC_UNAVAILABLE
  * if it is unknown or not there; the level in use then stays. Meant for tests. */
-MC_API int32_t mc_set_cpu_isa(const char *name);
+MC_API int32_t mc_set_cpu_isa(const char* name);
 
 /* Entries of a KV cache are removed, inserted and moved in place, for all layers, sequences and heads in one call:
  *
@@ -79,8 +79,8 @@ MC_API int32_t mc_set_cpu_isa(const char *name);
  *   inserted    k[r,h,slot_j] <- R(new_positions[slot_j]) k_new[r,h,j] * attention_scaling
  *               v[r,h,slot_j] <- v_new[r,h,j]
  *
- * R(.) rotates pairs of dimensions (RoPE) or, with inv_freq_rows = 0, is nothing. Where a survivor's position does not change
- * its bits are kept. Angles are reduced to a quarter turn in fp64, rotations computed in fp32 and rounded once.
+ * R(.) rotates pairs of dimensions (RoPE) or, with inv_freq_rows = 0, is nothing. Where a survivor's position does not
+ * change its bits are kept. Angles are reduced to a quarter turn in fp64, rotations computed in fp32 and rounded once.
  *
  * Row r = layer * B + b. A plan says what happens in a row; all rows share one, or `rows` names each row's. Only
  * survivors and the inserted entries of a row's own plan are read, only their destinations written. Auxiliary memory:
@@ -108,27 +108,28 @@ typedef struct mc_kv_splice_args {
      * where it ends: in segments, stays, insert_slots, positions and new_positions. The last two columns count slots:
      * the lengths of the cache before and after, slots [0, length) being in use. */
     int64_t n_plans;
-    const int64_t *offsets;
-    const int64_t *rows;         /* [R] plan of each row, -1: left alone. NULL: plan 0 for all (n_plans = 1) */
-    const int64_t *segments;     /* [n, 3] (source slot, destination slot, count) of the survivors that move, in an order
-                                    in which they can be executed one after the other, each with memmove's semantics:
-                                    those that move left ascending, then those that move right descending */
-    const int64_t *stays;        /* [n, 3] (slot, slot, count) of those that keep their slot; read with rotation only */
-    const int64_t *insert_slots; /* [sum of M_p] slot of each inserted entry */
+    const int64_t* offsets;
+    const int64_t* rows;     /* [R] plan of each row, -1: left alone. NULL: plan 0 for all (n_plans = 1) */
+    const int64_t* segments; /* [n, 3] (source slot, destination slot, count) of the survivors that move, in an order
+                                in which they can be executed one after the other, each with memmove's semantics:
+                                those that move left ascending, then those that move right descending */
+    const int64_t* stays;    /* [n, 3] (slot, slot, count) of those that keep their slot; read with rotation only */
+    const int64_t* insert_slots; /* [sum of M_p] slot of each inserted entry */
 
-    /* Positions by slot; both or neither. NULL: an entry's position is its slot. Not read without rotation. */
+    /* Positions by slot; both or neither (of an empty one the address may be NULL). NULL: an entry's position is its
+     * slot. Not read without rotation. */
     const int64_t *positions, *new_positions;
 
     int64_t inv_freq_rows;    /* 0: nothing is rotated; 1: inv_freq is [half]; R: it is [R, half] */
-    const double *inv_freq;   /* contiguous, radians per position */
+    const double* inv_freq;   /* contiguous, radians per position */
     int64_t half;             /* half of the rotated dimensions, 2 * half <= D; dimensions beyond pass unchanged */
     int32_t interleaved;      /* 0: pairs (b, b + half), as Llama in Hugging Face layout; 1: (2b, 2b + 1), as GPT-J */
     double attention_scaling; /* magnitude of inserted keys (all their dimensions); 1 for most models */
 } mc_kv_splice_args;
 
-/* n_threads: at most this many threads, the caller included; 0: OMP_NUM_THREADS, or one a processor. Empty plans, caches
- * and batches are legal and write nothing. */
-MC_API int32_t mc_kv_splice_cpu(const mc_kv_splice_args *args, int32_t n_threads);
+/* n_threads: at most this many threads, the caller included; 0: OMP_NUM_THREADS, or one a processor. Small jobs run on
+ * the caller alone. The result does not depend on it. Empty plans, caches and batches are legal and write nothing. */
+MC_API int32_t mc_kv_splice_cpu(const mc_kv_splice_args* args, int32_t n_threads);
 
 #ifdef __cplusplus
 }

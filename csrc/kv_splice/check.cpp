@@ -40,9 +40,11 @@ Cache check_tensors(const mc_kv_splice_args& a) {
     if (a.table.ndim != 0) {
         if (a.table.ndim != 2) invalid("table: expected 2 dimensions, got " + std::to_string(a.table.ndim));
         if (a.table.dtype != MC_I32 && a.table.dtype != MC_I64) {
-            throw Error(MC_INVALID_DTYPE, "table: expected dtype MC_I32 or MC_I64, got " + std::to_string(a.table.dtype));
+            throw Error(MC_INVALID_DTYPE,
+                        "table: expected dtype MC_I32 or MC_I64, got " + std::to_string(a.table.dtype));
         }
-        if (a.table.size[0] < 0 || a.table.size[1] < 0) invalid("table: expected sizes >= 0, got " + shape_text(a.table));
+        if (a.table.size[0] < 0 || a.table.size[1] < 0)
+            invalid("table: expected sizes >= 0, got " + shape_text(a.table));
         if (!is_empty(a.table) && !a.table.data) invalid("table: expected an address, got NULL");
         if (c.block < 1) invalid("k: expected pages of at least 1 slot, got shape " + shape_text(a.k));
         c.table = &a.table;
@@ -59,7 +61,8 @@ Cache check_tensors(const mc_kv_splice_args& a) {
     return c;
 }
 
-void check_segments(const char* name, const int64_t* s, int64_t first, int64_t end, int64_t length, int64_t new_length) {
+void check_segments(const char* name, const int64_t* s, int64_t first, int64_t end, int64_t length,
+                    int64_t new_length) {
     for (int64_t i = first; i < end; ++i) {
         const int64_t source = s[3 * i], destination = s[3 * i + 1], count = s[3 * i + 2];
         if (count < 0 || source < 0 || destination < 0 || count > length - source || count > new_length - destination) {
@@ -79,8 +82,8 @@ void check_plans(const mc_kv_splice_args& a, const Cache& c) {
         for (int64_t p = 0; p <= a.n_plans; ++p) {
             const int64_t here = a.offsets[5 * p + i], before = p ? a.offsets[5 * (p - 1) + i] : 0;
             if (here < before || (p == 0 && here != 0)) {
-                invalid(at("offsets", p) + "expected " + (p ? "at least " : "") + std::to_string(before) + " in column " +
-                        columns[i] + ", got " + std::to_string(here));
+                invalid(at("offsets", p) + "expected " + (p ? "at least " : "") + std::to_string(before) +
+                        " in column " + columns[i] + ", got " + std::to_string(here));
             }
         }
     }
@@ -111,7 +114,8 @@ void check_plans(const mc_kv_splice_args& a, const Cache& c) {
     }
     for (int64_t r = 0; a.rows && r < c.layers * c.batch; ++r) {
         if (a.rows[r] < -1 || a.rows[r] >= a.n_plans) {
-            invalid(at("rows", r) + "expected -1.." + std::to_string(a.n_plans - 1) + ", got " + std::to_string(a.rows[r]));
+            invalid(at("rows", r) + "expected -1.." + std::to_string(a.n_plans - 1) + ", got " +
+                    std::to_string(a.rows[r]));
         }
     }
 }

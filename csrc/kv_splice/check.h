@@ -9,11 +9,11 @@ namespace mc {
 struct Cache {
     char *k, *v;
     int dtype;
-    int64_t bytes;                 // of an element
+    int64_t bytes;  // of an element
     int64_t layers, batch, heads, slots, dim;
-    int64_t block;                 // slots of a page; S where there are no pages
+    int64_t block;                     // slots of a page; S where there are no pages
     int64_t k_stride[4], v_stride[4];  // bytes: layer, b or page, head, slot
-    const mc_tensor* table;        // nullptr: contiguous
+    const mc_tensor* table;            // nullptr: contiguous
 };
 
 // Throws Error for whatever the ABI promises to refuse. Nothing has been written then.

@@ -1,12 +1,12 @@
-// kv_splice on a CPU: survivors move and turn in place, inserted entries are written; see mc_kernels.h for the contract.
+// kv_splice on a CPU: survivors move and turn in place, inserted entries are written. The contract: mc_kernels.h.
 //
 // Floor. Of every entry that moves, a head's key and value are read once and written once, of every inserted one
-// likewise: 4 * D * sizeof(dtype) bytes an entry, head and row (2 * D * sizeof(dtype) for a key that turns where it is).
-// The floor is that sum over the machine's copy bandwidth, read plus write. The destination of an in-place move lies in
-// lines that were read shortly before, so ordinary stores fetch nothing twice and nothing is gained by streaming stores.
-// Arithmetic stays below it: 3 fused operations and one conversion each way for every 2 elements of a key. Phases cost a
-// sine and a cosine an entry and band, shared by all rows and heads of a task; an ordered splice at packed positions
-// needs one phase a segment, because all of the segment turns by its shift.
+// likewise: 4 * D * sizeof(dtype) bytes an entry, head and row (2 * D * sizeof(dtype) for a key that turns where it
+// is). The floor is that sum over the machine's copy bandwidth, read plus write. The destination of an in-place move
+// lies in lines that were read shortly before, so ordinary stores fetch nothing twice and streaming stores would gain
+// nothing. Arithmetic stays below it: 3 fused operations and one conversion each way for every 2 elements of a key.
+// Phases cost a sine and a cosine an entry and band, shared by all rows and heads of a task; an ordered splice at
+// packed positions needs one phase a segment, because all of the segment turns by its shift.
 //
 // Parallel over (row, head, key or value): these share no memory, so threads need no order among them. Within one, the
 // plan's segments run in their given order (see SplicePlan.segments: left-moving ones ascending, then right-moving ones
@@ -22,10 +22,10 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kChunk = 32;            // entries whose phases are held at once: some kilobytes, in the first-level cache
-constexpr int64_t kUniform = 8;           // as many neighbours with one delta share a phase
-constexpr int64_t kThreadBytes = 1 << 19; // traffic that is worth waking a thread for
-constexpr int64_t kTasksPerThread = 4;    // evens out threads that are slowed down
+constexpr int64_t kChunk = 32;   // entries whose phases are held at once: some kilobytes, in the first-level cache
+constexpr int64_t kUniform = 8;  // as many neighbours with one delta share a phase
+constexpr int64_t kThreadBytes = 1 << 19;  // traffic that is worth waking a thread for
+constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 
 struct Segment {
     int64_t source, destination, count;
@@ -59,8 +59,8 @@ struct Plan {
 // The keys or the values of one head of one row.
 struct Lane {
     const Cache& c;
-    char* base;             // of the head in its layer: page 0, slot 0
-    const char* fresh;      // its first inserted entry
+    char* base;         // of the head in its layer: page 0, slot 0
+    const char* fresh;  // its first inserted entry
     int64_t page_step, slot_step, fresh_step, b;
 
     char* at(int64_t slot) const {
@@ -114,7 +114,10 @@ private:
         return {c_,
                 (key ? c_.k : c_.v) + layer * stride[0] + head * stride[2],
                 static_cast<const char*>(fresh.data) + (row * fresh.stride[0] + head * fresh.stride[1]) * c_.bytes,
-                stride[1], stride[3], fresh.stride[2] * c_.bytes, row % c_.batch};
+                stride[1],
+                stride[3],
+                fresh.stride[2] * c_.bytes,
+                row % c_.batch};
     }
 
     // For the lanes that turn (keys, with rope), or for all others.
@@ -181,14 +184,16 @@ private:
     void copy(const Lane& lane, const Segment& s, int dir) const {
         if (s.source == s.destination) return;
         const int64_t ahead = dir > 0 ? 0 : s.count - 1;
-        pieces(s.source + ahead, s.destination + ahead, s.count, dir, [&](int64_t source, int64_t destination, int64_t n) {
-            if (lane.slot_step == row_bytes_) {
-                const int64_t back = dir > 0 ? 0 : n - 1;
-                std::memmove(lane.at(destination - back), lane.at(source - back), static_cast<size_t>(n * row_bytes_));
-            } else {
-                copy_rows(lane.at(source), lane.at(destination), n, dir * lane.slot_step, dir * lane.slot_step);
-            }
-        });
+        pieces(s.source + ahead, s.destination + ahead, s.count, dir,
+               [&](int64_t source, int64_t destination, int64_t n) {
+                   if (lane.slot_step == row_bytes_) {
+                       const int64_t back = dir > 0 ? 0 : n - 1;
+                       std::memmove(lane.at(destination - back), lane.at(source - back),
+                                    static_cast<size_t>(n * row_bytes_));
+                   } else {
+                       copy_rows(lane.at(source), lane.at(destination), n, dir * lane.slot_step, dir * lane.slot_step);
+                   }
+               });
     }
 
     void copy_rows(const char* src, char* dst, int64_t n, int64_t src_step, int64_t dst_step) const {
@@ -197,7 +202,8 @@ private:
         }
     }
 
-    void rotate(const Lane& lane, int64_t source, int64_t destination, int64_t count, int dir, int64_t phase_step) const {
+    void rotate(const Lane& lane, int64_t source, int64_t destination, int64_t count, int dir,
+                int64_t phase_step) const {
         const float* phase = phases_;
         pieces(source, destination, count, dir, [&](int64_t from, int64_t to, int64_t n) {
             const int64_t step = dir * lane.slot_step;
@@ -225,8 +231,8 @@ private:
             }
             const float scale = static_cast<float>(a_.attention_scaling);
             each(true, [&](const Lane& lane) {
-                rotate_rows({lane.fresh + j * lane.fresh_step, lane.at(slot), n, lane.fresh_step, lane.slot_step, phases_,
-                             phase_floats_, a_.half, rest(), scale});
+                rotate_rows({lane.fresh + j * lane.fresh_step, lane.at(slot), n, lane.fresh_step, lane.slot_step,
+                             phases_, phase_floats_, a_.half, rest(), scale});
             });
         }
     }
@@ -234,8 +240,8 @@ private:
     const mc_kv_splice_args& a_;
     const Cache& c_;
     const RowOps& ops_;
-    double* turns_;   // [half] inv_freq / 2 pi of the rows at hand
-    float* phases_;   // [kChunk, phase_floats_]
+    double* turns_;  // [half] inv_freq / 2 pi of the rows at hand
+    float* phases_;  // [kChunk, phase_floats_]
     int64_t row_bytes_, phase_floats_ = 0, first_ = 0, end_ = 0;
 };
 
@@ -246,7 +252,8 @@ int64_t traffic(const mc_kv_splice_args& a, const Cache& c) {
         const Plan plan(a, p);
         entries = plan.n_inserts;
         for (int64_t i = 0; i < plan.n_segments; ++i) entries += plan.segments[3 * i + 2];
-        for (int64_t i = 0; a.inv_freq_rows && a.new_positions && i < plan.n_stays; ++i) entries += plan.stays[3 * i + 2];
+        for (int64_t i = 0; a.inv_freq_rows && a.new_positions && i < plan.n_stays; ++i)
+            entries += plan.stays[3 * i + 2];
         most = std::max(most, entries);
     }
     return most * c.layers * c.batch * c.heads * c.dim * c.bytes * 4;
@@ -265,7 +272,8 @@ void kv_splice(const mc_kv_splice_args& a, int n_threads) {
     std::vector<double> turns(static_cast<size_t>(tasks * half));
     std::vector<float> phases(static_cast<size_t>(tasks * per_task));
     auto body = [&](int64_t i) {
-        Task(a, c, ops, turns.data() + i * half, phases.data() + i * per_task).run(i * items / tasks, (i + 1) * items / tasks);
+        Task(a, c, ops, turns.data() + i * half, phases.data() + i * per_task)
+            .run(i * items / tasks, (i + 1) * items / tasks);
     };
     parallel_for(tasks, static_cast<int>(threads), body);
 }

@@ -1,9 +1,10 @@
-/* Splices a KV cache through the C ABI: 32 entries in its middle become one, and the tail closes up and is turned to its
- * new positions, in place. Then checks the result against a cache that is written at its final positions from scratch.
+/* Splices a KV cache through the C ABI: 32 entries in its middle become one, and the tail closes up and is turned to
+ * its new positions, in place. Then checks the result against a cache written at its final positions from scratch.
  *
  * Build from the project's folder, after `pip install -e .` has made mc_kernels/_native, and run:
  *
- *   cc -std=c99 examples/c/splice_cache.c -Icsrc/include -Lmc_kernels/_native -Wl,-rpath,$PWD/mc_kernels/_native -lmc_kernels -lm -o splice_cache
+ *   cc -std=c99 examples/c/splice_cache.c -Icsrc/include -Lmc_kernels/_native \
+ *     -Wl,-rpath,$PWD/mc_kernels/_native -lmc_kernels -lm -o splice_cache
  *   ./splice_cache
  */
 #include <math.h>
@@ -16,7 +17,9 @@ enum { LAYERS = 2, HEADS = 3, SLOTS = 256, DIM = 64, HALF = DIM / 2, LENGTH = 25
 enum { START = 100, REMOVE = 32, INSERT = 1, AFTER = LENGTH - REMOVE + INSERT };
 
 /* Any value that says where it stands. */
-static float raw(int layer, int head, int entry, int d) { return sinf(1.0f + layer + 3.0f * head + 0.7f * entry + 0.1f * d); }
+static float raw(int layer, int head, int entry, int d) {
+    return sinf(1.0f + layer + 3.0f * head + 0.7f * entry + 0.1f * d);
+}
 
 /* A contiguous view [n0, n1, n2, n3, DIM], or with n0 = 0 [n1, n2, n3, DIM]. */
 static mc_tensor view(float *data, int64_t n0, int64_t n1, int64_t n2, int64_t n3) {

@@ -160,8 +160,8 @@ def test_the_c_example(tmp_path: Path) -> None:
     """The line at the top of the example, with warnings as errors: the header is C99."""
     assert COMPILER is not None
     source = ROOT / "examples" / "c" / "splice_cache.c"
-    line = next(x for x in source.read_text().splitlines() if x.startswith(" *   cc "))
-    words = line.removeprefix(" *   cc ").replace("$PWD", str(ROOT)).split()
+    command = source.read_text().partition(" *   cc ")[2].partition("\n *   ./splice_cache")[0]
+    words = command.replace("\\\n *", " ").replace("$PWD", str(ROOT)).split()
     program = tmp_path / "splice_cache"
     words[words.index("-o") + 1] = str(program)
     strict = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
