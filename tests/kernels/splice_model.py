@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Implementations that take CPU tensors here, `cpu` once per instruction set level of this machine.
 BACKENDS = [
     name if name == "ref" else f"cpu-{level}"
-    for name, impl in sorted(IMPLS["kv_splice_"].items(), reverse=True)
+    for name, impl in IMPLS["kv_splice_"].items()
     if name in ("ref", "cpu") and impl.available() is None
     for level in (native.isa_levels() if name == "cpu" else [""])
 ]
