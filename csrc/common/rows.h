@@ -13,6 +13,7 @@ static inline int64_t dtype_bytes(int dtype) { return dtype == kF32 ? 4 : 2; }
 // `count` rows, one after the other: row i goes from src + i * src_step to dst + i * dst_step. Steps are in bytes and
 // may be negative; a row's source is its own destination or apart from it.
 //
+// heads: each row stands for that many, src_head and dst_head bytes apart, which turn by the same phase.
 // phase: what `phases` wrote for row 0; row i's lies i * phase_step floats on (0: one phase for all).
 // rest: elements beyond the rotated 2 * half, multiplied by rest_scale (copied if that is 1).
 struct RotateRows {
@@ -22,13 +23,14 @@ struct RotateRows {
     const float* phase;
     int64_t phase_step, half, rest;
     float rest_scale;
+    int64_t heads, src_head, dst_head;
 };
 
 struct RowOps {
     const char* name;
     // The phase of one entry: turns [half] are inv_freq / 2 pi; `scale` multiplies both parts, before the only
-    // rounding. Writes 2 * half floats (cosines, sines), or interleaved 4 * half: each cosine twice, then each sine with
-    // both signs.
+    // rounding. Writes 2 * half floats (cosines, sines), or interleaved 4 * half: each cosine twice, then each sine
+    // with both signs.
     void (*phases)(const double* turns, int64_t half, int64_t position, double scale, bool interleaved, float* out);
     // [dtype][interleaved]
     void (*rotate[kDtypes][2])(const RotateRows&);

@@ -112,32 +112,40 @@ inline void scale_rest(const char* src, char* dst, int64_t n, float by) {
 }
 
 template <class T, bool kInterleaved>
-void rotate(const RotateRows& run) {
+inline void rotate_row(const RotateRows& run, const char* src, char* dst, const float* phase) {
     const int64_t width = kInterleaved ? 2 * run.half : run.half;
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= width; i += Vec::kWidth) {
+        if constexpr (kInterleaved) {
+            rotate_pairs<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
+        } else {
+            rotate_bands<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
+        }
+    }
+    if (i < width) {
+        if constexpr (kInterleaved) {
+            rotate_pairs<T, true>(src, dst, phase, run.half, i, width - i);
+        } else {
+            rotate_bands<T, true>(src, dst, phase, run.half, i, width - i);
+        }
+    }
+    if (!run.rest) return;
     const int64_t rest_at = 2 * run.half * T::kBytes;
+    if (run.rest_scale != 1.0f) {
+        scale_rest<T>(src + rest_at, dst + rest_at, run.rest, run.rest_scale);
+    } else if (src != dst) {
+        std::memcpy(dst + rest_at, src + rest_at, static_cast<size_t>(run.rest * T::kBytes));
+    }
+}
+
+template <class T, bool kInterleaved>
+void rotate(const RotateRows& run) {
     const char* src = run.src;
     char* dst = run.dst;
     const float* phase = run.phase;
     for (int64_t row = 0; row < run.count; ++row) {
-        int64_t i = 0;
-        for (; i + Vec::kWidth <= width; i += Vec::kWidth) {
-            if constexpr (kInterleaved)
-                rotate_pairs<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
-            else
-                rotate_bands<T, false>(src, dst, phase, run.half, i, Vec::kWidth);
-        }
-        if (i < width) {
-            if constexpr (kInterleaved)
-                rotate_pairs<T, true>(src, dst, phase, run.half, i, width - i);
-            else
-                rotate_bands<T, true>(src, dst, phase, run.half, i, width - i);
-        }
-        if (run.rest) {
-            if (run.rest_scale != 1.0f) {
-                scale_rest<T>(src + rest_at, dst + rest_at, run.rest, run.rest_scale);
-            } else if (src != dst) {
-                std::memcpy(dst + rest_at, src + rest_at, static_cast<size_t>(run.rest * T::kBytes));
-            }
+        for (int64_t head = 0; head < run.heads; ++head) {
+            rotate_row<T, kInterleaved>(run, src + head * run.src_head, dst + head * run.dst_head, phase);
         }
         src += run.src_step;
         dst += run.dst_step;

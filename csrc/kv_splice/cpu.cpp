@@ -8,15 +8,15 @@
 // Phases cost a sine and a cosine an entry and band, shared by all rows and heads of a task; an ordered splice at
 // packed positions needs one phase a segment, because all of the segment turns by its shift.
 //
-// Parallel over (row, head, key or value): these share no memory, so threads need no order among them. Within one, the
-// plan's segments run in their given order (see SplicePlan.segments: left-moving ones ascending, then right-moving ones
-// descending), a segment in the direction of memmove, so that what is overwritten has been read.
+// Parallel over lanes, (row, head, key or value): these share no memory, so threads need no order among them. Within
+// one, the plan's segments run in their given order (see SplicePlan.segments: left-moving ones ascending, then
+// right-moving ones descending), a segment in the direction of memmove, so that what is overwritten has been read.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "check.h"
 #include "isa.h"
+#include "layout.h"
 #include "pool.h"
 
 namespace mc {
@@ -27,71 +27,23 @@ constexpr int64_t kUniform = 8;  // as many neighbours with one delta share a ph
 constexpr int64_t kThreadBytes = 1 << 19;  // traffic that is worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 
-struct Segment {
-    int64_t source, destination, count;
-};
-
-// One plan's part of the arrays.
-struct Plan {
-    const int64_t *segments, *stays, *insert_slots, *positions, *new_positions;
-    int64_t n_segments, n_stays, n_inserts;
-
-    Plan(const mc_kv_splice_args& a, int64_t p) {
-        const int64_t *low = a.offsets + 5 * p, *high = low + 5;
-        segments = a.segments + 3 * low[0];
-        stays = a.stays + 3 * low[1];
-        insert_slots = a.insert_slots + low[2];
-        positions = a.positions ? a.positions + low[3] : nullptr;
-        new_positions = a.new_positions ? a.new_positions + low[4] : nullptr;
-        n_segments = high[0] - low[0];
-        n_stays = high[1] - low[1];
-        n_inserts = high[2] - low[2];
-    }
-
-    int64_t before(int64_t slot) const { return positions ? positions[slot] : slot; }
-    int64_t after(int64_t slot) const { return new_positions ? new_positions[slot] : slot; }
-    int64_t delta(int64_t source, int64_t destination) const {
-        return static_cast<int64_t>(static_cast<uint64_t>(after(destination)) - static_cast<uint64_t>(before(source)));
-    }
-    static Segment at(const int64_t* array, int64_t i) { return {array[3 * i], array[3 * i + 1], array[3 * i + 2]}; }
-};
-
-// The keys or the values of one head of one row.
-struct Lane {
-    const Cache& c;
-    char* base;         // of the head in its layer: page 0, slot 0
-    const char* fresh;  // its first inserted entry
-    int64_t page_step, slot_step, fresh_step, b;
-
-    char* at(int64_t slot) const {
-        const int64_t page = slot / c.block;
-        return base + page_id(page) * page_step + (slot - page * c.block) * slot_step;
-    }
-
-    int64_t page_id(int64_t page) const {
-        if (!c.table) return b;
-        const int64_t i = b * c.table->stride[0] + page * c.table->stride[1];
-        return c.table->dtype == MC_I32 ? static_cast<const int32_t*>(c.table->data)[i]
-                                        : static_cast<const int64_t*>(c.table->data)[i];
-    }
-};
-
 class Task {
 public:
-    Task(const mc_kv_splice_args& a, const Cache& c, const RowOps& ops, double* turns, float* phases)
-        : a_(a), c_(c), ops_(ops), turns_(turns), phases_(phases), row_bytes_(c.dim * c.bytes) {
+    Task(const mc_kv_splice_args& a, const Cache& c, const Lanes& lanes, const RowOps& ops, double* turns,
+         float* phases)
+        : a_(a), c_(c), lanes_(lanes), ops_(ops), turns_(turns), phases_(phases) {
         phase_floats_ = phase_floats(a.half, a.interleaved);
     }
 
-    // Items are numbered (row, head, key or value). Those of one plan go together and share phases.
+    // Lanes [first, end). Those of one plan go together and share phases.
     void run(int64_t first, int64_t end) {
         while (first < end) {
-            const int64_t row = row_of(first), plan = plan_of(row);
+            const int64_t row = lanes_.row_of(first), plan = plan_of(row);
             const bool own_frequencies = a_.inv_freq_rows > 1;
             int64_t last_row = row + 1;
-            while (!own_frequencies && item_of(last_row) < end && plan_of(last_row) == plan) ++last_row;
+            while (!own_frequencies && lanes_.first_of(last_row) < end && plan_of(last_row) == plan) ++last_row;
             first_ = first;
-            end_ = first = std::min(end, item_of(last_row));
+            end_ = first = std::min(end, lanes_.first_of(last_row));
             if (plan < 0) continue;
             for (int64_t b = 0; rotates() && b < a_.half; ++b) {
                 turns_[b] = a_.inv_freq[(own_frequencies ? row * a_.half : 0) + b] / 6.283185307179586476925;
@@ -102,29 +54,13 @@ public:
 
 private:
     bool rotates() const { return a_.inv_freq_rows != 0; }
-    int64_t row_of(int64_t item) const { return item / (2 * c_.heads); }
-    int64_t item_of(int64_t row) const { return row * 2 * c_.heads; }
     int64_t plan_of(int64_t row) const { return a_.rows ? a_.rows[row] : 0; }
-
-    Lane lane(int64_t item) const {
-        const int64_t row = row_of(item), head = item / 2 % c_.heads, layer = row / c_.batch;
-        const bool key = item % 2 == 0;
-        const int64_t* stride = key ? c_.k_stride : c_.v_stride;
-        const mc_tensor& fresh = key ? a_.k_new : a_.v_new;
-        return {c_,
-                (key ? c_.k : c_.v) + layer * stride[0] + head * stride[2],
-                static_cast<const char*>(fresh.data) + (row * fresh.stride[0] + head * fresh.stride[1]) * c_.bytes,
-                stride[1],
-                stride[3],
-                fresh.stride[2] * c_.bytes,
-                row % c_.batch};
-    }
 
     // For the lanes that turn (keys, with rope), or for all others.
     template <class Body>
     void each(bool turning, Body&& body) const {
         for (int64_t i = first_; i < end_; ++i) {
-            if ((rotates() && i % 2 == 0) == turning) body(lane(i));
+            if ((rotates() && Lanes::is_key(i)) == turning) body(lanes_[i]);
         }
     }
 
@@ -183,31 +119,30 @@ private:
 
     void copy(const Lane& lane, const Segment& s, int dir) const {
         if (s.source == s.destination) return;
-        const int64_t ahead = dir > 0 ? 0 : s.count - 1;
-        pieces(s.source + ahead, s.destination + ahead, s.count, dir,
-               [&](int64_t source, int64_t destination, int64_t n) {
-                   if (lane.slot_step == row_bytes_) {
-                       const int64_t back = dir > 0 ? 0 : n - 1;
-                       std::memmove(lane.at(destination - back), lane.at(source - back),
-                                    static_cast<size_t>(n * row_bytes_));
-                   } else {
-                       copy_rows(lane.at(source), lane.at(destination), n, dir * lane.slot_step, dir * lane.slot_step);
-                   }
-               });
+        const int64_t ahead = dir > 0 ? 0 : s.count - 1, bytes = lane.entry_bytes();
+        pieces(s.source + ahead, s.destination + ahead, s.count, dir, [&](int64_t from, int64_t to, int64_t n) {
+            if (lane.slot_step == bytes) {
+                const int64_t back = dir > 0 ? 0 : n - 1;
+                std::memmove(lane.at(to - back), lane.at(from - back), static_cast<size_t>(n * bytes));
+            } else {
+                copy_rows(lane.at(from), lane.at(to), n, dir * lane.slot_step, dir * lane.slot_step, bytes);
+            }
+        });
     }
 
-    void copy_rows(const char* src, char* dst, int64_t n, int64_t src_step, int64_t dst_step) const {
+    static void copy_rows(const char* src, char* dst, int64_t n, int64_t src_step, int64_t dst_step, int64_t bytes) {
         for (int64_t i = 0; i < n; ++i) {
-            std::memcpy(dst + i * dst_step, src + i * src_step, static_cast<size_t>(row_bytes_));
+            std::memcpy(dst + i * dst_step, src + i * src_step, static_cast<size_t>(bytes));
         }
     }
 
     void rotate(const Lane& lane, int64_t source, int64_t destination, int64_t count, int dir,
                 int64_t phase_step) const {
         const float* phase = phases_;
+        const int64_t step = dir * lane.slot_step, head = lane.row_bytes();
         pieces(source, destination, count, dir, [&](int64_t from, int64_t to, int64_t n) {
-            const int64_t step = dir * lane.slot_step;
-            rotate_rows({lane.at(from), lane.at(to), n, step, step, phase, phase_step, a_.half, rest(), 1.0f});
+            rotate_rows({lane.at(from), lane.at(to), n, step, step, phase, phase_step, a_.half, rest(), 1.0f,
+                         lane.heads, head, head});
             phase += n * phase_step;
         });
     }
@@ -222,7 +157,11 @@ private:
             for (n = 1; n < most && plan.insert_slots[j + n] == slot + n; ++n) {
             }
             each(false, [&](const Lane& lane) {
-                copy_rows(lane.fresh + j * lane.fresh_step, lane.at(slot), n, lane.fresh_step, lane.slot_step);
+                for (int64_t h = 0; h < lane.heads; ++h) {
+                    copy_rows(lane.fresh + j * lane.fresh_step + h * lane.fresh_head,
+                              lane.at(slot) + h * lane.row_bytes(), n, lane.fresh_step, lane.slot_step,
+                              lane.row_bytes());
+                }
             });
             if (!rotates()) continue;
             for (int64_t i = 0; i < n; ++i) {
@@ -232,17 +171,19 @@ private:
             const float scale = static_cast<float>(a_.attention_scaling);
             each(true, [&](const Lane& lane) {
                 rotate_rows({lane.fresh + j * lane.fresh_step, lane.at(slot), n, lane.fresh_step, lane.slot_step,
-                             phases_, phase_floats_, a_.half, rest(), scale});
+                             phases_, phase_floats_, a_.half, rest(), scale, lane.heads, lane.fresh_head,
+                             lane.row_bytes()});
             });
         }
     }
 
     const mc_kv_splice_args& a_;
     const Cache& c_;
+    const Lanes& lanes_;
     const RowOps& ops_;
     double* turns_;  // [half] inv_freq / 2 pi of the rows at hand
     float* phases_;  // [kChunk, phase_floats_]
-    int64_t row_bytes_, phase_floats_ = 0, first_ = 0, end_ = 0;
+    int64_t phase_floats_ = 0, first_ = 0, end_ = 0;
 };
 
 // Bytes read and written, roughly: what decides on the number of threads.
@@ -264,16 +205,16 @@ void kv_splice(const mc_kv_splice_args& a, int n_threads) {
     const Cache c = check_kv_splice(a);
     const int64_t bytes = traffic(a, c);
     if (bytes == 0) return;
-    const int64_t items = 2 * c.layers * c.batch * c.heads;
     const int64_t threads = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(bytes / kThreadBytes, 1));
-    const int64_t tasks = threads == 1 ? 1 : std::min(items, threads * kTasksPerThread);
+    const Lanes lanes(a, c, 2 * c.layers * c.batch >= threads);  // rather single heads than idle threads
+    const int64_t n = lanes.count(), tasks = threads == 1 ? 1 : std::min(n, threads * kTasksPerThread);
     // Allocated before anything is written, so that a call that lacks memory leaves the cache as it was.
     const int64_t half = a.inv_freq_rows ? a.half : 0, per_task = kChunk * phase_floats(half, a.interleaved);
     std::vector<double> turns(static_cast<size_t>(tasks * half));
     std::vector<float> phases(static_cast<size_t>(tasks * per_task));
     auto body = [&](int64_t i) {
-        Task(a, c, ops, turns.data() + i * half, phases.data() + i * per_task)
-            .run(i * items / tasks, (i + 1) * items / tasks);
+        Task task(a, c, lanes, ops, turns.data() + i * half, phases.data() + i * per_task);
+        task.run(i * n / tasks, (i + 1) * n / tasks);
     };
     parallel_for(tasks, static_cast<int>(threads), body);
 }

@@ -40,7 +40,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     out: dict[str, Any] = {
         "size": (rows, heads, capacity, dim), "layers": layers, "seed": draw(st.integers(0, 99)),
         "gap": draw(st.sampled_from([0, 3])), "nhd": draw(st.booleans()), "plan": drawn[0], "rope": None,
-        "page_size": draw(st.sampled_from([0, 0, 1, 3, 8])),
+        "page_size": draw(st.sampled_from([0, 0, 1, 3, 8])), "more_heads": draw(st.integers(0, 1)),
     }  # fmt: skip
     if len(drawn) > 1:
         out["plan"] = drawn
@@ -103,14 +103,18 @@ def run(call: dict[str, Any], dtype: torch.dtype, backend: str, *, in_dtype: tor
         table = torch.randperm(batch * per_row + 1, generator=seeded(5))[:-1].view(batch, per_row)
         kwargs["pages"] = PageTable(table, page)
         cache = [to_pages(x, table, page) for x in cache]
-    guarded = [Guarded(x.transpose(2, 3) if call["nhd"] else x, gap=call["gap"]) for x in cache]
+    heads = cache[0].shape[2]
+    whole = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, call["more_heads"]), value=7.0) for x in cache]
+    guarded = [Guarded(x.transpose(2, 3) if call["nhd"] else x, gap=call["gap"]) for x in whole]
     new = [Guarded(x, gap=call["gap"]) for x in fresh]
-    views = [g.view.transpose(2, 3) if call["nhd"] else g.view for g in guarded]
+    wide = [g.view.transpose(2, 3) if call["nhd"] else g.view for g in guarded]
+    views = [x[:, :, :heads] for x in wide]
     kv_splice_(*views, *(g.view for g in new), call["plan"], call["rope"], backend=backend, **kwargs)
     for g, x in zip(guarded + new, cache + fresh, strict=True):
         g.check()
         if x is fresh[0] or x is fresh[1]:
             assert same_bits(g.view, x)
+    assert all((x[:, :, heads:] == 7).all() for x in wide)
     if table is None:
         return [x.clone() for x in views]
     return [x[:, table].movedim(2, 3).flatten(3, 4)[:, :, :, :capacity] for x in views]
@@ -252,10 +256,14 @@ BIG = Case("big", 4, 3, 64, 2048, 8, "mixed", theta=1e5)
 
 
 @each_level
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("count", [1, 2, 3, 64])
-def test_any_number_of_threads_gives_the_same_bits(backend: str, count: int, threads: Any) -> None:
-    assert BIG.bytes(torch.bfloat16) > 8 * 2**19
+def test_any_number_of_threads_gives_the_same_bits(backend: str, count: int, layout: str, threads: Any) -> None:
+    """More threads than rows too: heads that lie side by side are then taken apart."""
+    assert BIG.bytes(torch.bfloat16) > 2 * BIG.rows * 2**19
     args, want = BIG.make(torch.bfloat16), BIG.make(torch.bfloat16)
+    if layout == "NHD":
+        args |= {name: args[name].transpose(-2, -3).contiguous().transpose(-2, -3) for name in ("k", "v")}
     threads(1)
     kv_splice_(**want, backend=backend)
     threads(count)
