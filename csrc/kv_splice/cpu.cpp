@@ -3,8 +3,9 @@
 // Floor. Of every entry that moves, a head's key and value are read once and written once, of every inserted one
 // likewise: 4 * D * sizeof(dtype) bytes an entry, head and row (2 * D * sizeof(dtype) for a key that turns where it
 // is). The floor is that sum over the machine's copy bandwidth, read plus write. The destination of an in-place move
-// lies in lines that were read shortly before, so ordinary stores fetch nothing twice and streaming stores would gain
-// nothing. Arithmetic stays below it: 3 fused operations and one conversion each way for every 2 elements of a key.
+// usually lies in lines that were read shortly before, so ordinary stores need no fetch of their own and there is no
+// case for streaming ones. Arithmetic stays below it: 3 fused operations and one conversion each way for every 2
+// elements of a key.
 // Phases cost a sine and a cosine an entry and band, shared by all rows and heads of a task; an ordered splice at
 // packed positions needs one phase a segment, because all of the segment turns by its shift.
 //
