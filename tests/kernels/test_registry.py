@@ -140,6 +140,12 @@ def test_register(op: str) -> None:
     assert availability()[op] == {"ref": None, "cpu": "not built"}
 
 
+def test_backends_are_listed_oracle_first(op: str) -> None:
+    for backend in ("cuda", "cpu", "ref", "triton"):
+        add(op, backend)
+    assert list(IMPLS[op]) == list(registry.BACKENDS)
+
+
 def test_every_op_has_its_oracle() -> None:
     for name in ("context_attention", "context_attention_backward", "kv_splice_"):
         assert availability()[name]["ref"] is None

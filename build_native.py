@@ -1,0 +1,153 @@
+"""Builds the native code under csrc/: `libmc_kernels.so` (the C ABI) and the Python extension `_C` that links to it.
+
+Each instruction set level is a translation unit with its own flags, all of them in one library; the choice falls at run
+time (csrc/common/isa.cpp). Ninja recompiles what has changed. What cannot be built is a `BuildError` with the reason;
+`setup.py` then installs without it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+# A sibling of what setuptools makes; kept between builds.
+WORK = ROOT / "build" / "native"
+MACOS = sys.platform == "darwin"
+LIBRARY = "libmc_kernels.dylib" if MACOS else "libmc_kernels.so"
+EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+# Where the reason stands when there is no library.
+REASON = "not_built.txt"
+
+# No -ffast-math: NaN, infinities and signed zeros are part of the contract. Nobody reads errno or floating-point traps.
+CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
+LEVEL_FLAGS = {
+    "rows_avx2": "-mavx2 -mfma -mf16c",
+    "rows_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+}
+
+
+class BuildError(Exception):
+    """Why the native code could not be built."""
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("c++", "g++", "clang++"):
+        if shutil.which(name.split()[0]):
+            return name
+    raise BuildError(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'}; CXX names another)")
+
+
+def _ninja() -> list[str]:
+    try:
+        import ninja
+
+        return [str(Path(ninja.BIN_DIR) / "ninja")]
+    except ImportError:
+        pass
+    found = shutil.which("ninja")
+    if not found:
+        raise BuildError("ninja not found (pip install ninja)")
+    return [found]
+
+
+def _library_sources() -> list[Path]:
+    return sorted([*SOURCES.glob("common/*.cpp"), *SOURCES.glob("*/cpu.cpp"), *SOURCES.glob("*/check.cpp")])
+
+
+def _ninja_file(compiler: str) -> str:
+    try:
+        import pybind11
+    except ImportError as e:
+        raise BuildError("pybind11 not found (pip install pybind11)") from e
+    origin = "@loader_path" if MACOS else "$$ORIGIN"
+    undefined = "-undefined dynamic_lookup" if MACOS else ""
+    name = f"-install_name @rpath/{LIBRARY}" if MACOS else f"-Wl,-soname,{LIBRARY}"
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+
+    def escape(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        f"cxx = {compiler}",
+        f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')} -I{SOURCES / 'include'} -I{SOURCES / 'common'}",
+        f"ldflags = {os.environ.get('LDFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $cxxflags $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared -pthread $in -o $out $ldflags $more",
+    ]
+    objects = []
+    for source in _library_sources():
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {escape(source)}"]
+        if x86 and source.stem in LEVEL_FLAGS:
+            lines += [f"  more = {LEVEL_FLAGS[source.stem]}"]
+    lines += [
+        f"build {LIBRARY}: link {' '.join(objects)}",
+        f"  more = {name}",
+        f"build bindings.o: compile {escape(SOURCES / 'bindings.cpp')}",
+        f"  more = {python}",
+        f"build {EXTENSION}: link bindings.o | {LIBRARY}",
+        f"  more = -L. -lmc_kernels '-Wl,-rpath,{origin}' {undefined}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _replace(source: Path, destination: Path) -> None:
+    """Copy under another name, then rename: a process that has the old file mapped keeps it."""
+    fresh = destination.with_name(destination.name + ".new")
+    shutil.copy2(source, fresh)
+    os.replace(fresh, destination)
+
+
+def build(destination: Path, work: Path = WORK) -> list[Path]:
+    """Build and put the library, the extension and the header into `destination`. Returns their paths.
+
+    work: where objects stay for the next build.
+    """
+    if os.name != "posix":
+        raise BuildError(f"the native code needs a POSIX system, this is {sys.platform}")
+    compiler, ninja = _compiler(), _ninja()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text(_ninja_file(compiler))
+    jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
+    done = subprocess.run([*ninja, *jobs, "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        raise BuildError(f"compiling failed: {next((x for x in lines if 'error' in x.lower()), lines[-1]).strip()}")
+    if "warning:" in done.stdout:
+        print(done.stdout, file=sys.stderr)
+    destination.mkdir(parents=True, exist_ok=True)
+    (destination / REASON).unlink(missing_ok=True)
+    made = []
+    for source in (work / LIBRARY, work / EXTENSION, SOURCES / "include" / "mc_kernels.h"):
+        _replace(source, destination / source.name)
+        made.append(destination / source.name)
+    return made
+
+
+def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:
+    """As `build`; where that fails, says so once and leaves the reason in `destination` for `mc_kernels.native`."""
+    try:
+        return build(destination, work)
+    except BuildError as e:
+        reason = str(e)
+    print(f"megacontext: native kernels were not built, PyTorch serves in their place: {reason}", file=sys.stderr)
+    destination.mkdir(parents=True, exist_ok=True)
+    for stale in (LIBRARY, EXTENSION, "mc_kernels.h"):
+        (destination / stale).unlink(missing_ok=True)
+    (destination / REASON).write_text(reason + "\n")
+    return [destination / REASON]

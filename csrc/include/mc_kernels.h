@@ -1,0 +1,138 @@
+/* C ABI of the MegaContext kernels: plain C99, no Python, no torch.
+ *
+ * A call takes views of the caller's memory, returns a status and keeps no reference to anything. It reports what is
+ * wrong before it writes: a status other than MC_OK from an argument check means that nothing has changed. All sizes,
+ * strides and counts are 64-bit; strides are in elements.
+ *
+ * Threads. Every function may be called from several threads at once. The kernels share one small pool of worker
+ * threads, started when the first job is large enough for it and asleep between jobs; a caller that finds the pool in
+ * use does its work alone. After fork() the child starts a pool of its own. The library must not be unloaded.
+ */
+#ifndef MC_KERNELS_H
+#define MC_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define MC_API __attribute__((visibility("default")))
+#else
+#define MC_API
+#endif
+
+#define MC_VERSION "0.1.0"
+#define MC_MAX_DIMS 5
+
+/* Status codes. */
+enum {
+    MC_OK = 0,
+    MC_INVALID_ARGUMENT = 1, /* a value, shape, stride or index; the text names the argument */
+    MC_INVALID_DTYPE = 2,    /* a dtype that the op does not take, or that differs from another argument's */
+    MC_UNAVAILABLE = 3,      /* an instruction set that was asked for is unknown or not on this machine */
+    MC_OUT_OF_MEMORY = 4     /* no memory for scratch; nothing was written */
+};
+
+/* Dtype codes. */
+enum {
+    MC_F32 = 0,  /* IEEE binary32 */
+    MC_F16 = 1,  /* IEEE binary16 */
+    MC_BF16 = 2, /* the upper half of a binary32 */
+    MC_I32 = 3,
+    MC_I64 = 4
+};
+
+/* A strided view. Zero-initialised it means "absent" where an argument is optional. */
+typedef struct mc_tensor {
+    void* data;                  /* address of element [0, ..., 0]; any alignment; not read if a size is 0 */
+    int32_t dtype;               /* MC_F32, ... */
+    int32_t ndim;                /* dimensions in use; 0: absent */
+    int64_t size[MC_MAX_DIMS];   /* size[0] is the outermost dimension; [ndim, MC_MAX_DIMS) is not read */
+    int64_t stride[MC_MAX_DIMS]; /* in elements, >= 0 */
+} mc_tensor;
+
+/* What the last call of this thread that did not return MC_OK had to say. Valid until this thread's next failure. */
+MC_API const char* mc_last_error(void);
+
+/* Version of the library, "major.minor.patch". */
+MC_API const char* mc_version(void);
+
+/* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C) or "avx512" (F, BW, DQ, VL). The best
+ * that processor and operating system have, unless the environment variable MC_CPU_ISA or mc_set_cpu_isa
+ * names one. NULL, with a text in mc_last_error, if MC_CPU_ISA names one that is unknown or not there; every kernel
+ * then returns MC_UNAVAILABLE. */
+MC_API const char* mc_cpu_isa(void);
+
+/* Whether the level called `name` is in this build and can run here: 1 or 0. */
+MC_API int32_t mc_cpu_isa_available(const char* name);
+
+/* Use the level called `name` from now on in the whole process; NULL goes back to the choice at start. MC_UNAVAILABLE
+ * if it is unknown or not there; the level in use then stays. Meant for tests. */
+MC_API int32_t mc_set_cpu_isa(const char* name);
+
+/* Entries of a KV cache are removed, inserted and moved in place, for all layers, sequences and heads in one call:
+ *
+ *   survivors   k[r,h,dst] <- R(new_positions[dst] - positions[src]) k[r,h,src]    v[r,h,dst] <- v[r,h,src]
+ *   inserted    k[r,h,slot_j] <- R(new_positions[slot_j]) k_new[r,h,j] * attention_scaling
+ *               v[r,h,slot_j] <- v_new[r,h,j]
+ *
+ * R(.) rotates pairs of dimensions (RoPE) or, with inv_freq_rows = 0, is nothing. Where a survivor's position does not
+ * change its bits are kept. Angles are reduced to a quarter turn in fp64, rotations computed in fp32 and rounded once.
+ *
+ * Row r = layer * B + b. A plan says what happens in a row; all rows share one, or `rows` names each row's. Only
+ * survivors and the inserted entries of a row's own plan are read, only their destinations written. Auxiliary memory:
+ * some kilobytes a thread. */
+typedef struct mc_kv_splice_args {
+    size_t struct_size; /* sizeof(mc_kv_splice_args) */
+
+    /* The cache, written. f32, f16 or bf16, all four tensors the same; the last dimension contiguous; no two indices of
+     * one view name the same element.
+     *   table absent:  k, v [L, B, Hkv, S, D]
+     *   table given:   k, v [L, P, Hkv, page_size, D], and S below is max_pages * page_size
+     * k and v may be interleaved views of one allocation but must share no element; that is the caller's duty and only
+     * equal addresses are noticed. */
+    mc_tensor k, v;
+
+    /* [R, Hkv, M, D] with R = L * B, keys unrotated. M is at least every plan's number of insertions; entries beyond a
+     * plan's own are not read. May share memory with each other, not with k or v. */
+    mc_tensor k_new, v_new;
+
+    /* [B, max_pages] i32 or i64, or absent: slot s of sequence b is row s % page_size of page table[b, s / page_size].
+     * A page that is written must not be used twice. Entries beyond a sequence's slots are not read. */
+    mc_tensor table;
+
+    /* The plans, contiguous arrays. Entry p of `offsets` [n_plans + 1, 5] says where plan p's part begins, entry p + 1
+     * where it ends: in segments, stays, insert_slots, positions and new_positions. The last two columns count slots:
+     * the lengths of the cache before and after, slots [0, length) being in use. */
+    int64_t n_plans;
+    const int64_t* offsets;
+    const int64_t* rows;     /* [R] plan of each row, -1: left alone. NULL: plan 0 for all (n_plans = 1) */
+    const int64_t* segments; /* [n, 3] (source slot, destination slot, count) of the survivors that move, in an order
+                                in which they can be executed one after the other, each with memmove's semantics:
+                                those that move left ascending, then those that move right descending */
+    const int64_t* stays;    /* [n, 3] (slot, slot, count) of those that keep their slot; read with rotation only */
+    const int64_t* insert_slots; /* [sum of M_p] slot of each inserted entry */
+
+    /* Positions by slot; both or neither (of an empty one the address may be NULL). NULL: an entry's position is its
+     * slot. Not read without rotation. */
+    const int64_t *positions, *new_positions;
+
+    int64_t inv_freq_rows;    /* 0: nothing is rotated; 1: inv_freq is [half]; R: it is [R, half] */
+    const double* inv_freq;   /* contiguous, radians per position */
+    int64_t half;             /* half of the rotated dimensions, 2 * half <= D; dimensions beyond pass unchanged */
+    int32_t interleaved;      /* 0: pairs (b, b + half), as Llama in Hugging Face layout; 1: (2b, 2b + 1), as GPT-J */
+    double attention_scaling; /* magnitude of inserted keys (all their dimensions); 1 for most models */
+} mc_kv_splice_args;
+
+/* n_threads: at most this many threads, the caller included; 0: OMP_NUM_THREADS, or one a processor. Small jobs run on
+ * the caller alone. The result does not depend on it. Empty plans, caches and batches are legal and write nothing. */
+MC_API int32_t mc_kv_splice_cpu(const mc_kv_splice_args* args, int32_t n_threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MC_KERNELS_H */

@@ -1,0 +1,70 @@
+"""The native library: whether it is there, and how a tensor is handed to it.
+
+`_C` takes addresses and integers (csrc/bindings.cpp), so nothing here or there depends on torch's own headers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "_native"
+# (address, dtype code, sizes, strides in elements)
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@functools.cache
+def _load() -> Any:
+    """The extension module, or the reason why there is none."""
+    try:
+        return importlib.import_module("mc_kernels._native._C")
+    except ImportError as e:
+        reason = FOLDER / "not_built.txt"
+        if reason.exists():
+            return f"native code was not built: {reason.read_text().strip()}"
+        built = [p.name for p in FOLDER.glob("_C*")]
+        return f"native code does not load: {e}" if built else "native code was not built (reinstall the package)"
+
+
+def available() -> str | None:
+    """Why the native library cannot serve here, or None."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> Any:
+    """The extension module; RuntimeError with the reason where there is none."""
+    reason = available()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _load()
+
+
+@functools.cache
+def _code(dtype: torch.dtype) -> int:
+    names = {
+        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64",
+    }  # fmt: skip
+    return getattr(library(), names[dtype])
+
+
+def view(x: Tensor) -> View:
+    """`x` as the library takes it. The caller keeps `x` alive."""
+    return x.data_ptr(), _code(x.dtype), tuple(x.shape), x.stride()
+
+
+def address(x: Tensor | None) -> int:
+    """Address of a contiguous array, 0 for None and for an empty one."""
+    return 0 if x is None else x.data_ptr()
+
+
+def isa_levels() -> list[str]:
+    """Names of the instruction set levels of this build and machine, slowest first; none without the library."""
+    if available() is not None:
+        return []
+    return [name for name in ("scalar", "avx2", "avx512") if library().cpu_isa_available(name)]
