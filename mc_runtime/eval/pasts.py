@@ -144,12 +144,13 @@ class Kept:
     """What a rival puts into its slots, behind the sink token and before the recent tokens, in timeline order.
 
     k, v: [L, B, Hkv, S, D], keys unrotated; heads may keep different tokens. position: [B, S] for true positions (used
-    where positions are not packed).
+    where positions are not packed). bias: log-weight of these entries in attention.
     """
 
     k: Tensor
     v: Tensor
     position: Tensor
+    bias: float = 0.0
 
 
 def hidden_after(past: Past, kept: Kept | None, *, packed: bool = True) -> Tensor:
@@ -159,16 +160,20 @@ def hidden_after(past: Past, kept: Kept | None, *, packed: bool = True) -> Tenso
     """
     ids, k, v = past.ids, past.k[:, :, :, :1], past.v[:, :, :, :1]
     position = torch.zeros(past.batch, 1, dtype=torch.int64, device=ids.device)
+    bias = None
     if kept is not None:
         k, v = torch.cat((k, kept.k.to(k)), 3), torch.cat((v, kept.v.to(v)), 3)
         position = torch.cat((position, kept.position), 1)
+        if kept.bias:
+            bias = torch.full(position.shape, kept.bias, device=ids.device)
+            bias[:, 0] = 0.0  # the sink
     slots = k.shape[3]
     if packed:
         position = torch.arange(slots, device=ids.device).expand(past.batch, slots)
     follow = past.follow
     start = slots if packed else past.far
     at = torch.arange(start, start + follow.shape[1], device=ids.device).expand(follow.shape)
-    return past.decoder(past.decoder.embed(follow), at, ConcatStore(k, v, position)).hidden
+    return past.decoder(past.decoder.embed(follow), at, ConcatStore(k, v, position, kv_bias=bias)).hidden
 
 
 def hidden_behind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mc_kernels import GistPoolWeights
 from mc_runtime.errors import InputError, ModelError
-from mc_runtime.eval.pasts import Past, read_past
+from mc_runtime.eval.pasts import Past, hidden_after, read_past
 from mc_runtime.eval.rivals import Rival
 from mc_runtime.eval.rivals.compressive import MeanKV
 from mc_runtime.eval.rivals.gist_tokens import GistTokens
@@ -235,3 +236,13 @@ def test_lineup(model: LoadedModel) -> None:
         rivals_for(["nobody"], model, 32, 32)
     with pytest.raises(InputError, match="kinds"):
         ours_for(["projected"], net, "", 32, 32)
+
+
+def test_gists_weigh_what_their_weights_ask_for(model: LoadedModel, past: Past) -> None:
+    net = replace(GistNet.untrained(model.decoder, 32), gist_bias=-1e4)
+    plain, weighed = ours_for(["pooled"], net, "", 32, 32)
+    assert weighed.name == "pooled gists, as a memory weighs them"
+    slots = past.far // 32
+    nothing = hidden_after(past, None, packed=False)
+    torch.testing.assert_close(weighed.follow(past, slots, False), nothing, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain.follow(past, slots, False), nothing, rtol=1e-2, atol=1e-2)

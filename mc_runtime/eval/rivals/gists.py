@@ -16,17 +16,18 @@ from .compressive import span_centres
 
 
 class PooledGists(KeepingRival):
-    """`gist_pool` of the text's own keys and values; the gists of the last of `levels` are kept."""
+    """`gist_pool` of the text's own keys and values; the gists of the last of `levels` are kept, with log-weight `bias`
+    in attention."""
 
     ours, anew = True, False
 
-    def __init__(self, name: str, levels: Sequence[GistPoolWeights]) -> None:
-        self.name, self.levels, self.size = name, levels, levels[0].block_size
+    def __init__(self, name: str, levels: Sequence[GistPoolWeights], bias: float = 0.0) -> None:
+        self.name, self.levels, self.size, self.bias = name, levels, levels[0].block_size, bias
 
     def keep(self, past: Past, slots: int) -> Kept:
         k, v = pool_levels(past.k, past.v, self.levels, self.size)[-1]
         _check(k.shape[3], slots)
-        return Kept(k, v, span_centres(past.far, slots, past.ids.device).expand(past.batch, slots))
+        return Kept(k, v, span_centres(past.far, slots, past.ids.device).expand(past.batch, slots), self.bias)
 
 
 def summaries(past: Past, net: GistNet, size: int, level: int) -> Tensor:

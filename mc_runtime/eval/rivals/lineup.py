@@ -60,6 +60,8 @@ def ours_for(kinds: Sequence[GistKind], net: GistNet, label: str, ratio: int, si
             if size**top == ratio * weights.n_gists:
                 name = "pooled gists" if top == 1 else f"pooled gists, level {top}"
                 arms.append(PooledGists(name + label, levels[:top]))
+                if net.gist_bias:
+                    arms.append(PooledGists(f"{name}, as a memory weighs them{label}", levels[:top], net.gist_bias))
                 break
     suffix = label if level in (None, 1) else f", level {level}{label}"
     if "projected" in kinds:
