@@ -1,0 +1,53 @@
+"""`context_attention` for few queries on a CPU: csrc/context_attention/cpu.cpp, one stream over keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+# More query tokens than this go to torch's matrix products, see `serves`.
+MOST_QUERIES = 16
+
+
+def serves(q: Tensor) -> bool:
+    """Whether this is the faster of the two: the library is there and each key meets few queries."""
+    return q.shape[2] <= MOST_QUERIES and native.available() is None
+
+
+def _int64(x: Tensor) -> Tensor:
+    return x.to(torch.int64).contiguous()
+
+
+def _fp32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def context_attention_native(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
+    mass = torch.empty((k.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
+    # Held in names: the library gets addresses.
+    q_at, kv_at, spread, bias = _int64(q_pos), _int64(kv_pos), _fp32(sigma), _fp32(kv_bias)
+    freq = None if inv_freq is None else inv_freq.to(torch.float64).contiguous()
+    native.library().context_attention(
+        *(native.view(x) for x in (q, k, v)),
+        native.address(q_at),
+        native.address(kv_at),
+        native.address(freq),
+        0 if freq is None else freq.shape[0],
+        interleaved,
+        attention_scaling,
+        native.address(spread),
+        native.address(bias),
+        scale,
+        native.view(out),
+        native.address(lse),
+        native.address(mass),
+        torch.get_num_threads(),
+    )
+    return out, lse, mass
