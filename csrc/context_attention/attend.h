@@ -26,14 +26,12 @@ struct Entries {
     int64_t count;
 };
 
-// Rows [0, n) of memory, base + slot[i] * step bytes (slot NULL: base + i * step), turned into out [n, padded].
-// phase: that of row i lies i * phase_step floats on. rest_scale multiplies what does not turn.
+// Rows base + i * step bytes, turned by phase [n, 2 * width] into out [n, padded]. rest_scale multiplies what does not
+// turn.
 struct TurnRows {
     const char* base;
-    const int32_t* slot;
     int64_t step, n;
     const float* phase;
-    int64_t phase_step;
     float rest_scale;
     float* out;
     const RowShape* shape;

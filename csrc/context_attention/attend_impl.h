@@ -33,9 +33,11 @@ inline Vec exp2(Vec x) {
 inline Vec load(const float* p) { return Vec::load(F32{}, reinterpret_cast<const char*>(p)); }
 inline void store(float* p, Vec x) { Vec::store(F32{}, reinterpret_cast<char*>(p), x); }
 
-template <class T>
+// The first n elements, at most kWidth, then zeros; n may be negative. kWhole: n is at least kWidth.
+template <class T, bool kWhole>
 inline Vec load_first(const char* p, int64_t n) {
-    return n >= Vec::kWidth ? Vec::load(T{}, p) : Vec::load_part(T{}, p, static_cast<int>(n));
+    if (kWhole || n >= Vec::kWidth) return Vec::load(T{}, p);
+    return n > 0 ? Vec::load_part(T{}, p, static_cast<int>(n)) : Vec::all(0.0f);
 }
 
 inline void fetch(const char* row, int64_t bytes) {
@@ -67,59 +69,71 @@ void phases_of(const PhaseRows& a) {
     }
 }
 
-// One row. kScaled: the elements that do not turn are multiplied by `scale`.
-template <class T, bool kInterleaved, bool kScaled>
-inline void turn_row(const char* row, const float* phase, const RowShape& s, float scale, float* out) {
-    const float* sines = phase + s.width;
-    const int64_t rotated = kInterleaved ? 2 * s.half : s.half;
+// Vector i of a turned row goes to out + i * step. kWhole: the pairs fill vectors, and there is nothing but pairs.
+template <class T, bool kInterleaved, bool kWhole>
+inline void turn_row(const char* row, const float* phase, const RowShape& s, float scale, float* out, int64_t step) {
+    const int64_t rotated = kInterleaved ? 2 * s.half : s.half, second = s.width / Vec::kWidth * step;
     int64_t at = 0;
-    for (; at < s.width; at += Vec::kWidth) {
-        const int64_t n = rotated - at;
+    for (; at < s.width; at += Vec::kWidth, out += step) {
+        const Vec c = load(phase + at), sn = load(phase + s.width + at);
         const char* p = row + at * T::kBytes;
-        if (n <= 0) {
-            store(out + at, Vec::all(0.0f));
-            if (!kInterleaved) store(out + s.width + at, Vec::all(0.0f));
-            continue;
-        }
-        const Vec c = load(phase + at), sn = load(sines + at), x = load_first<T>(p, n);
+        const Vec x = load_first<T, kWhole>(p, rotated - at);
         if constexpr (kInterleaved) {
-            store(out + at, fmadd(swap_pairs(x), sn, mul(x, c)));
+            store(out, fmadd(swap_pairs(x), sn, mul(x, c)));
         } else {
-            const Vec y = load_first<T>(p + s.half * T::kBytes, n);
-            store(out + at, fnmadd(y, sn, mul(x, c)));
-            store(out + s.width + at, fmadd(x, sn, mul(y, c)));
+            const Vec y = load_first<T, kWhole>(p + s.half * T::kBytes, rotated - at);
+            store(out, fnmadd(y, sn, mul(x, c)));
+            store(out + second, fmadd(x, sn, mul(y, c)));
         }
     }
+    if constexpr (kWhole) return;
+    if constexpr (!kInterleaved) out += second;
     const char* rest = row + 2 * s.half * T::kBytes;
-    float* to = out + (kInterleaved ? s.width : 2 * s.width);
-    for (int64_t i = 0; to + i < out + s.padded; i += Vec::kWidth) {
-        const int64_t n = s.dims - 2 * s.half - i;
-        Vec x = n > 0 ? load_first<T>(rest + i * T::kBytes, n) : Vec::all(0.0f);
-        if (kScaled) x = mul(x, Vec::all(scale));
-        store(to + i, x);
+    const int64_t end = s.padded - (kInterleaved ? 1 : 2) * s.width;
+    for (int64_t i = 0; i < end; i += Vec::kWidth, out += step) {
+        store(out, mul(load_first<T, false>(rest + i * T::kBytes, s.dims - 2 * s.half - i), Vec::all(scale)));
     }
 }
 
 template <class T, bool kInterleaved>
 void turn(const TurnRows& a) {
     for (int64_t i = 0; i < a.n; ++i) {
-        const int64_t slot = a.slot ? a.slot[i] : i;
-        turn_row<T, kInterleaved, true>(a.base + slot * a.step, a.phase + i * a.phase_step, *a.shape, a.rest_scale,
-                                        a.out + i * a.shape->padded);
+        turn_row<T, kInterleaved, false>(a.base + i * a.step, a.phase + i * 2 * a.shape->width, *a.shape, a.rest_scale,
+                                         a.out + i * a.shape->padded, Vec::kWidth);
     }
 }
 
-// Products of all queries with kWidth turned keys, into column e of p.
+// A strip of kWidth keys is turned so that equal vectors of all of them lie side by side: [padded / kWidth, key, kWidth].
+constexpr int64_t kStripStep = Vec::kWidth * Vec::kWidth;
+
+template <class T, bool kInterleaved, bool kWhole>
+void turn_strip(const HeadBlock& a, int64_t e) {
+    const RowShape s = *a.shape;
+    const int64_t end = e + Vec::kWidth < a.entries->count ? e + Vec::kWidth : a.entries->count;
+    const int64_t bytes = s.dims * T::kBytes;
+    const float* phase = a.phase + e * 2 * s.width;
+    float* out = a.turned;
+    for (int64_t i = e; i < end; ++i, phase += 2 * s.width, out += Vec::kWidth) {
+        const int64_t slot = a.entries->slot[i];
+        fetch(a.v + slot * a.v_step, bytes);
+        turn_row<T, kInterleaved, kWhole>(a.k + slot * a.k_step, phase, s, 1.0f, out, kStripStep);
+    }
+}
+
+// Products of all queries with a strip of turned keys, into column e of p.
 inline void scores(const HeadBlock& a, int64_t e) {
     const int64_t padded = a.shape->padded;
+    const float* q = a.q;
     for (int64_t j = 0; j < a.rows; ++j) {
-        const float* q = a.q + j * padded;
         Vec acc[Vec::kWidth];
+        const float* keys = a.turned;
+        const float* end = q + padded;
         const Vec first_q = load(q);
-        for (int i = 0; i < Vec::kWidth; ++i) acc[i] = mul(first_q, load(a.turned + i * padded));
-        for (int64_t d = Vec::kWidth; d < padded; d += Vec::kWidth) {
-            const Vec qd = load(q + d);
-            for (int i = 0; i < Vec::kWidth; ++i) acc[i] = fmadd(qd, load(a.turned + i * padded + d), acc[i]);
+        for (int i = 0; i < Vec::kWidth; ++i) acc[i] = mul(first_q, load(keys + i * Vec::kWidth));
+        for (q += Vec::kWidth; q != end; q += Vec::kWidth) {
+            keys += kStripStep;
+            const Vec qd = load(q);
+            for (int i = 0; i < Vec::kWidth; ++i) acc[i] = fmadd(qd, load(keys + i * Vec::kWidth), acc[i]);
         }
         store(a.p + j * kBlock + e, sums(acc));
     }
@@ -160,6 +174,7 @@ inline void soften(const HeadBlock& a, int64_t j, int64_t n, int64_t dims) {
 // out[j .. j + kRows) += p v in kVectors vectors of dimensions from d on; kPart: in the first `part` elements of one.
 template <class T, int kRows, int kVectors, bool kPart>
 inline void gather(const HeadBlock& a, int64_t j, int64_t d, int part) {
+    const char* next = j == 0 && d == 0 ? a.next : nullptr;
     Vec acc[kRows][kVectors];
     float* out = a.out + j * a.out_step + d;
     const float* p = a.p + j * kBlock;
@@ -168,6 +183,7 @@ inline void gather(const HeadBlock& a, int64_t j, int64_t d, int part) {
     }
     for (int64_t e = 0; e < a.entries->count; ++e) {
         const char* row = a.v + a.entries->slot[e] * a.v_step + d * T::kBytes;
+        if (next) fetch(next + e * a.next_step, a.shape->dims * T::kBytes);
         Vec v[kVectors];
         for (int i = 0; i < kVectors; ++i) {
             if constexpr (kPart) {
@@ -199,18 +215,17 @@ inline void gather_rows(const HeadBlock& a, int64_t j) {
 template <class T, bool kInterleaved>
 void attend(const HeadBlock& a) {
     const RowShape& s = *a.shape;
-    const int64_t count = a.entries->count, bytes = s.dims * T::kBytes;
-    const int32_t* slot = a.entries->slot;
+    const int64_t count = a.entries->count;
+    const bool whole = s.dims == 2 * s.half && (kInterleaved ? s.dims : s.half) % Vec::kWidth == 0;
     for (int64_t e = 0; e < count; e += Vec::kWidth) {
-        for (int64_t i = 0; i < Vec::kWidth && e + i < count; ++i) {
-            fetch(a.v + slot[e + i] * a.v_step, bytes);
-            turn_row<T, kInterleaved, false>(a.k + slot[e + i] * a.k_step, a.phase + (e + i) * 2 * s.width, s, 1.0f,
-                                             a.turned + i * s.padded);
+        if (whole) {
+            turn_strip<T, kInterleaved, true>(a, e);
+        } else {
+            turn_strip<T, kInterleaved, false>(a, e);
         }
         scores(a, e);
     }
     const int64_t n = (count + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
-    for (int64_t i = 0; a.next && i < kBlock; ++i) fetch(a.next + i * a.next_step, bytes);
     for (int64_t j = 0; j < a.rows; ++j) soften(a, j, n, s.dims);
     int64_t j = 0;
     for (; j + kTileRows <= a.rows; j += kTileRows) gather_rows<T, kTileRows>(a, j);

@@ -163,8 +163,8 @@ private:
             for (int64_t h = 0; h < x_.heads; ++h) {
                 const char* base = static_cast<const char*>(a_.q.data) + b * x_.q_stride[0] + h * x_.q_stride[1];
                 float* out = q_.get() + (b * all_rows() + h * x_.queries) * x_.row.padded;
-                ops_.turn[x_.dtype][x_.interleaved]({base, nullptr, x_.q_stride[2], x_.queries, phases.data(),
-                                                     2 * x_.row.width, static_cast<float>(scale), out, &x_.row});
+                ops_.turn[x_.dtype][x_.interleaved]({base, x_.q_stride[2], x_.queries, phases.data(),
+                                                     static_cast<float>(scale), out, &x_.row});
             }
         }
     }
