@@ -151,10 +151,6 @@ inline void soften(const HeadBlock& a, int64_t j, int64_t n, int64_t dims) {
         most = greater(most, x);
     }
     const float before = a.top[j], here = greatest(most), top = before > here ? before : here;
-    if (top == kMinusInfinity) {  // nothing seen so far
-        for (int64_t e = 0; e < n; e += Vec::kWidth) store(p + e, Vec::all(0.0f));
-        return;
-    }
     if (before != top) {
         const float shrink = first(exp2(Vec::all(before - top)));
         a.top[j] = top;
@@ -162,9 +158,11 @@ inline void soften(const HeadBlock& a, int64_t j, int64_t n, int64_t dims) {
         float* out = a.out + j * a.out_step;
         for (int64_t d = 0; d < dims; d += Vec::kWidth) store(out + d, mul(load(out + d), Vec::all(shrink)));
     }
+    // With nothing seen so far (top -infinity) every term is 0; a NaN, which is not the greatest, reaches the total.
+    const Vec base = Vec::all(top == kMinusInfinity ? 0.0f : top);
     Vec total = Vec::all(0.0f);
     for (int64_t e = 0; e < n; e += Vec::kWidth) {
-        const Vec x = exp2(sub(load(p + e), Vec::all(top)));
+        const Vec x = exp2(sub(load(p + e), base));
         store(p + e, x);
         total = add(total, x);
     }
@@ -216,7 +214,7 @@ template <class T, bool kInterleaved>
 void attend(const HeadBlock& a) {
     const RowShape& s = *a.shape;
     const int64_t count = a.entries->count;
-    const bool whole = s.dims == 2 * s.half && (kInterleaved ? s.dims : s.half) % Vec::kWidth == 0;
+    const bool whole = s.dims == 2 * s.half && (kInterleaved ? s.dims : s.half) == s.width;
     for (int64_t e = 0; e < count; e += Vec::kWidth) {
         if (whole) {
             turn_strip<T, kInterleaved, true>(a, e);

@@ -277,13 +277,13 @@ private:
             float top = kNothing;
             for (int64_t r = 0; r < runs_; ++r) {
                 const float x = top_.get()[part + r * step];
-                top = top > x ? top : x;  // NaN stays if it comes last; the totals hold it in any case
+                top = top > x ? top : x;  // a NaN is in the total in any case
             }
             float* out = partial_.get() + part * out_step_;
             float total = 0.0f;
             for (int64_t r = 0; r < runs_; ++r) {
                 const float here = top_.get()[part + r * step], *from = out + r * step * out_step_;
-                const float weight = here == kNothing ? 0.0f : std::exp2(here - top);
+                const float weight = here == top ? 1.0f : std::exp2(here - top);  // also where both are -infinity
                 total += weight * total_.get()[part + r * step];
                 for (int64_t d = 0; d < x_.row.dims; ++d) out[d] = (r ? out[d] : 0.0f) + weight * from[d];
             }
@@ -302,10 +302,11 @@ private:
         double sum[kBlock] = {};  // of many small terms
         const int64_t rows = all_rows(), numbered = (b * blocks_of(x_.slots) + block) * rows;
         for (int64_t i = 0; entries.count && i < rows; ++i) {
-            const float top = block_top_.get()[numbered + i], *p = p_.get() + (numbered + i) * kBlock;
-            if (top == kNothing) continue;
             const int64_t merged = b * runs_ * rows + i;
-            const double weight = std::exp2(top - top_.get()[merged]) / static_cast<double>(total_.get()[merged]);
+            const float here = block_top_.get()[numbered + i], top = top_.get()[merged], total = total_.get()[merged];
+            if (total == 0.0f) continue;  // sees nothing
+            const double weight = (here == top ? 1.0f : std::exp2(here - top)) / static_cast<double>(total);
+            const float* p = p_.get() + (numbered + i) * kBlock;
             for (int64_t e = 0; e < entries.count; ++e) sum[e] += p[e] * weight;
         }
         float* mass = a_.mass + b * x_.slots + block * kBlock;
