@@ -95,7 +95,9 @@ inline Vec power_of_two(Vec t) {
 }
 
 // Neighbours first within 128 bits, then across.
-inline __m256 sum_pairs(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+inline __m256 sum_pairs(__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+}
 inline __m256 sum_fours(const Vec* a) {
     const __m256d x = _mm256_castps_pd(sum_pairs(a[0].v, a[1].v)), y = _mm256_castps_pd(sum_pairs(a[2].v, a[3].v));
     return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));

@@ -82,7 +82,9 @@ inline Vec power_of_two(Vec t) {
 }
 
 // Neighbours first within 128 bits, then across.
-inline __m512 sum_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 sum_pairs(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
 inline __m512 sum_fours(const Vec* a) {
     const __m512d x = _mm512_castps_pd(sum_pairs(a[0].v, a[1].v)), y = _mm512_castps_pd(sum_pairs(a[2].v, a[3].v));
     return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));

@@ -228,10 +228,14 @@ void attend(const HeadBlock& a) {
     int64_t j = 0;
     for (; j + kTileRows <= a.rows; j += kTileRows) gather_rows<T, kTileRows>(a, j);
     switch (a.rows - j) {
-        case 3: return gather_rows<T, 3>(a, j);
-        case 2: return gather_rows<T, 2>(a, j);
-        case 1: return gather_rows<T, 1>(a, j);
-        default: return;
+        case 3:
+            return gather_rows<T, 3>(a, j);
+        case 2:
+            return gather_rows<T, 2>(a, j);
+        case 1:
+            return gather_rows<T, 1>(a, j);
+        default:
+            return;
     }
 }
 

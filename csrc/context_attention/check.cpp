@@ -43,8 +43,8 @@ void check_arrays(const mc_context_attention_args& a) {
 void check_rotation(const mc_context_attention_args& a) {
     const int64_t most = a.inv_freq ? a.q.size[3] / 2 : 0;
     if (a.half < 0 || a.half > most) {
-        invalid("half: expected 0.." + std::to_string(most) + (a.inv_freq ? " (D/2)" : " without inv_freq") +
-                ", got " + std::to_string(a.half));
+        invalid("half: expected 0.." + std::to_string(most) + (a.inv_freq ? " (D/2)" : " without inv_freq") + ", got " +
+                std::to_string(a.half));
     }
     if (a.inv_freq && !std::isfinite(a.attention_scaling)) {
         invalid("attention_scaling: expected a finite number, got " + std::to_string(a.attention_scaling));

@@ -20,14 +20,14 @@
 #include "attend.h"
 #include "check.h"
 #include "isa.h"
-#include "phase_table.h"
+#include "phases.h"
 #include "pool.h"
 
 namespace mc {
 namespace {
 
-constexpr int64_t kRun = 256;      // entries of a run, at least
-constexpr int64_t kMostRuns = 64;  // of a sequence: bounds the memory of partial results
+constexpr int64_t kRun = 256;              // entries of a run, at least
+constexpr int64_t kMostRuns = 64;          // of a sequence: bounds the memory of partial results
 constexpr int64_t kThreadBytes = 1 << 18;  // of keys and values that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 constexpr double kLn2 = 0.693147180559945309417;
@@ -83,7 +83,7 @@ private:
         explicit Scratch(const Call& c) {
             const int64_t phases = kBlock * 2 * c.x_.row.width;
             far = phases;
-            turned = far + (c.table_ ? 0 : phases);
+            turned = far + (c.phases_ ? c.phases_->scratch() : 0);
             p = turned + kPad * c.x_.row.padded;
             add = p + (c.a_.mass ? 0 : c.x_.rows * kBlock);
             total = add + c.x_.queries * kBlock;
@@ -95,9 +95,9 @@ private:
     int merge_threads() const { return runs_ * all_rows() * x_.row.dims < (1 << 20) ? 1 : static_cast<int>(threads_); }
 
     void write_nothing() {
+        const std::vector<float> zeros(static_cast<size_t>(x_.row.dims));
         std::fill(a_.lse, a_.lse + x_.batch * all_rows(), kNothing);
         for (int64_t i = 0; a_.mass && i < x_.batch * x_.slots; ++i) a_.mass[i] = 0.0f;
-        const std::vector<float> zeros(static_cast<size_t>(x_.row.dims));
         for (int64_t i = 0; i < x_.batch * all_rows(); ++i) {
             ops_.store[x_.dtype](zeros.data(), x_.row.dims, 1.0f, out_row(i / all_rows(), i % all_rows()));
         }
@@ -110,8 +110,7 @@ private:
 
     // What does not depend on the entries: turned queries, tables, room for partial results.
     void prepare() {
-        const int64_t width = x_.row.width, rows = x_.batch * all_rows();
-        q_ = Floats(rows * x_.row.padded);
+        q_ = Floats(x_.batch * all_rows() * x_.row.padded);
         partial_ = Floats(x_.batch * runs_ * all_rows() * out_step_);
         top_ = Floats(x_.batch * runs_ * all_rows());
         total_ = Floats(x_.batch * runs_ * all_rows());
@@ -136,19 +135,8 @@ private:
                 furthest = 0;
                 for (int64_t i = 0; i < x_.batch * x_.slots; ++i) furthest = std::max(furthest, a_.kv_pos[i]);
             }
-            frequencies_ = {a_.inv_freq, a_.half, x_.interleaved, width};
-            if (furthest >> kMostBits == 0) table_ = phase_table(row_ops_, frequencies_, furthest);
+            phases_ = std::make_unique<const Phases>(a_, x_, row_ops_, furthest);
             scale *= a_.attention_scaling * a_.attention_scaling;
-            turns_.resize(static_cast<size_t>(a_.half));
-            damped_.assign(static_cast<size_t>(width), 0.0f);
-            for (int64_t i = 0; i < a_.half; ++i) {
-                turns_[static_cast<size_t>(i)] = a_.inv_freq[i] / 6.283185307179586476925;
-                for (int64_t j = 0; j < (x_.interleaved ? 2 : 1); ++j) {
-                    damped_[static_cast<size_t>(x_.interleaved ? 2 * i + j : i)] = static_cast<float>(a_.inv_freq[i]);
-                }
-            }
-            unturned_.assign(static_cast<size_t>(2 * width), 0.0f);
-            std::fill(unturned_.begin(), unturned_.begin() + width, 1.0f);
         }
         turn_queries(scale);
     }
@@ -157,14 +145,13 @@ private:
         std::vector<float> phases(static_cast<size_t>(x_.queries * 2 * x_.row.width));
         for (int64_t b = 0; b < x_.batch; ++b) {
             for (int64_t t = 0; rotates() && t < x_.queries; ++t) {
-                write_phase(row_ops_, frequencies_, turns_.data(), a_.q_pos[b * x_.queries + t], scale,
-                            phases.data() + t * 2 * x_.row.width);
+                phases_->query(a_.q_pos[b * x_.queries + t], scale, phases.data() + t * 2 * x_.row.width);
             }
             for (int64_t h = 0; h < x_.heads; ++h) {
                 const char* base = static_cast<const char*>(a_.q.data) + b * x_.q_stride[0] + h * x_.q_stride[1];
                 float* out = q_.get() + (b * all_rows() + h * x_.queries) * x_.row.padded;
-                ops_.turn[x_.dtype][x_.interleaved]({base, x_.q_stride[2], x_.queries, phases.data(),
-                                                     static_cast<float>(scale), out, &x_.row});
+                ops_.turn[x_.dtype][x_.interleaved](
+                    {base, x_.q_stride[2], x_.queries, phases.data(), static_cast<float>(scale), out, &x_.row});
             }
         }
     }
@@ -179,28 +166,6 @@ private:
             out.position[out.count] = pos[s];
             out.count += pos[s] >= 0 && pos[s] <= most;
         }
-    }
-
-    void write_phases(const float* sigma, const Entries& e, float* far, float* out) const {
-        float kept[kBlock];
-        for (int64_t i = 0; sigma && i < e.count; ++i) kept[i] = sigma[e.slot[i]];
-        PhaseRows rows{nullptr, nullptr, 0, e.count, e.position, sigma ? kept : nullptr, damped_.data(), x_.row.width,
-                       out};
-        int64_t numbers[kBlock];
-        if (table_) {
-            rows.high = table_->high.get();
-            rows.low = table_->low.get();
-            rows.bits = table_->bits;
-        } else {
-            for (int64_t i = 0; i < e.count; ++i) {
-                numbers[i] = i;
-                write_phase(row_ops_, frequencies_, turns_.data(), e.position[i], 1.0, far + i * 2 * x_.row.width);
-            }
-            rows.high = far;
-            rows.low = unturned_.data();
-            rows.position = numbers;
-        }
-        ops_.phases(rows);
     }
 
     // Bias and masks of a block, [T, kBlock], or [1, kBlock] where all queries see all; 0: none needed.
@@ -236,7 +201,8 @@ private:
             if (entries.count == 0) continue;
             const int64_t slot = block * kBlock, numbered = (b * blocks_of(x_.slots) + block) * rows;
             if (rotates()) {
-                write_phases(a_.sigma ? a_.sigma + b * x_.slots + slot : nullptr, entries, scratch + at.far, scratch);
+                const float* sigma = a_.sigma ? a_.sigma + b * x_.slots + slot : nullptr;
+                phases_->entries(ops_, sigma, entries, scratch + at.far, scratch);
             }
             const int64_t n_times = write_add(b, block, entries, scratch + at.add);
             for (int64_t h = 0; h < x_.kv_heads; ++h) {
@@ -319,10 +285,7 @@ private:
     const RowOps& row_ops_;
     const AttendOps& ops_;
     int64_t out_step_, run_, runs_, threads_;
-    Frequencies frequencies_{};
-    std::shared_ptr<const PhaseTable> table_;  // none: nothing turns, or positions lie beyond the tables
-    std::vector<double> turns_;
-    std::vector<float> damped_, unturned_;  // [width] inv_freq as phases lie; the phase of position 0
+    std::unique_ptr<const Phases> phases_;  // none: nothing turns
     std::vector<int64_t> least_, most_;     // [B] positions of the queries
     Floats q_;                              // [B, Hq * T, padded]
     Floats partial_, top_, total_;          // [B, runs, Hq * T(, out_step)]

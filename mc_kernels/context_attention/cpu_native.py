@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import native
 
-# Query tokens up to which one stream over the keys beats torch's matrix products, by measurement on an AVX-512 machine at
-# 512 to 8192 slots: the two break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
+# Query tokens up to which one stream over the keys beats torch's matrix products, by measurement on a machine with
+# AVX-512 at 512 to 8192 slots: they break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
 MOST_QUERIES = 64
 MOST_BF16_QUERIES = 32
 

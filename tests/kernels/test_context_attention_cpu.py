@@ -1,5 +1,7 @@
-"""`context_attention` on a CPU: tiles of queries, their masks, holes, and the backward in the inputs' precision; composed of
-torch's kernels, and with the native library where that serves."""
+"""`context_attention` on a CPU: tiles of queries, their masks, holes, and the backward in the inputs' precision.
+
+Composed of torch's kernels, and with the native library where that serves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`context_attention` in C++ at every instruction set level: drawn calls against the formula, memory, threads, refusals."""
+"""`context_attention` in C++ at every instruction set level: drawn calls against the formula, threads, refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         q_pos = torch.arange(slots - queries, slots).repeat(batch, 1)
     # Within the tables of phases, far, and beyond the tables.
     offset = draw(st.sampled_from([0, 0, 4000, 10_000_019, 2**29]))
-    kv_pos = torch.where(torch.rand(batch, slots, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0])), -1, order)
+    empty = torch.rand(batch, slots, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    kv_pos = order.masked_fill(empty, -1)
     args: dict[str, Any] = {
         "q": normal(batch, kv_heads * group, queries, dim),
         "k": normal(batch, kv_heads, slots, dim), "v": normal(batch, kv_heads, slots, dim),
@@ -135,8 +136,8 @@ def test_neither_threads_nor_calls_beside_change_a_result(backend: str) -> None:
     """Several Python threads with different rotations, so that they also race for the tables of phases."""
     calls_ = []
     for i in range(12):
-        args = Case("x", 6, 3, 64, 5000 + i, 1 + i % 3, theta=1e3 + i % 6, features=i % 2 == 0).make(torch.float32, seed=i)
-        calls_.append(args)
+        case = Case("x", 6, 3, 64, 5000 + i, 1 + i % 3, theta=1e3 + i % 6, features=i % 2 == 0)
+        calls_.append(case.make(torch.float32, seed=i))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -172,9 +173,7 @@ def test_nan_and_infinity_that_are_seen_are_not_lost(backend: str) -> None:
 @each_level
 def test_a_bias_of_minus_infinity_for_all(backend: str) -> None:
     args = Case("x", 2, 1, 8, 100, 1).make(torch.float32)
-    out, lse, mass = context_attention(
-        **args, kv_bias=torch.full((1, 100), float("-inf")), **EXTRAS, backend=backend
-    )
+    out, lse, mass = context_attention(**args, kv_bias=torch.full((1, 100), float("-inf")), **EXTRAS, backend=backend)
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
     assert (mass == 0).all()
