@@ -213,7 +213,7 @@ def context_attention_cpu(
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ref.context_attention_ref`."""
-    if cpu_native.serves(q):
+    if cpu_native.serves(q, k.shape[2], return_mass):
         return cpu_native.context_attention_native(
             q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass
         )

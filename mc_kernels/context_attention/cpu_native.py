@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,15 @@ from .. import native
 # AVX-512 at 512 to 8192 slots: they break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
 MOST_QUERIES = 64
 MOST_BF16_QUERIES = 32
+# The library keeps every probability until mass is summed, 4 bytes each; torch's path only those of a tile.
+MOST_PROBABILITIES = 1 << 24
 
 
-def serves(q: Tensor) -> bool:
+def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
     """Whether this is the faster of the two: the library is there, and each key meets few queries."""
     most = MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES
+    if return_mass and math.prod(q.shape[:3]) * slots > MOST_PROBABILITIES:
+        return False
     return q.shape[2] <= most and native.available() is None
 
 

@@ -180,12 +180,14 @@ def test_a_bias_of_minus_infinity_for_all(backend: str) -> None:
 
 
 def test_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu_native.serves(torch.zeros(1, 2, 32, 4).bfloat16())
-    assert not cpu_native.serves(torch.zeros(1, 2, 33, 4).bfloat16())
-    assert cpu_native.serves(torch.zeros(1, 2, 64, 4))
-    assert not cpu_native.serves(torch.zeros(1, 2, 65, 4))
+    assert cpu_native.serves(torch.zeros(1, 2, 32, 4).bfloat16(), 9, False)
+    assert not cpu_native.serves(torch.zeros(1, 2, 33, 4).bfloat16(), 9, False)
+    assert cpu_native.serves(torch.zeros(1, 2, 64, 4), 1 << 20, False)
+    assert not cpu_native.serves(torch.zeros(1, 2, 65, 4), 9, False)
+    assert cpu_native.serves(torch.zeros(1, 2, 8, 4), 1 << 20, True)
+    assert not cpu_native.serves(torch.zeros(1, 2, 9, 4), 1 << 20, True)
     monkeypatch.setattr(native, "available", lambda: "hidden by the test")
-    assert not cpu_native.serves(torch.zeros(1, 2, 1, 4))
+    assert not cpu_native.serves(torch.zeros(1, 2, 1, 4), 9, False)
 
 
 class Call:
