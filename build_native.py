@@ -27,9 +27,10 @@ REASON = "not_built.txt"
 
 # No -ffast-math: NaN, infinities and signed zeros are part of the contract. Nobody reads errno or floating-point traps.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
+# By the last word of a source's name, as in rows_avx2.cpp.
 LEVEL_FLAGS = {
-    "rows_avx2": "-mavx2 -mfma -mf16c",
-    "rows_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
 
 
@@ -59,7 +60,7 @@ def _ninja() -> list[str]:
 
 
 def _library_sources() -> list[Path]:
-    return sorted([*SOURCES.glob("common/*.cpp"), *SOURCES.glob("*/cpu.cpp"), *SOURCES.glob("*/check.cpp")])
+    return sorted(SOURCES.glob("*/*.cpp"))
 
 
 def _ninja_file(compiler: str) -> str:
@@ -91,8 +92,9 @@ def _ninja_file(compiler: str) -> str:
     for source in _library_sources():
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {escape(source)}"]
-        if x86 and source.stem in LEVEL_FLAGS:
-            lines += [f"  more = {LEVEL_FLAGS[source.stem]}"]
+        level = source.stem.rpartition("_")[2]
+        if x86 and level in LEVEL_FLAGS:
+            lines += [f"  more = {LEVEL_FLAGS[level]}"]
     lines += [
         f"build {LIBRARY}: link {' '.join(objects)}",
         f"  more = {name}",
@@ -127,7 +129,7 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
-        raise BuildError(f"compiling failed: {next((x for x in lines if 'error' in x.lower()), lines[-1]).strip()}")
+        raise BuildError(f"compiling failed: {next((x for x in lines if 'error:' in x), lines[-1]).strip()}")
     if "warning:" in done.stdout:
         print(done.stdout, file=sys.stderr)
     destination.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,35 @@ void kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new
     raise(status);  // the text is this thread's own
 }
 
+void context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos, uintptr_t kv_pos,
+                       uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling, uintptr_t sigma,
+                       uintptr_t kv_bias, double scale, const py::handle& out, uintptr_t lse, uintptr_t mass,
+                       int32_t n_threads) {
+    mc_context_attention_args a{};
+    a.struct_size = sizeof a;
+    a.q = tensor("q", q);
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.q_pos = array<int64_t>(q_pos);
+    a.kv_pos = array<int64_t>(kv_pos);
+    a.inv_freq = array<double>(inv_freq);
+    a.half = half;
+    a.interleaved = interleaved;
+    a.attention_scaling = attention_scaling;
+    a.sigma = array<float>(sigma);
+    a.kv_bias = array<float>(kv_bias);
+    a.scale = scale;
+    a.out = tensor("out", out);
+    a.lse = reinterpret_cast<float*>(lse);
+    a.mass = reinterpret_cast<float*>(mass);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_context_attention_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,4 +130,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
           "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
           "half"_a, "interleaved"_a, "attention_scaling"_a, "n_threads"_a);
+    m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
+          "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
+          "n_threads"_a);
 }

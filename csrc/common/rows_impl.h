@@ -1,10 +1,7 @@
 // The row primitives, written once over a vector type and compiled once per instruction set.
 //
-// Included by rows_<level>.cpp after its `Vec`. Everything here is in an unnamed namespace and uses no inline function
+// Included by rows_<level>.cpp after vec_<level>.h. Everything here is in an unnamed namespace and uses no inline function
 // of the standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
-//
-// Vec: kWidth floats; load and store of a full vector or of its first n elements, for each element type; mul,
-// fmadd (a * b + c), fnmadd (c - a * b), swap_pairs.
 #pragma once
 
 #include <cstring>

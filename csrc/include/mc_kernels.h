@@ -131,6 +131,54 @@ typedef struct mc_kv_splice_args {
  * the caller alone. The result does not depend on it. Empty plans, caches and batches are legal and write nothing. */
 MC_API int32_t mc_kv_splice_cpu(const mc_kv_splice_args* args, int32_t n_threads);
 
+/* Attention of T queries a sequence to the slots of a cache, rotary embedding applied to queries and, while they are
+ * read, to keys. With g = Hq / Hkv:
+ *
+ *   logits[b,h,t,s] = scale * <R(q_pos[b,t]) q[b,h,t], damp(sigma[b,s]) R(kv_pos[b,s]) k[b,h/g,s]> + kv_bias[b,s]
+ *   visible[b,t,s]  = 0 <= kv_pos[b,s] <= q_pos[b,t]
+ *   p = softmax over visible s;  out = p v;  lse = log sum exp of visible logits;  mass[b,s] = sum over h and t of p
+ *
+ * R(.) rotates the first 2 * half dimensions in pairs (RoPE; the others pass unchanged: partial rotary) and multiplies
+ * all of them by attention_scaling; without inv_freq it is nothing. damp multiplies pair i by
+ * exp(-(inv_freq[i] sigma)^2 / 2), exactly 1 where sigma is 0 (the expected rotation over positions spread by sigma).
+ *
+ * A query that sees nothing, or only entries with a bias of -infinity, gives out = 0 and lse = -infinity. Slots that no
+ * query of their sequence sees are not read (empty ones have position -1); mass is 0 there. The sum of mass[b] is Hq
+ * times the number of b's queries that see something. Sums are fp32, angles reduced in fp64, out is rounded once.
+ *
+ * Meant for few queries (decoding, insertion): one pass over k and v, whose time grows with T beyond a handful. Memory:
+ * some kilobytes a thread, 64 * B * Hq * T * D floats at most for partial results, and where mass is wanted
+ * B * Hq * T * S floats. Tables of phases (two of some thousand positions, from which those of all positions follow)
+ * are kept between calls, for the last 4 different inv_freq: usually 1 MB each, 16 MB at most. */
+typedef struct mc_context_attention_args {
+    size_t struct_size; /* sizeof(mc_context_attention_args) */
+
+    /* q [B, Hq, T, D]; k, v [B, Hkv, S, D], keys unrotated. f32, f16 or bf16, all the same; D >= 1, contiguous; Hkv
+     * divides Hq. */
+    mc_tensor q, k, v;
+
+    const int64_t* q_pos;  /* [B, T] contiguous */
+    const int64_t* kv_pos; /* [B, S] contiguous; below 0: an empty slot. Any value up to 2^53 */
+
+    const double* inv_freq;   /* [half] radians per position, or NULL: nothing is rotated (then half = 0) */
+    int64_t half;             /* half of the rotated dimensions, 2 * half <= D */
+    int32_t interleaved;      /* 0: pairs (i, i + half), as Llama in Hugging Face layout; 1: (2i, 2i + 1), as GPT-J */
+    double attention_scaling; /* magnitude of rotated vectors (YaRN); 1 for most models. Not read without inv_freq */
+
+    const float* sigma;   /* [B, S] contiguous, or NULL: nothing is damped. Needs inv_freq */
+    const float* kv_bias; /* [B, S] contiguous, or NULL */
+    double scale;         /* of the logits; usually D^-1/2 */
+
+    /* Written; apart from each other and from what is read, which is the caller's duty. */
+    mc_tensor out; /* [B, Hq, T, D], q's dtype, last dimension contiguous, no element named twice */
+    float* lse;    /* [B, Hq, T] contiguous, natural logarithm */
+    float* mass;   /* [B, S] contiguous, or NULL: not wanted */
+} mc_context_attention_args;
+
+/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
+ * nothing. */
+MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

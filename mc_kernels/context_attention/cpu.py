@@ -1,8 +1,9 @@
 """`context_attention` on a CPU, composed of torch's own kernels: no compiler needed.
 
-Same contract as `ref`, batch row by batch row. The occupied slots of a row are taken in the order of their positions:
-what a tile of queries sees is then a prefix of them, so holes are not read, the future is not computed, and only keys
-between the tile's first and last query need a mask. The query heads of a group are stacked against their KV head.
+Few queries go to the native library where there is one (cpu_native.py); what follows is for the others. Same contract
+as `ref`, batch row by batch row. The occupied slots of a row are taken in the order of their positions: what a tile of
+queries sees is then a prefix of them, so holes are not read, the future is not computed, and only keys between the
+tile's first and last query need a mask. The query heads of a group are stacked against their KV head.
 Many bf16 queries multiply in bf16 (logits and probabilities are rounded, the softmax is fp32), all else in fp32.
 What follows from the positions alone is computed once per forward instead of once per layer.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..rope import phases
+from . import cpu_native
 from .cpu_backward import backward_row
 from .ref import context_attention_backward_ref, context_attention_ref
 
@@ -211,6 +213,10 @@ def context_attention_cpu(
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ref.context_attention_ref`."""
+    if cpu_native.serves(q, k.shape[2], return_mass):
+        return cpu_native.context_attention_native(
+            q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass
+        )
     if q.numel() == 0 or k.numel() == 0:
         return context_attention_ref(q, k, v, q_pos, kv_pos, None, False, 1.0, None, kv_bias, scale, return_mass)
     call = _Call(q, k, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale)

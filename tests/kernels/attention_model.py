@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from splice_model import plain_turn, turn
 from torch import Tensor
 
+from mc_kernels import native
 from mc_kernels.context_attention.cases import Case
-from mc_kernels.registry import IMPLS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Implementations that take CPU tensors here.
-BACKENDS = [
-    name for name, impl in IMPLS["context_attention"].items() if name in ("ref", "cpu") and impl.available() is None
-]
+# Implementations that take CPU tensors here, `cpu` once without the native library and once per instruction set level
+# that the library has on this machine (it serves few queries).
+LEVELS = [f"cpu-{level}" for level in native.isa_levels()]
+BACKENDS = ["ref", "cpu-torch", *LEVELS]
+EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def _turned(x: Tensor, positions: Tensor, rope: Any, exact: bool) -> Tensor:

@@ -11,11 +11,17 @@ from mc_kernels import native
 
 @pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A backend to name to an op. Parametrised indirectly, by a backend or by `cpu-<level>`: then the native library
-    uses that instruction set level meanwhile. (Of the module: hypothesis wants nothing that is made anew per test.)"""
+    """A backend to name to an op. Parametrised indirectly, by a backend, by `cpu-<level>`: then the native library uses
+    that instruction set level meanwhile, or by `cpu-torch`: then it is as if there were no library. (Of the module:
+    hypothesis wants nothing that is made anew per test.)"""
     name, _, level = request.param.partition("-")
     if not level:
         yield name
+        return
+    if level == "torch":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "available", lambda: "hidden by the test")
+            yield name
         return
     native.library().set_cpu_isa(level)
     try:

@@ -1,4 +1,7 @@
-"""`context_attention` on a CPU: tiles of queries, their masks, holes, and the backward in the inputs' precision."""
+"""`context_attention` on a CPU: tiles of queries, their masks, holes, and the backward in the inputs' precision.
+
+Composed of torch's kernels, and with the native library where that serves.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from attention_model import model
 from torch import Tensor
 
-from mc_kernels import RopeSpec, context_attention
+from mc_kernels import RopeSpec, context_attention, native
 from mc_kernels.context_attention import cpu
 from mc_kernels.testing import assert_within_error_rule, poisoned_empty
 
@@ -24,10 +27,15 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, params=["bf16 products", "fp32 products"])
+@pytest.fixture(autouse=True, params=["bf16 products", "fp32 products", "native"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both kinds of products on every machine, and tiles small enough that these shapes have several."""
-    monkeypatch.setattr(cpu, "_has_bf16_products", lambda: request.param == "bf16 products")
+    """Both kinds of torch's products on every machine, and tiles small enough that these shapes have several; then the
+    library for the forward of few queries."""
+    if request.param != "native":
+        monkeypatch.setattr(native, "available", lambda: "hidden by the test")
+    elif native.available() is not None:
+        pytest.skip(f"no native library: {native.available()}")
+    monkeypatch.setattr(cpu, "_has_bf16_products", lambda: request.param != "fp32 products")
     monkeypatch.setattr(cpu, "TILE_QUERIES", 16)
     cpu._rows_of.cache_clear()
     yield

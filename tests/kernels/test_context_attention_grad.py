@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_model import BACKENDS, DTYPES, model, small
+from attention_model import DTYPES, EACH_BACKEND, model, small
 from torch import Tensor
 
 from mc_kernels import BackendError, RopeSpec, context_attention
@@ -22,7 +22,7 @@ def leaves_of(args: dict[str, Any], dtype: torch.dtype | None = None) -> dict[st
     return {n: args[n].to(dtype or args[n].dtype).requires_grad_(True) for n in LEAVES if args.get(n) is not None}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 def test_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:

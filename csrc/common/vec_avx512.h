@@ -1,0 +1,100 @@
+// Vectors with AVX-512 F, BW, DQ and VL.
+//
+// `Vec` is kWidth floats: load and store of a full vector or of its first n elements, for each element type, and the
+// arithmetic that the primitives are written in. All of it is in an unnamed namespace and uses no inline function of the
+// standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
+//
+// greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
+// sums(a): element i is the sum of a[i], of kWidth vectors.
+#pragma once
+
+// GCC's own header reads variables that it leaves undefined on purpose, and some versions warn of it.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+
+namespace mc {
+namespace {
+
+struct F32 {
+    static constexpr int kBytes = 4;
+};
+struct F16 {
+    static constexpr int kBytes = 2;
+};
+struct BF16 {
+    static constexpr int kBytes = 2;
+};
+
+struct Vec {
+    static constexpr int kWidth = 16;
+    __m512 v;
+
+    static Vec all(float x) { return {_mm512_set1_ps(x)}; }
+    static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+    static Vec load(F32, const char* p) { return {_mm512_loadu_ps(p)}; }
+    static Vec load(F16, const char* p) { return {_mm512_cvtph_ps(_mm256_loadu_epi16(p))}; }
+    static Vec load(BF16, const char* p) { return widen(_mm256_loadu_epi16(p)); }
+    static Vec load_part(F32, const char* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+    static Vec load_part(F16, const char* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+    static Vec load_part(BF16, const char* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+    static void store(F32, char* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+    static void store(F16, char* p, Vec x) { _mm256_storeu_epi16(p, to_f16(x)); }
+    static void store(BF16, char* p, Vec x) { _mm256_storeu_epi16(p, to_bf16(x)); }
+    static void store_part(F32, char* p, int n, Vec x) { _mm512_mask_storeu_ps(p, first(n), x.v); }
+    static void store_part(F16, char* p, int n, Vec x) { _mm256_mask_storeu_epi16(p, first(n), to_f16(x)); }
+    static void store_part(BF16, char* p, int n, Vec x) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
+
+private:
+    static Vec widen(__m256i x) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+    static __m256i to_f16(Vec x) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
+
+    // To nearest, ties to even; a NaN stays one (rounding could carry it into infinity). Not vcvtneps2bf16: that takes
+    // subnormals for zero.
+    static __m256i to_bf16(Vec x) {
+        const __m512i u = _mm512_castps_si512(x.v), high = _mm512_srli_epi32(u, 16);
+        const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+        const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40));
+        return _mm512_cvtepi32_epi16(rounded);
+    }
+};
+
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
+
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec greater(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float first(Vec a) { return _mm512_cvtss_f32(a.v); }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float greatest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec power_of_two(Vec t) {
+    const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(shifted, _mm512_set1_epi32(0x3f800000)))};
+}
+
+// Neighbours first within 128 bits, then across.
+inline __m512 sum_pairs(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
+inline __m512 sum_fours(const Vec* a) {
+    const __m512d x = _mm512_castps_pd(sum_pairs(a[0].v, a[1].v)), y = _mm512_castps_pd(sum_pairs(a[2].v, a[3].v));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+inline __m512 sum_lanes(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+inline Vec sums(const Vec* a) {
+    return {sum_lanes(sum_lanes(sum_fours(a), sum_fours(a + 4)), sum_lanes(sum_fours(a + 8), sum_fours(a + 12)))};
+}
+
+}  // namespace
+}  // namespace mc

@@ -1,0 +1,85 @@
+// Primitives of context_attention: what is done for every entry, one table of it per instruction set.
+//
+// An entry's row is `dims` elements in memory. Turned, it is `padded` floats: the rotated elements (first ones of all
+// pairs, then second ones, each `width` floats; or interleaved, as they lie, `width` floats), then those that do not
+// turn; each part ends in zeros up to a multiple of kPad floats. A phase is 2 * width floats: cosines and sines of
+// the pairs, or interleaved each cosine twice and each sine with both signs (RowOps::phases).
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace mc {
+
+constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
+constexpr int64_t kBlock = 64;  // entries that are looked at together
+
+struct RowShape {
+    int64_t dims, half, width, padded;
+};
+
+// Entries of one row of the batch, by their slots relative to some base, at most kBlock.
+struct Entries {
+    int32_t slot[kBlock];
+    int64_t position[kBlock];
+    int64_t count;
+};
+
+// Rows base + i * step bytes, turned by phase [n, 2 * width] into out [n, padded]. rest_scale multiplies what does not
+// turn.
+struct TurnRows {
+    const char* base;
+    int64_t step, n;
+    const float* phase;
+    float rest_scale;
+    float* out;
+    const RowShape* shape;
+};
+
+// Phases of n entries, out [n, 2 * width], as products of two tabled ones: of position >> bits and of its low bits.
+// sigma [n] and inv_freq [width] (zeros in the padding), or NULL: damps by exp(-(inv_freq sigma)^2 / 2).
+struct PhaseRows {
+    const float *high, *low;
+    int64_t bits, n;
+    const int64_t* position;
+    const float *sigma, *inv_freq;
+    int64_t width;
+    float* out;
+};
+
+// One block of entries in one KV head, and the online softmax of all queries that this head serves:
+//   score[j,e] = <q[j], turned k[e]> + add[j % n_times, e]  (in units of log 2)
+// Running: top [rows] greatest score, total [rows] sum of 2^(score - top), out [rows, out_step] that of values.
+struct HeadBlock {
+    const char *k, *v;  // the head's rows at slot 0 of the block
+    int64_t k_step, v_step;
+    const Entries* entries;
+    const float* phase;  // [count, 2 * width]; NULL: nothing turns
+    const float* add;    // [n_times, kBlock] or NULL
+    int64_t n_times;
+    const float* q;  // [rows, padded]
+    int64_t rows;
+    float* turned;  // scratch [kPad, padded]
+    float* p;       // [rows, kBlock], becomes 2^(score - top)
+    float *top, *total, *out;
+    int64_t out_step;
+    const char* next;  // what is read next, kBlock rows next_step bytes apart: fetched meanwhile. NULL: nothing
+    int64_t next_step;
+    const RowShape* shape;
+};
+
+struct AttendOps {
+    const char* name;
+    void (*phases)(const PhaseRows&);
+    void (*turn[kDtypes][2])(const TurnRows&);  // [dtype][interleaved]
+    void (*attend[kDtypes][2])(const HeadBlock&);
+    void (*store[kDtypes])(const float* src, int64_t n, float scale, char* dst);
+};
+
+// nullptr where the build has no such level.
+const AttendOps* attend_scalar();
+const AttendOps* attend_avx2();
+const AttendOps* attend_avx512();
+
+}  // namespace mc

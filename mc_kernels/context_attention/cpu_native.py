@@ -1,0 +1,62 @@
+"""`context_attention` for few queries on a CPU: csrc/context_attention/cpu.cpp, one stream over keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+# Query tokens up to which one stream over the keys beats torch's matrix products, by measurement on a machine with
+# AVX-512 at 512 to 8192 slots: they break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
+MOST_QUERIES = 64
+MOST_BF16_QUERIES = 32
+# The library keeps every probability until mass is summed, 4 bytes each; torch's path only those of a tile.
+MOST_PROBABILITIES = 1 << 24
+
+
+def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
+    """Whether this is the faster of the two: the library is there, and each key meets few queries."""
+    most = MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES
+    if return_mass and math.prod(q.shape[:3]) * slots > MOST_PROBABILITIES:
+        return False
+    return q.shape[2] <= most and native.available() is None
+
+
+def _int64(x: Tensor) -> Tensor:
+    return x.to(torch.int64).contiguous()
+
+
+def _fp32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def context_attention_native(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
+    mass = torch.empty((k.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
+    # Held in names: the library gets addresses.
+    q_at, kv_at, spread, bias = _int64(q_pos), _int64(kv_pos), _fp32(sigma), _fp32(kv_bias)
+    freq = None if inv_freq is None else inv_freq.to(torch.float64).contiguous()
+    native.library().context_attention(
+        *(native.view(x) for x in (q, k, v)),
+        native.address(q_at),
+        native.address(kv_at),
+        native.address(freq),
+        0 if freq is None else freq.shape[0],
+        interleaved,
+        attention_scaling,
+        native.address(spread),
+        native.address(bias),
+        scale,
+        native.view(out),
+        native.address(lse),
+        native.address(mass),
+        torch.get_num_threads(),
+    )
+    return out, lse, mass
