@@ -14,6 +14,7 @@ from rich.table import Table
 from . import inspection
 from .errors import MegaContextError
 from .eval.command import app as eval_app
+from .shipped import SHIPPED
 from .train.command import app as train_app
 
 app = typer.Typer(
@@ -45,8 +46,9 @@ Policy = Annotated[
 ]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
+SHIPPED_GISTS = Path(SHIPPED)
 Gistnet = Annotated[
-    Path | None, typer.Option(help="Trained gists: a safetensors file, or `shipped`.", show_default="untrained")
+    Path, typer.Option(help="Gists: a safetensors file, `shipped` (the package's, if it has some) or `untrained`.")
 ]
 Lensnet = Annotated[
     Path | None, typer.Option(help="Weights (safetensors) for the policies of lensnet.", show_default="the package's")
@@ -75,7 +77,7 @@ def ingest(
     title: Annotated[str | None, typer.Option(help="Name of the document.", show_default="the file's name")] = None,
     model: Model = "smollm2-135m",
     budget: Budget = 2048,
-    gistnet: Gistnet = None,
+    gistnet: Gistnet = SHIPPED_GISTS,
 ) -> None:
     """Read texts into a memory.
 
@@ -107,7 +109,7 @@ def generate(
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
-    gistnet: Gistnet = None,
+    gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -137,7 +139,7 @@ def chat(
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
-    gistnet: Gistnet = None,
+    gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,

@@ -29,6 +29,7 @@ from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
 from .retrieval import BlockIndex, Hit
 from .sampling import SamplingParams, StopStrings
+from .shipped import SHIPPED
 from .snapshot import load_snapshot, save_snapshot
 from .sources import Source, read_evidence, read_source
 from .stats import SessionStats, TurnStats
@@ -69,7 +70,7 @@ class Session:
         path: Path | str,
         model: str | Path | LoadedModel = DEFAULT_MODEL,
         *,
-        gistnet: Path | str | None = None,
+        gistnet: Path | str | None = SHIPPED,
         lensnet: Path | str | None = None,
         config: MemoryConfig | None = None,
         policy: FocusPolicy | str | None = None,
@@ -78,9 +79,9 @@ class Session:
         """Create a memory in a directory, or reopen it where it stopped.
 
         model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights: a safetensors file,
-        `shipped` (the package's, where it has some for the model) or `untrained`. lensnet: those of the policies
-        `lensnet` and `lensnet+retrieval`; by default the package's. config and settings: see `MemoryConfig`; settings
-        (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
+        `shipped` (the package's, where it has some for the model, else untrained ones) or `untrained`. lensnet: those
+        of the policies `lensnet` and `lensnet+retrieval`; by default the package's. config and settings: see
+        `MemoryConfig`; settings (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
         Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block size,
         TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
         """
@@ -89,7 +90,8 @@ class Session:
         config = read_settings(config, settings, has_lensnet=lensnet is not None)
         parts = load_parts(model, config, gistnet, lensnet)
         if config.gist_bias is None:
-            config = replace(config, gist_bias=parts.gistnet.gist_bias)
+            asked = parts.gistnet.gist_bias if config.gist_kind == "pooled" else 0.0
+            config = replace(config, gist_bias=asked)
         tree = Tree.open(path, parts.spec)
         try:
             session = cls(Path(path), tree, config, parts)

@@ -226,7 +226,7 @@ def test_kl_of_each_mode_with_a_real_model(tmp_path: Path, capsys: pytest.Captur
     text = "\n\n".join(inspect.getdoc(thing) or "" for thing in (json, shutil.copytree, inspect.signature, Path, print))
     text += "\n\n".join(inspect.getdoc(getattr(str, name)) or "" for name in sorted(dir(str)) if name[0] != "_")
     ids = model.tokenizer.encode(text)
-    with Session.open(tmp_path / "memory", model, budget=384, recent_tokens=64) as session:
+    with Session.open(tmp_path / "memory", model, gistnet="untrained", budget=384, recent_tokens=64) as session:
         session.ingest(ids[:1000])
         context = bring_in(session)
         context.assemble(context.expanded)
