@@ -80,7 +80,7 @@ def load_snapshot(directory: Path, tree: Tree, context: WorkingContext, focus: F
     if state["gist_kind"] != context.config.gist_kind:
         logger.info("gists of another kind were saved; the context is rebuilt")
         return False
-    if state["gist_bias"] != context.config.gist_bias:
+    if state.get("gist_bias") != context.config.gist_bias:
         logger.info("tokens were read behind gists of another weight; the context is rebuilt")
         return False
     try:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from mc_runtime.model.decoder import Decoder
-from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
-from .gist_kinds import GistMaker
+from .gist_kinds import GistMaker, read_text
 from .layouts import Entry
 
 # Texts that a micro-batch pools, of those that were read.
@@ -37,15 +36,8 @@ class Crowd:
         self.texts, self.group = texts, min(texts, POOLED)
         ids = sample_mixture(corpora, random.Random("crowd"), texts, size + size**2)
         self.ids = torch.from_numpy(ids).to(decoder.device)
-        keys, values = zip(*(self._read(row, size) for row in self.ids.split(4)), strict=True)
-        self.ids, self.k, self.v = self.ids[:, size:], torch.cat(keys, 1), torch.cat(values, 1)
-
-    @torch.no_grad()
-    def _read(self, ids: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-        store = ConcatStore()
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        self.decoder(self.decoder.embed(ids), positions, store)
-        return store.keys[:, :, :, skip:].contiguous(), store.values[:, :, :, skip:].contiguous()
+        parts = [[x[:, :, :, size:].contiguous() for x in read_text(decoder, rows)] for rows in self.ids.split(4)]
+        self.ids, (self.k, self.v) = self.ids[:, size:], (torch.cat(x, 1) for x in zip(*parts, strict=True))
 
     def gists(self, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Keys and values [L, Hkv, M, D] of some texts' gists: K of level 1 per text, one of level 2 per text (if

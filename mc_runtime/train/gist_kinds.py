@@ -23,6 +23,7 @@ from mc_runtime.config import GistKind
 from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet, Projector
 from mc_runtime.model.decoder import Decoder
+from mc_runtime.model.stores import ConcatStore
 
 POOL_FIELDS = ("w", "b", "m", "c")
 PROJECT_FIELDS = ("down", "up", "bias")
@@ -63,6 +64,14 @@ class LevelGists:
 def _unit(x: Tensor) -> Tensor:
     x = x.float()
     return x * (x.square().mean(-1, keepdim=True) + 1e-12).rsqrt()
+
+
+@torch.no_grad()
+def read_text(decoder: Decoder, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [B, N] int64 -> keys (unrotated) and values [L, B, Hkv, N, D], each row read from its own beginning."""
+    store = ConcatStore()
+    decoder(decoder.embed(ids), torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), store)
+    return store.keys, store.values
 
 
 class GistMaker(ABC):

@@ -30,7 +30,7 @@ from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
 from .crowd import Crowd
-from .gist_kinds import GistMaker, LevelGists, PooledMaker
+from .gist_kinds import GistMaker, LevelGists, PooledMaker, read_text
 from .gist_kinds import pool_levels as pool_levels
 from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource, open_answers
@@ -151,7 +151,7 @@ class GistTask:
         batch = max(1, o.tokens // (far + o.asked * o.question_near))
         drawn = source.draw(rng, batch, o.asked, far, o.question_near)
         ids, near = drawn.ids, drawn.near.flatten(0, 1)
-        k, v = self._read_all(ids)
+        k, v = read_text(self.decoder, ids)
         of_k, of_v = (None, None) if self.maker.kind == "embedding" else (k, v)
         levels = self.maker.make(self.decoder, ids, of_k, of_v, self.parts)
         rows = [row for row in range(batch) for _ in range(o.asked)]
@@ -180,13 +180,6 @@ class GistTask:
             hidden[:, :-1][asked], teacher[:, :-1][asked], near[:, 1:][asked], self.decoder.head, o.teacher
         )
         return loss, {"loss": float(loss.detach()), "answer_nll": float(nll)}
-
-    @torch.no_grad()
-    def _read_all(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D]."""
-        store = ConcatStore()
-        self.decoder(self.decoder.embed(ids), torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), store)
-        return store.keys, store.values
 
     def _main_loss(
         self, ids: Tensor, teacher: Tensor, samples: Sequence[tuple[int, int]], hidden: Tensor

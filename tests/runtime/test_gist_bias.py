@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import LoadedModel
+from mc_runtime.snapshot import STATE, load_snapshot
 
 Memory = Callable[..., Session]
 NEVER = -1e4
@@ -113,6 +115,20 @@ def test_restart(memory: Memory) -> None:
     again.close()
     other = memory(budget=256, gist_bias=-1.0)
     assert other.context.used == 0, "tokens that were read behind gists of another weight are read again"
+
+
+def test_a_snapshot_that_does_not_say_is_rebuilt(memory: Memory) -> None:
+    session = memory(budget=256)
+    session.ingest(words(400))
+    session.generate("what is said?", max_new_tokens=4)
+    session.save()
+    raw = session.tree.state(STATE)
+    assert raw is not None
+    state = json.loads(raw)
+    del state["gist_bias"]
+    with session.tree.begin() as transaction:
+        transaction.set_state(STATE, json.dumps(state).encode())
+    assert not load_snapshot(session.path, session.tree, session.context, session.focus)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", 1e9])
