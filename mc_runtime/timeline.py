@@ -32,6 +32,11 @@ class Entries:
         return self.index * self.spans
 
     @property
+    def keys(self) -> NDArray[np.int64]:
+        """[N] what names each entry: its start and its level, which stays far below 64; strictly increasing."""
+        return self.starts * 64 + self.levels
+
+    @property
     def stop(self) -> int:
         """Tokens of history that the entries tile: [0, stop)."""
         return int(self.starts[-1] + self.spans[-1]) if len(self) else 0
@@ -42,6 +47,19 @@ class Entries:
         return Entries(
             np.concatenate((self.levels, np.zeros(count, np.int8))),
             np.concatenate((self.index, np.arange(stop, stop + count))),
+            self.block_size,
+        )
+
+    def with_children(self, ranks: NDArray[np.int64]) -> Entries:
+        """These entries, with the K children of each gist at `ranks` in its place."""
+        counts = np.ones(len(self), np.int64)
+        counts[ranks] = self.block_size
+        opened = np.repeat(counts > 1, counts)
+        levels, index = np.repeat(self.levels, counts), np.repeat(self.index, counts)
+        child = np.arange(len(levels)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return Entries(
+            np.where(opened, levels - 1, levels).astype(np.int8),
+            np.where(opened, index * self.block_size + child, index),
             self.block_size,
         )
 
@@ -62,8 +80,7 @@ class EntryDiff:
 
 def diff_entries(old: Entries, new: Entries) -> EntryDiff:
     """What turns one list of entries into another; entries that both have are kept in place."""
-    # A start and a level name an entry; levels stay far below 64.
-    old_keys, new_keys = old.starts * 64 + old.levels, new.starts * 64 + new.levels
+    old_keys, new_keys = old.keys, new.keys
     _, a, b = np.intersect1d(old_keys, new_keys, assume_unique=True, return_indices=True)
     a, b = np.sort(a), np.sort(b)
     a_gaps = np.diff(np.concatenate(([-1], a, [len(old)]))) - 1

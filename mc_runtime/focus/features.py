@@ -4,7 +4,10 @@ A leaf is a gist, or a full block of K tokens whose level-1 node is stored, whic
 blocks are the ragged tail: they can be neither expanded nor collapsed and get no row. All columns are of order one.
 
 Mass: per layer, entries' shares of all attention paid (so neither the number of queries nor that of heads matters),
-over the share of one of N equal entries; a leaf has the mean of its entries. Means of such ratios enter as logs.
+over the share of one of N equal entries; a leaf has the mean of its entries. Means of such ratios enter as logs. An
+entry that the model has not attended to, of a layout that is only thought of, has no mass, and its leaf none.
+
+Levels above the second are seen as the second: their gists are made alike, and training does not reach them.
 """
 
 from __future__ import annotations
@@ -26,13 +29,14 @@ from .view import Floats, FocusView, Ints
 
 if TYPE_CHECKING:
     from mc_runtime.context import WorkingContext
+    from mc_runtime.timeline import Entries
 
 MASS_GROUPS = 6  # of five layers each in a model of 30
 # The columns. A net is trained for exactly these: a change of meaning or scale needs a change of name.
 FEATURES: tuple[str, ...] = (
-    "level_over_4",  # 0: a block of tokens
+    "level_to_2_over_2",  # 0: a block of tokens
     "is_tokens",
-    "log_span_over_8",  # tokens covered
+    "log_span_to_level_2_over_8",  # tokens covered
     "log_distance_over_8",  # 1 + tokens between its end and the end of the history
     "log_rank_distance_over_8",  # 1 + entries between its end and the newest
     "place",  # its start as a share of the history
@@ -48,6 +52,7 @@ FEATURES: tuple[str, ...] = (
 )
 FEATURES_HASH = hashlib.sha256("\n".join(FEATURES).encode()).hexdigest()[:16]
 
+MOST_LEVEL = 2  # as which the levels above are seen
 LEAST_MASS = 1e-3  # of an even share; less counts as this
 # Rows of the queries: means of so many newest tokens, the query text, the newest gists of levels 1, 2, 3. At most 16.
 WINDOWS = (32, 64, 128, 256)
@@ -61,6 +66,7 @@ class LensInputs:
     """N leaves in timeline order, as `lens_score` takes them.
 
     levels, index: [N] int64. Leaf i is gist (levels[i], index[i]), or at level 0 the tokens of block index[i].
+    rank: [N] int64, the place of its first entry in the layout.
     entries: [N, E] stored summaries (of the level-1 node for a block of tokens), in the model's dtype.
     features: [N, F] fp32, F = len(FEATURES). queries: [Q, E], 1 <= Q <= 16, in entries' dtype.
     legal: [N, 2] bool: can it be expanded; can its siblings and it be collapsed, now or once they are all leaves.
@@ -68,6 +74,7 @@ class LensInputs:
 
     levels: Ints
     index: Ints
+    rank: Ints
     block_size: int
     entries: Tensor
     features: Tensor
@@ -86,8 +93,10 @@ class LensInputs:
         return parents_of(self.levels, self.index, self.block_size)
 
 
-def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]] = ()) -> LensInputs:
-    """Rows for the leaves of `view.context`, and queries.
+def lens_inputs(
+    view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]] = (), layout: Entries | None = None
+) -> LensInputs:
+    """Rows for the leaves of `view.context`, or of another layout of the same history, and queries.
 
     mu: [E] mean of the model's embeddings: pooled tokens are centred on it, as summaries are. pinned: token ranges that
     stay at full detail besides the first document (the system prompt) and the newest tokens. O(slots), apart from BM25
@@ -96,22 +105,34 @@ def lens_inputs(view: FocusView, mu: Tensor, *, pinned: Sequence[tuple[int, int]
     context, entries = view.context, view.context.entries
     if view.mass is not None and (view.mass.ndim != 2 or not len(view.mass) or view.mass.shape[1] != len(entries)):
         raise ValueError(f"mass: expected [L, {len(entries)}] with L >= 1, got {list(view.mass.shape)}")
-    leaves = find_leaves(entries, context.tree.count(1), context.length)
+    shown = entries if layout is None else layout
+    mass = view.mass if layout is None or view.mass is None else _carried(view.mass, entries, layout)
+    leaves = find_leaves(shown, context.tree.count(1), context.length)
     scores = view.retrieval.scores(view.query)[: view.recent_start // context.config.block_size]
-    features = feature_rows(leaves, view.mass, scores if view.query.strip() else None)
+    features = feature_rows(leaves, mass, scores if view.query.strip() else None)
     device = context.decoder.device
     with torch.no_grad():
         rows = _summaries(context, np.maximum(leaves.levels, 1), leaves.index)
         queries = _queries(view, mu).to(rows)
     legal = torch.from_numpy(_legal(leaves, context, pinned)).to(device)
     size = context.config.block_size
-    return LensInputs(leaves.levels, leaves.index, size, rows, torch.from_numpy(features).to(device), queries, legal)
+    known = torch.from_numpy(features).to(device)
+    return LensInputs(leaves.levels, leaves.index, leaves.rank, size, rows, known, queries, legal)
+
+
+def _carried(mass: Floats, old: Entries, new: Entries) -> Floats:
+    """[L, len(new)]: the mass of the entries that both layouts have; NaN for the others."""
+    _, a, b = np.intersect1d(old.keys, new.keys, assume_unique=True, return_indices=True)
+    result = np.full((len(mass), len(new)), np.nan)
+    result[:, b] = mass[:, a]
+    return result
 
 
 def feature_rows(leaves: Leaves, mass: Floats | None, block_scores: Floats | None) -> NDArray[np.float32]:
     """[n, F], columns as `FEATURES` names them.
 
-    mass: [L, entries] attention that the newest tokens paid to each entry of the layout, by rank, or None.
+    mass: [L, entries] attention that the newest tokens paid to each entry of the layout, by rank, or None; NaN in all
+        layers for an entry of which it is not known.
     block_scores: BM25 of the history's blocks, from the first to the last that is not recent text, or None.
     """
     columns = {name: np.zeros(len(leaves)) for name in FEATURES}
@@ -126,9 +147,10 @@ def feature_rows(leaves: Leaves, mass: Floats | None, block_scores: Floats | Non
 
 def _place_columns(columns: dict[str, Floats], leaves: Leaves) -> None:
     stops = leaves.starts + leaves.spans
-    columns["level_over_4"] = leaves.levels / 4
+    levels = np.minimum(leaves.levels, MOST_LEVEL)
+    columns["level_to_2_over_2"] = levels / 2
     columns["is_tokens"] = (leaves.levels == 0).astype(np.float64)
-    columns["log_span_over_8"] = np.log(leaves.spans) / 8
+    columns["log_span_to_level_2_over_8"] = np.log(leaves.block_size) * np.maximum(levels, 1) / 8
     columns["log_distance_over_8"] = np.log1p(np.maximum(leaves.length - stops, 0)) / 8
     columns["log_rank_distance_over_8"] = np.log1p(leaves.entries - leaves.rank - leaves.slots) / 8
     columns["place"] = leaves.starts / max(leaves.length, 1)
@@ -154,21 +176,26 @@ def _log_mass(density: Floats) -> Floats:
 
 
 def _mass_columns(columns: dict[str, Floats], leaves: Leaves, mass: Floats) -> None:
-    n_layers, n = mass.shape
-    even = mass.sum(axis=1, keepdims=True) / n
+    n_layers = len(mass)
+    known = ~np.isnan(mass.sum(axis=0))
+    mass = np.where(known, mass, 0.0)
+    even = mass.sum(axis=1, keepdims=True) / max(int(known.sum()), 1)
     density = mass / np.where(even > 0, even, 1.0)  # [L, N]
     edges = np.concatenate((np.zeros((n_layers, 1)), np.cumsum(density, axis=1)), axis=1)
     of_leaf = (edges[:, leaves.rank + leaves.slots] - edges[:, leaves.rank]) / leaves.slots  # [L, n]
-    columns["has_mass"] = np.ones(len(leaves.rank))
+    seen = known[leaves.rank]
+    columns["has_mass"] = seen.astype(np.float64)
     for group in range(MASS_GROUPS):
         # Equal parts; where the layers do not divide evenly, neighbouring parts share a layer.
         layers = slice(group * n_layers // MASS_GROUPS, -(-(group + 1) * n_layers // MASS_GROUPS))
-        columns[f"log_mass_{group + 1}_over_2"] = _log_mass(of_leaf[layers].mean(axis=0))
-    columns["log_mass_top_over_2"] = _log_mass(of_leaf.max(axis=0))
+        columns[f"log_mass_{group + 1}_over_2"] = np.where(seen, _log_mass(of_leaf[layers].mean(axis=0)), 0.0)
+    columns["log_mass_top_over_2"] = np.where(seen, _log_mass(of_leaf.max(axis=0)), 0.0)
     mean = of_leaf.mean(axis=0)
-    around = np.pad(mean, 1, mode="edge")  # at an end the leaf stands in for the neighbour that it lacks
-    columns["log_mass_near_over_2"] = _log_mass((around[:-2] + around[2:]) / 2)
-    blocks = (leaves.levels == 0).nonzero()[0]
+    # The leaf itself stands in for a neighbour that it lacks, at an end, or whose mass is not known.
+    before = np.where(np.roll(seen, 1) & (np.arange(len(mean)) > 0), np.roll(mean, 1), mean)
+    after = np.where(np.roll(seen, -1) & (np.arange(len(mean)) < len(mean) - 1), np.roll(mean, -1), mean)
+    columns["log_mass_near_over_2"] = np.where(seen, _log_mass((before + after) / 2), 0.0)
+    blocks = ((leaves.levels == 0) & seen).nonzero()[0]
     if len(blocks):
         tokens = density.mean(axis=0)[leaves.rank[blocks, None] + np.arange(leaves.block_size)]  # [blocks, K]
         ratio = tokens.max(axis=1) / np.maximum(tokens.mean(axis=1), LEAST_MASS)

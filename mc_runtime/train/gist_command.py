@@ -56,7 +56,8 @@ def gist(
     gist_bias: Annotated[
         float | None,
         typer.Option(
-            help="Log-weight in attention that a memory gives these gists; kept with them.", show_default="as --start"
+            help="Log-weight in attention that gists are trained with and that a memory gives them; kept with them.",
+            show_default="as --start",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 300,
@@ -105,6 +106,11 @@ def gist(
         with console.status("tokenising"):
             corpora = [Corpus.open(p, loaded.tokenizer, cache_dir() / "tokens", weight=w) for p, w in files]
         net = GistNet.untrained(decoder, block_size) if start is None else GistNet.load(start, decoder, block_size)
+        if settings.kind == "pooled":
+            settings = replace(settings, gist_bias=net.gist_bias if gist_bias is None else gist_bias)
+            net = replace(net, gist_bias=settings.gist_bias)
+        elif gist_bias:
+            raise InputError(f"gist_bias: expected none for {settings.kind} gists, got {gist_bias}")
         resumes = (run / STATE).exists()
         say = console.print if rank_of_process == 0 else _say_nothing
         articles = [article for path in questions or [] for article in read_articles(path)]
@@ -124,8 +130,6 @@ def gist(
             )
         if trainer.rank == 0:
             trained = task.maker.install(net, trainer.averaged())
-            if gist_bias is not None:
-                trained = replace(trained, gist_bias=gist_bias)
             trained.save(out, dtype=torch.bfloat16)
             console.print(f"step {trainer.step} of {steps}: {out}, {out.stat().st_size / 1e6:.1f} MB")
             plot_run(run / LOG, f"{settings.kind} gists, {trainer.step} steps")

@@ -25,6 +25,7 @@ class GistTaskOptions:
         gists before them, as the runtime does.
     crowd: texts whose gists surround those of the sample's own past (see `crowd`; 0: none), in all samples that ask and
         in `crowded` of the others.
+    gist_bias: log-weight in attention that gists are read with, as a memory will read them (keys and values only).
     curriculum: shares of the steps that train gists of a quarter, then of half a block, before those of whole blocks.
     """
 
@@ -46,6 +47,7 @@ class GistTaskOptions:
     asked: int = 4
     crowd: int = 0
     crowded: float = 0.3
+    gist_bias: float = 0.0
     curriculum: tuple[float, float] = (0.0, 0.0)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
 

@@ -29,6 +29,7 @@ DEFAULT_LR: dict[GistKind, float] = {"pooled": 3e-3, "projected": 6e-4, "embeddi
 ONLY = {
     "gists": ("pooled",),
     "train_levels": ("pooled",),
+    "gist_bias": ("pooled",),
     "width": ("projected", "embedding"),
     "layers": ("projected", "embedding"),
     "pool": ("projected", "embedding"),
@@ -66,6 +67,7 @@ class GistSettings:
     true_positions: float = 0.15
     questions: float = 0.0
     crowd: int = 0
+    gist_bias: float = 0.0
     tokens: int = 4096
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class GistSettings:
         return GistTaskOptions(
             tokens=self.tokens, teacher=self.teacher, objective=self.objective, reconstruct=self.reconstruct,
             contrast=self.contrast, curriculum=self.curriculum, questions=self.questions, crowd=self.crowd,
-            layout=layout, **self._lengths(),
+            gist_bias=self.gist_bias, layout=layout, **self._lengths(),
         )  # fmt: skip
 
     def _lengths(self) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class GistTask:
             raise InputError("curriculum: expected one gist per block, of a size that four parts divide")
         if o.crowd and (self.maker.kind == "embedding" or o.objective != LOGITS or any(o.curriculum)):
             raise InputError(f"crowd: expected gists that are keys and values, objective {LOGITS} and no curriculum")
+        if o.gist_bias and self.maker.kind == "embedding":
+            raise InputError("gist_bias: expected gists that are keys and values")
         if o.questions and (questions is None or o.objective != LOGITS):
             raise InputError(f"questions: a share of {o.questions} needs articles and objective {LOGITS}")
         self.reader: BagReader | None = None
@@ -260,5 +262,6 @@ class GistTask:
             source = torch.cat((tokens, *gists), dim=3)  # [L, B, Hkv, N + gists, D]
             return source.permute(1, 3, 0, 2, 4)[rows[:, None], index].permute(2, 0, 3, 1, 4)  # [L, n, Hkv, S, D]
 
-        store = ConcatStore(context(k, [x for x, _ in kv]), context(v, [x for _, x in kv]), position)
+        bias = (index >= ids.shape[1]).float() * self.options.gist_bias if self.options.gist_bias else None
+        store = ConcatStore(context(k, [x for x, _ in kv]), context(v, [x for _, x in kv]), position, kv_bias=bias)
         return self.decoder(x, at, store, stop_layer=stop).hidden[:, -near:]

@@ -25,7 +25,7 @@ from mc_runtime.timeline import Entries
 from .gist_task import pool_levels
 
 # Share of layouts that open nothing; of complete runs of gists that become one of level 2.
-ALL_GISTS, LEVEL_2 = 0.4, 0.3
+ALL_GISTS, LEVEL_2 = 0.4, 0.5
 # Largest share of the blocks that a layout opens, and the longest passage of neighbours.
 MOST_OPENED, LONGEST_PASSAGE = 0.4, 4
 
@@ -36,7 +36,7 @@ class Scene:
 
     ids: [B, far + recent + targets]. entries: the layout of the far part of each sequence. source_k, source_v:
     [L, B, Hkv, far + far // K + far // K**2, D]: tokens, then the gists of level 1, then of level 2; keys unrotated.
-    known: true targets of each sequence (the rest is padding), or None: all.
+    known: true targets of each sequence (the rest is padding), or None: all. gist_bias: log-weight of gists.
     """
 
     decoder: Decoder
@@ -48,6 +48,7 @@ class Scene:
     source_k: Tensor
     source_v: Tensor
     known: tuple[int, ...] | None = None
+    gist_bias: float = 0.0
 
     def known_targets(self, rows: Sequence[int]) -> Tensor:
         """[n, targets] bool."""
@@ -183,6 +184,9 @@ def run_behind(
     def context(source: Tensor) -> Tensor:
         return source.permute(1, 3, 0, 2, 4)[row[:, None], slots.index].permute(2, 0, 3, 1, 4)
 
+    if scene.gist_bias:
+        gists = (slots.index >= scene.far).float() * scene.gist_bias
+        kv_bias = gists if kv_bias is None else kv_bias + gists
     store = ConcatStore(context(scene.source_k), context(scene.source_v), slots.position, kv_bias=kv_bias)
     follow = scene.ids[row, scene.far : scene.far + tokens]
     positions = slots.start[:, None] + torch.arange(tokens, device=device)

@@ -8,6 +8,10 @@ it changes. Gradients by the log-weights of all entries come from one backward; 
     d/dg = (1/g) * sum of gradients of the form that enters - 1/(1-g) * sum of those of the form that leaves
 
 Positions are true ones (span centres), at which both forms have a place of their own.
+
+A gist of gists is opened for what lies deep under it: one step shows other gists, which may say as little. So the gain
+of a gist of level 2 is that of its children and of the tokens of one of them, the best, where that is more; the tokens
+stand in the context too, gated.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class _Gated:
         self.role.append(role)
 
 
-OWN, FINER, COARSER = 0, 1, 2
+OWN, FINER, COARSER, FINEST = 0, 1, 2, 3
 
 
 def _gated_context(scene: Scene, layout: Entries, leaves: Leaves, far_leaves: int, gate: float) -> _Gated:
@@ -73,6 +77,9 @@ def _gated_context(scene: Scene, layout: Entries, leaves: Leaves, far_leaves: in
             children = range(max(index * size, int(level == 1)), (index + 1) * size)
             for child in children:
                 out.add(level - 1, child, gate, i, FINER)
+        if level == 2:
+            for token in range(max(index * size**2, 1), (index + 1) * size**2):
+                out.add(0, token, gate, i, FINEST)
         if whole[i] == i:
             parent_level, parent = (int(x[i]) for x in leaves.parents())
             out.add(parent_level, parent, gate, i, COARSER)
@@ -100,8 +107,9 @@ def _whole_groups(leaves: Leaves, far_leaves: int, far: int) -> NDArray[np.int64
 def gate_labels(scene: Scene, leaves: Sequence[Leaves], *, gate: float = GATE) -> list[Floats]:
     """Of each row [n, 2]: nats per target token that expanding a leaf gains and that collapsing it costs, by gates.
 
-    NaN where an edit is not possible or not measured (a collapse of which some siblings are open). The cost of a
-    sibling set is split over its leaves: their sum is that of the set.
+    A gist of level 2 gains what its children do, or these and the best one's tokens. NaN where an edit is not possible
+    or not measured (a collapse of which some siblings are open). The cost of a sibling set is split over its leaves:
+    their sum is that of the set.
     """
     far_leaves = [int((one.starts < scene.far).sum()) for one in leaves]
     contexts = [
@@ -145,17 +153,28 @@ def _labels_of(gradient: Floats, context: _Gated, leaves: Leaves, far_leaves: in
         return sums
 
     own, finer, coarser = total(OWN), total(FINER), total(COARSER)
+    deeper = {i: _best_child(gradient, context, i, leaves.block_size) for i in (leaves.levels == 2).nonzero()[0]}
     labels = np.full((len(leaves), 2), np.nan)
     whole = _whole_groups(leaves, far_leaves, far)
     for i in range(far_leaves):
         gates = int(leaves.levels[i] > 0) + int(whole[i] >= 0)
         leaves_now = own[i] / (1.0 - gate * gates)
         if leaves.levels[i] > 0:
-            labels[i, 0] = leaves_now - finer[i] / gate
+            labels[i, 0] = leaves_now - finer[i] / gate + (deeper[i] if leaves.levels[i] == 2 else 0.0) / gate
         if whole[i] >= 0:
             siblings = int((whole == whole[i]).sum())
             labels[i, 1] = coarser[whole[i]] / gate / siblings - leaves_now
     return labels
+
+
+def _best_child(gradient: Floats, context: _Gated, leaf: int, size: int) -> float:
+    """What a gate lets in more, at least 0, if one child of a gist of level 2 is tokens instead of a gist."""
+    mine, role, index = np.array(context.leaf) == leaf, np.array(context.role), np.array(context.index)
+    children, first = mine & (role == FINER), int(index[mine & (role == FINER)].min())
+    tokens = mine & (role == FINEST)
+    saved = np.bincount(index[children] - first, weights=gradient[children], minlength=size)
+    saved -= np.bincount(index[tokens] // size - first, weights=gradient[tokens], minlength=size)
+    return max(0.0, float(saved.max()))
 
 
 @torch.no_grad()

@@ -65,11 +65,11 @@ FIELDS = tuple(LensSample.__dataclass_fields__)
 class SampleOptions:
     """lengths: far tokens of a scene. tokens: of one scene's sequences, about. questions: share of scenes that ask."""
 
-    lengths: tuple[int, ...] = (512, 1024, 1024, 2048)
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     recent: int = 64
     targets: int = 64
     tokens: int = 4096
-    questions: float = 0.3
+    questions: float = 0.4
 
 
 def observe(scene: Scene, model: LoadedModel, queries: Sequence[str], answers: Sequence[int]) -> list[LensSample]:
@@ -132,8 +132,8 @@ def draw_scene(
         queries = [model.tokenizer.decode(row[length - QUERY_TOKENS : length].tolist()) for row in rows]
     layouts = [layout_of(one, size, draw_groups(rng, one, size)) for one in opened]
     scene = read_scene(model.decoder, net.pool_weights, ids, layouts, far, options.recent)
-    if asked:
-        scene = replace(scene, known=tuple(one.known for one in asked))
+    known = tuple(one.known for one in asked) if asked else None
+    scene = replace(scene, known=known, gist_bias=net.gist_bias)
     return label(scene, observe(scene, model, queries, [one.answer_block for one in asked] or [-1] * count))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mc_kernels import LensScoreWeights, lens_score
 
+from .lens_augment import hide_mass, put_far
 from .lens_samples import LensExample
 
 PREFIX = "lens/"
@@ -31,7 +32,8 @@ PREFIX = "lens/"
 class LensTaskOptions:
     """gain, cost: nats measured per nat of a gate label. scale: nats at which the regression turns from square to
     linear, and the least temperature t (else the spread of a context's labels). rank, balance: weights of these terms.
-    batch: contexts per micro-batch."""
+    batch: contexts per micro-batch. hidden: share of them in which the mass of some leaves is not known. far: share of
+    the questions that are put far behind their text (see `lens_augment`)."""
 
     gain: float = 0.21
     cost: float = 1.9
@@ -39,6 +41,8 @@ class LensTaskOptions:
     rank: float = 1.0
     balance: float = 0.1
     batch: int = 16
+    hidden: float = 0.5
+    far: float = 0.7
 
 
 class LensTask:
@@ -61,12 +65,20 @@ class LensTask:
 
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         weights, o = self.weights(), self.options
-        chosen = [self.examples[rng.randrange(len(self.examples))] for _ in range(o.batch)]
+        chosen = [self._varied(self.examples[rng.randrange(len(self.examples))], rng) for _ in range(o.batch)]
         terms = [self.terms(score(one, weights), one.labels) for one in chosen]
         regression, ranking, balance = (torch.stack(parts).mean() for parts in zip(*terms, strict=True))
         loss = regression + o.rank * ranking + o.balance * balance
         figures = {"loss": loss, "regression": regression, "ranking": ranking, "balance": balance}
         return loss, {name: float(x.detach()) for name, x in figures.items()}
+
+    def _varied(self, example: LensExample, rng: random.Random) -> LensExample:
+        features = example.features
+        if rng.random() < self.options.hidden:
+            features = hide_mass(features, rng)
+        if example.asks and rng.random() < self.options.far:
+            features = put_far(features, rng)
+        return replace(example, features=features)
 
     def terms(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """scores, labels [n, 2] -> regression, listwise and balance terms of one context."""

@@ -110,9 +110,9 @@ def slow_rows(view, pinned=()):
         start, stop = index * span, (index + 1) * span
         best = max(float(scores[b]) if b < len(scores) else 0.0 for b in range(start // K, stop // K))
         f = dict.fromkeys(FEATURES, 0.0) | {
-            "level_over_4": level / 4,
+            "level_to_2_over_2": min(level, 2) / 2,
             "is_tokens": float(level == 0),
-            "log_span_over_8": math.log(span) / 8,
+            "log_span_to_level_2_over_8": math.log(min(span, K**2)) / 8,
             "log_distance_over_8": math.log(1 + length - stop) / 8,
             "log_rank_distance_over_8": math.log(1 + n - rank - slots) / 8,
             "place": start / length,
@@ -244,21 +244,27 @@ def test_gradient_flows_from_scores_to_every_weight(session, model):
     assert all(x.grad is not None and x.grad.isfinite().all() and x.grad.abs().max() > 0 for x in tensors)
 
 
-class FixedScores(LensNet):
-    """A net that says 1, 2, 3, ... per leaf to expand, and a tenth of it to collapse."""
+class Fixed(LensNetPolicy):
+    """Scores that are known for every node: `gain` of nodes, a tenth of their number to collapse."""
 
-    def score(self, entries, features, queries, legal):
-        expand = torch.arange(1.0, len(entries) + 1)
-        return torch.where(legal, torch.stack((expand, expand / 10), 1), torch.zeros(1))
+    def __init__(self, gain):
+        self.gain, self.seen = gain, []
+        self.net = type("Net", (), {"mu": torch.zeros(32)})
+
+    def _scores(self, inputs):
+        self.seen.append(inputs)
+        gains = [self.gain(int(a), int(b)) for a, b in zip(inputs.levels, inputs.index, strict=True)]
+        both = np.stack((gains, np.arange(1.0, len(inputs) + 1) / 10), axis=1)
+        return np.where(inputs.legal.numpy(), both, 0.0)
 
 
 def test_policy_sums_collapse_costs_of_siblings(session, model):
-    view, base = view_of(session, 11, mass=False), untrained(model)
-    utilities = LensNetPolicy(FixedScores(base.weights, base.mu)).utilities(view)
+    view = view_of(session, 11, mass=False)
+    utilities = Fixed(lambda level, index: index + 1.0 if level == 1 else 0.0).utilities(view)
     expected: dict[tuple[int, int], float] = {}
-    for number, (level, index, _, (expand, collapse)) in enumerate(slow_rows(view), start=1):
-        if expand:
-            expected[level, index] = expected.get((level, index), 0.0) + number
+    for number, (level, index, _, (_, collapse)) in enumerate(slow_rows(view), start=1):
+        if level == 1:
+            expected[level, index] = expected.get((level, index), 0.0) + index + 1
         if collapse:
             parent = (1, index) if level == 0 else (level + 1, index // K)
             expected[parent] = expected.get(parent, 0.0) + number / 10
@@ -267,6 +273,49 @@ def test_policy_sums_collapse_costs_of_siblings(session, model):
     opened = {(level, int(i)) for level, nodes in view.expanded.items() for i in nodes}
     assert any(node in opened for node in got)
     assert any(node not in opened for node in got)
+
+
+def coarsest(session):
+    context = copy.copy(session.context)
+    context.pending = []
+    expanded = {level: np.zeros(0, np.int64) for level in range(1, len(context.counts))}
+    context.entries = Entries(*layout_entries(K, context.counts, expanded), K)
+    mass = np.random.default_rng(3).random((3, len(context.entries)))
+    return FocusView(context, expanded, "keeper", mass, session.retrieval, session.context.length)
+
+
+@pytest.mark.parametrize("block", [0, 3, 71, K**2 + K + 1])
+def test_policy_finds_a_block_under_several_levels(session, model, block):
+    view = coarsest(session)
+    assert view.context.entries.levels[0] >= 3, "the block lies three levels deep"
+    policy = Fixed(lambda level, index: 1.0 if index == block // K ** (level - 1) else 0.01)
+    utilities = policy.utilities(view)
+    level, nats = utilities[1]
+    assert nats[level == block] == 1.0
+    assert (nats[level != block] < 0.02).all()
+    assert set(utilities) == {1}, "a gist above level 1 has no utility of its own"
+    assert len(policy.seen) == view.context.entries.levels[0]
+    # Along the way the mass of what the model attended to stays known, that of what is thought of is not.
+    known = FEATURES.index("has_mass")
+    held = set(zip(view.context.entries.levels.tolist(), view.context.entries.index.tolist(), strict=True))
+    for inputs in policy.seen:
+        of = zip(inputs.levels.tolist(), inputs.index.tolist(), inputs.features[:, known].tolist(), strict=True)
+        assert all(((level, index) in held) == bool(has) for level, index, has in of if level > 0)
+
+
+def test_policy_looks_into_nothing_without_promise(session, model):
+    policy = Fixed(lambda level, index: 0.02)
+    utilities = policy.utilities(coarsest(session))
+    assert len(policy.seen) == 1
+    assert set(utilities) <= {1}
+
+
+class FixedScores(LensNet):
+    """A net that says 1, 2, 3, ... per leaf to expand, and a tenth of it to collapse."""
+
+    def score(self, entries, features, queries, legal):
+        expand = torch.arange(1.0, len(entries) + 1)
+        return torch.where(legal, torch.stack((expand, expand / 10), 1), torch.zeros(1))
 
 
 def test_scores_of_a_broken_net_stay_finite(session, model):
@@ -357,8 +406,8 @@ def test_a_session_generates_with_lensnet(model, tmp_path, monkeypatch, policy):
         session.generate("Who keeps the lamp?", max_new_tokens=20)
         turn = session.stats().turns[-1]
         assert session.context.used <= 192
-        assert len(turn.refocus) == len(seen) >= 1
-        assert all(features[:, FEATURES.index("has_mass")].all() for _, features, _, _ in seen)
+        assert len(seen) >= len(turn.refocus) >= 1
+        assert seen[0][1][:, FEATURES.index("has_mass")].all(), "what the model has attended to has a mass"
         assert turn.edits > 0
         assert len(session.generate(["Who?", "And where is the dog?"], max_new_tokens=12)) == 2
         session.focus_on("bread and rain")

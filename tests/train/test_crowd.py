@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -130,6 +131,20 @@ def test_gradients_reach_the_crowd(model: LoadedModel, corpus: Corpora) -> None:
     loss.backward()
     assert bool(loss.isfinite())
     assert figures["nll"] > 0
+
+
+def test_a_log_weight_of_log_2_counts_as_two_gists(model: LoadedModel, corpus: Corpora) -> None:
+    """At global positions two copies of a gist stand at one place."""
+    ids = torch.from_numpy(corpus().sample(random.Random(4), FAR + NEAR))[None]
+    layout = [*(Entry(0, i) for i in range(K)), Entry(1, 1), Entry(1, 3)]
+    found = []
+    for bias, entries in ((math.log(2), layout), (0.0, [*layout, *layout[K:]]), (0.0, layout)):
+        task = task_of(model, corpus(), gist_bias=bias)
+        k, v, _ = task.read(ids)
+        levels = task.maker.make(model.decoder, ids, k, v, 1)
+        found.append(task.run(ids, k, v, levels, [(0, FAR)], [entries], [False], NEAR))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[2]).abs().max() > 1e-3
 
 
 def test_splitting_keeps_order() -> None:

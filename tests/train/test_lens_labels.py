@@ -130,11 +130,13 @@ def test_gate_labels_are_derivatives_by_the_gates(model: LoadedModel, groups: li
             continue  # split over siblings: their sum is below
         step = 1e-3
         slow = -_slow_gated(scene, leaf, column, gate, step) if column == 0 else _slow_gated(scene, leaf, 1, gate, step)
+        if leaves.levels[leaf] == 2:
+            slow += max(0.0, max(-_slow_gated(scene, leaf, 0, gate, step, child) for child in range(K)))
         assert labels[leaf, column] == pytest.approx(slow, rel=0.02, abs=2e-3)
 
 
-def _slow_gated(scene: Scene, leaf: int, column: int, gate: float, step: float) -> float:
-    """d NLL / d gate of one leaf's edit, by a difference."""
+def _slow_gated(scene: Scene, leaf: int, column: int, gate: float, step: float, child: int | None = None) -> float:
+    """d NLL / d gate of one leaf's edit, by a difference; with a child: of showing its tokens instead of its gist."""
 
     def nll(g: float) -> float:
         leaves, layout = scene.leaves(0), scene.entries[0]
@@ -152,7 +154,15 @@ def _slow_gated(scene: Scene, leaf: int, column: int, gate: float, step: float) 
             for kind, value in zip(_kinds(leaves, i, whole), mine, strict=True):
                 if kind == 0:
                     first = index * K + (level == 1 and index == 0)
-                    entries += [(level - 1, child, value) for child in range(first, (index + 1) * K)]
+                    entries += [(level - 1, one, value) for one in range(first, (index + 1) * K)]
+                    if level == 2:
+                        entries += [(0, token, gate) for token in range(max(index * K**2, 1), (index + 1) * K**2)]
+                    if i == leaf and child is not None:
+                        mark = index * K + child
+                        entries = [
+                            (a, b, 2 * gate - g if (a, b) == (1, mark) else g if a == 0 and b // K == mark else w)
+                            for a, b, w in entries
+                        ]
                 elif level == 0:
                     entries.append((1, index, value))
         covered = {int(r) for i in range(far) for r in range(leaves.rank[i], leaves.rank[i] + leaves.slots[i])}

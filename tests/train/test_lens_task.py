@@ -20,6 +20,7 @@ from mc_runtime.lensnet import LensNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.ranks import spearman
 from mc_runtime.train.corpus import Corpus
+from mc_runtime.train.lens_augment import hide_mass, put_far
 from mc_runtime.train.lens_fit import fit_lens, label_scenes, report_fit
 from mc_runtime.train.lens_questions import draw_question, read_articles
 from mc_runtime.train.lens_samples import LensExample, LensSample, SampleOptions, example_of, load_samples, save_samples
@@ -198,3 +199,31 @@ def test_fit_uses_the_labels_and_reports(labelled: Path, model: LoadedModel) -> 
     assert any("rank correlation" in line for line in report_fit(fitted, held_out))
     with pytest.raises(InputError, match="labelled scenes"):
         fit_lens(labelled / "nothing", model, net, lens, options, LensTaskOptions())
+
+
+def test_hidden_mass_and_far_questions_change_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(40, len(FEATURES), generator=generator) + 0.1
+    known, distance, place = (FEATURES.index(n) for n in ("has_mass", "log_distance_over_8", "place"))
+    features[:, FEATURES.index("is_first")] = torch.arange(40) == 0
+    mass = [i for i, name in enumerate(FEATURES) if "mass" in name]
+    others = [i for i in range(len(FEATURES)) if i not in mass]
+    shares = []
+    for seed in range(30):
+        found = hide_mass(features, random.Random(seed))
+        assert torch.equal(found[:, others], features[:, others])
+        hidden = found[:, known] == 0
+        assert (found[hidden][:, mass] == 0).all()
+        assert torch.equal(found[~hidden], features[~hidden])
+        shares.append(float(hidden.float().mean()))
+    assert min(shares) < 0.2
+    assert max(shares) > 0.8
+    moved = {"log_distance_over_8", "log_rank_distance_over_8", "place"}
+    same = [i for i, name in enumerate(FEATURES) if name not in moved]
+    for seed in range(30):
+        found = put_far(features, random.Random(seed))
+        assert torch.equal(found[:, same], features[:, same])
+        assert (found[:, distance] >= features[:, distance] - 1e-5).all()
+        assert found[:, place].min() >= 0
+        assert found[:, place].max() < 1.2
+        assert found.isfinite().all()
