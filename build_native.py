@@ -7,6 +7,7 @@ time (csrc/common/isa.cpp). Ninja recompiles what has changed. What cannot be bu
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -27,6 +28,8 @@ REASON = "not_built.txt"
 
 # No -ffast-math: NaN, infinities and signed zeros are part of the contract. Nobody reads errno or floating-point traps.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
+# Later words win: -O1 keeps the sanitizers' reports readable, and the build short.
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 # By the last word of a source's name, as in rows_avx2.cpp.
 LEVEL_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
@@ -153,3 +156,21 @@ def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:
         (destination / stale).unlink(missing_ok=True)
     (destination / REASON).write_text(reason + "\n")
     return [destination / REASON]
+
+
+def main() -> None:
+    """Command line: a sanitized build into a folder."""
+    parser = argparse.ArgumentParser(description="Build the native kernels with sanitizers, for tests.")
+    parser.add_argument("--sanitize", type=Path, required=True, metavar="DESTINATION")
+    destination = parser.parse_args().sanitize
+    for name, flags in (("CXXFLAGS", SANITIZE), ("LDFLAGS", "-fsanitize=address,undefined")):
+        os.environ[name] = f"{os.environ.get(name, '')} {flags}"
+    try:
+        for path in build(destination, destination / "work"):
+            print(path)
+    except BuildError as e:
+        raise SystemExit(f"native kernels were not built: {e}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.machinery
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent / "_native"
+# MC_NATIVE names the folder of another build, such as one with sanitizers (see `make sanitize`).
+FOLDER = Path(os.environ.get("MC_NATIVE") or Path(__file__).parent / "_native")
 # (address, dtype code, sizes, strides in elements)
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -21,8 +24,14 @@ View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 @functools.cache
 def _load() -> Any:
     """The extension module, or the reason why there is none."""
+    name = "mc_kernels._native._C"
+    spec = importlib.machinery.PathFinder.find_spec(name, [str(FOLDER)])
     try:
-        return importlib.import_module("mc_kernels._native._C")
+        if spec is None or spec.loader is None:
+            raise ImportError(f"nothing of that name in {FOLDER}", name=name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
     except ImportError as e:
         reason = FOLDER / "not_built.txt"
         if reason.exists():

@@ -19,7 +19,10 @@ class RetrievalPolicy:
 
     A fact needs the sentences around it, and every passage that is opened in vain distracts the model more than a
     missed one costs: few and whole passages beat many single blocks. The blocks of the best passage are worth up to
-    `scale` nats each, those of others in proportion to their score to the power `sharpness`.
+    `scale` nats each, those of others in proportion to their score to the power `sharpness`: with 20 they are opened
+    beside the best one where they score nearly as well, about 5/6 of it. Text of the same pattern as the answer (the
+    debts of a hundred people) distracts most: with a sharpness of 2, half of a hundred such facts were said rightly,
+    with 20 all but two of a hundred.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """
@@ -27,7 +30,7 @@ class RetrievalPolicy:
     needs_mass = False
 
     def __init__(
-        self, scale: float = 1.0, passages: int = 4, before: int = 0, after: int = 1, sharpness: float = 2.0
+        self, scale: float = 1.0, passages: int = 4, before: int = 1, after: int = 1, sharpness: float = 20.0
     ) -> None:
         self.scale, self.passages, self.sharpness = scale, passages, sharpness
         self.before, self.after = before, after

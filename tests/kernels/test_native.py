@@ -61,11 +61,7 @@ def test_what_cannot_be_built_is_explained_once(
 
 
 def test_without_the_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(f"no {name}")
-
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    monkeypatch.setattr(native.importlib, "import_module", missing)
     native._load.cache_clear()
     try:
         assert native.available() == "native code was not built (reinstall the package)"
@@ -73,6 +69,12 @@ def test_without_the_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch
         (tmp_path / "not_built.txt").write_text("no C++ compiler found\n")
         assert native.available() == "native code was not built: no C++ compiler found"
         assert native.isa_levels() == []
+        (tmp_path / "not_built.txt").unlink()
+        (tmp_path / "_C.so").write_bytes(b"no library")
+        native._load.cache_clear()
+        assert (native.available() or "").startswith("native code does not load: ")
+        (tmp_path / "not_built.txt").write_text("no C++ compiler found\n")
+        native._load.cache_clear()
         with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found"):
             native.library()
     finally:
