@@ -30,3 +30,29 @@ def gist_pool_cpu(k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tens
     held = [k, v, *_views(w, b, m, c), k_gist, v_gist]  # the library gets addresses
     native.library().gist_pool(*(native.view(x) for x in held), torch.get_num_threads())
     return k_gist, v_gist
+
+
+@register("collapse_", "cpu", available=native.available, supports=_supports)
+def collapse_cpu(
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    b: Tensor,
+    m: Tensor,
+    c: Tensor,
+    children: Tensor,
+    slots: Tensor,
+    moves: Tensor,
+) -> None:
+    """See `collapse.py` for the arguments, `collapse_ref.py` for what they mean."""
+    held = [k, v, *_views(w, b, m, c)]  # the library gets addresses
+    arrays = [x.contiguous() for x in (children, slots, moves)]
+    native.library().collapse(
+        *(native.view(x) for x in held),
+        arrays[0].shape[0],
+        native.address(arrays[0]),
+        native.address(arrays[1]),
+        arrays[2].shape[0],
+        native.address(arrays[2]),
+        torch.get_num_threads(),
+    )
