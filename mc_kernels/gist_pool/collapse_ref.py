@@ -4,7 +4,8 @@
     2. entries move: (source, destination, count) one after the other, each as if through a copy
     3. slot slots[i, g] <- gists[i, g]
 
-k, v [L,B,Hkv,S,D] written in place; children [n,K], slots [n,G], moves [s,3]. Every step sees what the one before has left.
+k, v [L,B,Hkv,S,D] written in place; children [n,K], slots [n,G], moves [s,3]. Every step sees what the one before has
+left.
 """
 
 from __future__ import annotations

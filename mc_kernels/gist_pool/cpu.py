@@ -1,5 +1,5 @@
-"""`gist_pool` and `collapse_` on a CPU: csrc/gist_pool/cpu.cpp, one read of each block, on the threads that torch is set
-to use."""
+"""`gist_pool` and `collapse_` on a CPU: csrc/gist_pool/cpu.cpp, one read of each block, on as many threads as torch
+uses."""
 
 from __future__ import annotations
 

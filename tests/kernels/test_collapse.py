@@ -56,7 +56,12 @@ def test_it_is_a_pooling_and_a_splice(backend: str, case: Case, dtype: torch.dty
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 def test_error_rule(backend: str, case: Case, dtype: torch.dtype) -> None:
     args = case.make(dtype, seed=3)
-    wide = {**args, "k": args["k"].double(), "v": args["v"].double(), "weights": args["weights"].to(dtype=torch.float64)}
+    wide = {
+        **args,
+        "k": args["k"].double(),
+        "v": args["v"].double(),
+        "weights": args["weights"].to(dtype=torch.float64),
+    }
     plain = {**args, "k": args["k"].clone(), "v": args["v"].clone()}
     collapse_(**wide, backend="ref")
     collapse_(**plain, backend="ref")
@@ -79,15 +84,15 @@ def test_without_moves_only_the_named_slots_change(backend: str) -> None:
 @EACH_BACKEND
 def test_gists_over_the_children_of_other_blocks(backend: str) -> None:
     """Every slot that is written is read for another block, in an order that would show."""
-    args = Case("x", 2, 2, 24, 64, 2).make(torch.float32)
-    children = torch.randperm(64, generator=torch.Generator().manual_seed(1)).view(2, 32)
+    args = Case("x", 2, 2, 24, 128, 2).make(torch.float32)
+    children = torch.randperm(128, generator=torch.Generator().manual_seed(1))[:64].view(2, 32)
     args |= {"children": children, "slots": torch.stack((children[1, :1], children[0, -1:])), "moves": None}
     k, v = args["k"].clone(), args["v"].clone()
     collapse_(**args, backend=backend)
     want = gist_pool(*(x[:, 0][:, :, children] for x in (k, v)), args["weights"], backend=backend)
     for x, old, gists in zip((args["k"], args["v"]), (k, v), want, strict=True):
         old[:, 0][:, :, args["slots"].flatten()] = gists[:, :, :, 0]
-        assert same_bits(x, old)
+        assert max_error(x, old) < 1e-6  # sums of the oracle depend on strides
 
 
 @st.composite
@@ -189,6 +194,7 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
     args = case.make(torch.float32)
     k, v, w, children, slots = (args[n] for n in ("k", "v", "weights", "children", "slots"))
     old = k.clone(), v.clone()
+    flat, same = (k[:1].flatten(0, 1), v[:1].flatten(0, 1)), k[:, :, :1].expand(k.shape)
     far, twice = torch.tensor([[40]]), torch.tensor([[3], [3]])
     bad: list[tuple[type[Exception], str, Any]] = [
         (TypeError, "weights: expected GistPoolWeights", lambda: collapse_(k, v, w.w, children, slots)),  # type: ignore[arg-type]
@@ -197,10 +203,10 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
         (TypeError, "weights: expected device", lambda: collapse_(k, v, w.to("meta"), children, slots)),
         (ValueError, "k: expected shape", lambda: collapse_(k[:1], v[:1], w, children, slots)),
         (ValueError, "k: expected shape", lambda: collapse_(k[0, 0], v[0, 0], w, children, slots)),
-        (ValueError, "k: expected R that", lambda: collapse_(k[:1].flatten(0, 1), v[:1].flatten(0, 1), w, children, slots)),
+        (ValueError, "k: expected R that", lambda: collapse_(*flat, w, children, slots)),
         (ValueError, "v: expected shape", lambda: collapse_(k, v[..., :9, :], w, children, slots)),
         (ValueError, "v: expected memory apart", lambda: collapse_(k, k, w, children, slots)),
-        (ValueError, "k: expected a view without", lambda: collapse_(k[:, :, :1].expand(k.shape), v, w, children, slots)),
+        (ValueError, "k: expected a view without", lambda: collapse_(same, v, w, children, slots)),
         (ValueError, "k: expected a contiguous", lambda: collapse_(k.mT.contiguous().mT, v, w, children, slots)),
         (ValueError, "k: expected no gradient", lambda: collapse_(k.clone().requires_grad_(), v, w, children, slots)),
         (TypeError, "children: expected dtype", lambda: collapse_(k, v, w, children.float(), slots)),
