@@ -93,13 +93,23 @@ inline float soften(float* p, const float* inv_rms, const float* b, int64_t n) {
     return sum(total);
 }
 
+// The keys or the values of a block, and what is fetched meanwhile: those of the next one, or NULL.
+struct Part {
+    const char* rows;
+    int64_t step;
+    const char* next;
+    const int64_t* next_slots;
+};
+
 // out[d ..] = scale * sum_j p_j x_j[d ..] in kPairs pairs of vectors.
 template <class T, int kPairs>
-inline void gather(const PoolBlock& a, const char* x, int64_t step, const float* p, float scale, int64_t d, float* out) {
+inline void gather(const PoolBlock& a, const Part& x, const float* p, float scale, int64_t d, float* out) {
+    const char* next = d == 0 ? x.next : nullptr;
     Pair acc[kPairs];
     for (int i = 0; i < kPairs; ++i) acc[i] = nothing();
     for (int64_t j = 0; j < a.count; ++j) {
-        const char* row = x + a.rows.slots[j] * step + d * T::kBytes;
+        const char* row = x.rows + a.rows.slots[j] * x.step + d * T::kBytes;
+        if (next) fetch(next + x.next_slots[j] * x.step, a.dims * T::kBytes);
         const Vec weight = Vec::all(p[j]);
         for (int i = 0; i < kPairs; ++i) {
             const Pair value = load_pair(T{}, row + i * kPair * T::kBytes);
@@ -115,17 +125,15 @@ inline void gather(const PoolBlock& a, const char* x, int64_t step, const float*
 }
 
 template <class T>
-inline void gather_row(const PoolBlock& a, const char* x, int64_t step, const float* p, float scale, float* out) {
+inline void gather_part(const PoolBlock& a, const Part& x, const float* p, float scale, float* out) {
     int64_t d = 0;
-    for (; d + kPoolPairs * kPair <= a.dims; d += kPoolPairs * kPair) {
-        gather<T, kPoolPairs>(a, x, step, p, scale, d, out);
-    }
-    for (; d + 2 * kPair <= a.dims; d += 2 * kPair) gather<T, 2>(a, x, step, p, scale, d, out);
-    for (; d + kPair <= a.dims; d += kPair) gather<T, 1>(a, x, step, p, scale, d, out);
+    for (; d + kPoolPairs * kPair <= a.dims; d += kPoolPairs * kPair) gather<T, kPoolPairs>(a, x, p, scale, d, out);
+    for (; d + 2 * kPair <= a.dims; d += 2 * kPair) gather<T, 2>(a, x, p, scale, d, out);
+    for (; d + kPair <= a.dims; d += kPair) gather<T, 1>(a, x, p, scale, d, out);
     for (; d < a.dims; d += kWidth) {
         Vec acc = Vec::all(0.0f);
         for (int64_t j = 0; j < a.count; ++j) {
-            const char* row = x + a.rows.slots[j] * step + d * T::kBytes;
+            const char* row = x.rows + a.rows.slots[j] * x.step + d * T::kBytes;
             acc = fmadd(Vec::all(p[j]), load_some<T>(row, a.dims - d), acc);
         }
         store(out + d, mul(acc, Vec::all(scale)));
@@ -147,17 +155,13 @@ void pool(const PoolBlock& a) {
     for (int64_t e = 0; e < (a.count + kWidth - 1) / kWidth * kWidth; ++e) {
         inv_rms[e] = 1.0f / __builtin_sqrtf(inv_rms[e] * share + kRmsEps);
     }
-    if (a.next.k) {
-        for (int64_t j = 0; j < a.count; ++j) {
-            fetch(a.next.k + a.next.slots[j] * a.k_step, a.dims * T::kBytes);
-            fetch(a.next.v + a.next.slots[j] * a.v_step, a.dims * T::kBytes);
-        }
-    }
+    Part keys{a.rows.k, a.k_step, a.next.k, a.next.slots}, values{a.rows.v, a.v_step, a.next.v, a.next.slots};
     for (int64_t g = 0; g < a.gists; ++g, p += entries) {
         const float total = soften(p, inv_rms, a.b + g * entries, (a.count + kWidth - 1) / kWidth * kWidth);
         float* y = a.y + g * y_step;
-        gather_row<T>(a, a.rows.k, a.k_step, p, 1.0f / total, y);  // may write beyond the key: the value comes after
-        gather_row<T>(a, a.rows.v, a.v_step, p, 1.0f / total, y + a.dims);
+        gather_part<T>(a, keys, p, 1.0f / total, y);  // may write beyond the key: the value comes after
+        gather_part<T>(a, values, p, 1.0f / total, y + a.dims);
+        keys.next = values.next = nullptr;
     }
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import native
 from ..registry import register
+from .ref import gist_pool_backward_ref
 
 
 def _supports(k: Tensor, v: Tensor, w: Tensor, *_: object) -> str | None:
@@ -30,6 +31,10 @@ def gist_pool_cpu(k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tens
     held = [k, v, *_views(w, b, m, c), k_gist, v_gist]  # the library gets addresses
     native.library().gist_pool(*(native.view(x) for x in held), torch.get_num_threads())
     return k_gist, v_gist
+
+
+# Training multiplies large batches: PyTorch's matrix products serve.
+register("gist_pool_backward", "cpu")(gist_pool_backward_ref)
 
 
 @register("collapse_", "cpu", available=native.available, supports=_supports)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splice_model import BACKENDS, DTYPES, same_bits
 from torch import Tensor
@@ -117,7 +117,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 @needs_library
 @LEVELS
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls(), dtype=st.sampled_from(DTYPES))
 def test_drawn_calls_against_the_oracle(backend: str, call: dict[str, Any], dtype: torch.dtype) -> None:
     plan, (layers, batch, heads), dim = call["plan"], call["size"], call["dim"]
@@ -128,13 +128,16 @@ def test_drawn_calls_against_the_oracle(backend: str, call: dict[str, Any], dtyp
     guards = [Guarded(x.transpose(2, 3) if call["nhd"] else x, gap=call["gap"]) for x in source]
     views = [x.view.transpose(2, 3) if call["nhd"] else x.view for x in guards]
     more = {"children": plan.removed_slots.view(-1, call["k"]), "slots": plan.insert_slots.view(-1, call["g"])}
-    exact, plain = ([x.to(d) for x in source] for d in (torch.float64, dtype))
+    exact = [x.double() for x in source]
     collapse_(*exact, weights.to(dtype=torch.float64), **more, moves=plan.segments, backend="ref")
-    collapse_(*plain, weights, **more, moves=plan.segments, backend="ref")
     collapse_(*views, weights, **more, moves=plan.segments, backend=backend)
-    for got, e, p, guard in zip(views, exact, plain, guards, strict=True):
+    written = torch.zeros(plan.capacity, dtype=torch.bool)
+    written[plan.insert_slots] = True
+    for got, e, guard in zip(views, exact, guards, strict=True):
         guard.check()
-        assert_within_error_rule(got, e, p)
+        assert same_bits(got[..., ~written, :], e.to(dtype)[..., ~written, :])
+        # What is pooled itself is test_gist_pool_cpu's business.
+        assert max_error(got, e) <= 2 * torch.finfo(dtype).eps * float(e.abs().max()) + 1e-5
 
 
 @needs_library

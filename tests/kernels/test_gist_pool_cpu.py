@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_model import LEVELS
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splice_model import same_bits
 from test_gist_pool import plain
@@ -66,7 +66,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @each_level
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls(), dtype=st.sampled_from(DTYPES))
 def test_drawn_calls_against_the_formula(backend: str, call: dict[str, Any], dtype: torch.dtype) -> None:
     """Views with gaps in any order of dimensions, at addresses that are aligned to nothing but an element."""
@@ -79,7 +79,13 @@ def test_drawn_calls_against_the_formula(backend: str, call: dict[str, Any], dty
     got = gist_pool(*views, GistPoolWeights(*(x.view for x in held)), backend=backend)
     for guard in guards + held:
         guard.check()
-    check_rule(got, k, v, weights)
+    # With so few outputs another computation's error is luck: a rounding of the output, and fp32's of logits and sums.
+    logits = weights.w.double().norm(dim=-1).max() * (2 * call["case"].head_dim) ** 0.5
+    most = max(float(x.abs().max()) for x in (k, v))
+    sums = 4 * torch.finfo(torch.float32).eps * (4 + float(logits)) * (most + 1)
+    for out, exact in zip(got, plain(k.double(), v.double(), *(x.double() for x in weights.tensors())), strict=True):
+        assert out.dtype == dtype
+        assert max_error(out, exact) <= torch.finfo(dtype).eps * float(exact.abs().max()) + sums
 
 
 @each_level
