@@ -109,6 +109,48 @@ void context_attention(const py::handle& q, const py::handle& k, const py::handl
     raise(status);
 }
 
+mc_gist_pool_weights pool_weights(const py::handle& w, const py::handle& b, const py::handle& m, const py::handle& c) {
+    return {tensor("weights.w", w), tensor("weights.b", b), tensor("weights.m", m), tensor("weights.c", c)};
+}
+
+void gist_pool(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b, const py::handle& m,
+               const py::handle& c, const py::handle& k_gist, const py::handle& v_gist, int32_t n_threads) {
+    mc_gist_pool_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.k_gist = tensor("k_gist", k_gist);
+    a.v_gist = tensor("v_gist", v_gist);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_gist_pool_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
+void collapse(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b, const py::handle& m,
+              const py::handle& c, int64_t n_blocks, uintptr_t children, uintptr_t gist_slots, int64_t n_segments,
+              uintptr_t segments, int32_t n_threads) {
+    mc_collapse_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.n_blocks = n_blocks;
+    a.children = array<int64_t>(children);
+    a.gist_slots = array<int64_t>(gist_slots);
+    a.n_segments = n_segments;
+    a.segments = array<int64_t>(segments);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_collapse_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,4 +175,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
           "n_threads"_a);
+    m.def("gist_pool", &gist_pool, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "k_gist"_a, "v_gist"_a, "n_threads"_a);
+    m.def("collapse", &collapse, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "n_blocks"_a, "children"_a, "gist_slots"_a,
+          "n_segments"_a, "segments"_a, "n_threads"_a);
 }

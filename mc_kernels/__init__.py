@@ -6,7 +6,7 @@ bytes and FLOPs, shared by tests and benchmarks).
 
 from .context_attention import context_attention
 from .gist_encode import GistEncodeWeights, gist_encode
-from .gist_pool import GistPoolWeights, gist_pool
+from .gist_pool import GistPoolWeights, collapse_, gist_pool
 from .kv_splice import Edit, PageTable, SplicePlan, kv_splice_
 from .lens_score import LensScoreWeights, lens_score, signed_score
 from .registry import BackendError, availability
@@ -22,6 +22,7 @@ __all__ = [
     "RopeSpec",
     "SplicePlan",
     "availability",
+    "collapse_",
     "context_attention",
     "gist_encode",
     "gist_pool",

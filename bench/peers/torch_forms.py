@@ -3,6 +3,8 @@
     kv_splice           gathered and scattered by index: with slices, compiled code copies the whole cache
     context_attention   one query: products and sums in place of a matrix product, so that a compiled key is rotated
                         where it is read; many: head by head, so that a head's logits stay in the cache
+    collapse_           entries gathered and gists scattered by index, outside of what is compiled: k and v share an
+                        allocation
     lens_score          projections absorbed as in `mc_kernels/lens_score/ref.py`, in the storage dtype
 
 On a CPU a function of many layers is called on as many layers as have their temporaries in the cache. Each builder
@@ -26,6 +28,7 @@ from mc_kernels.lens_score.ref import score_formula
 from mc_kernels.rope import phases, rotate
 
 from ..workloads import Candidate, Workload
+from ..workloads.collapse import blocks_of, put
 from ..workloads.context_attention import visible
 from ..workloads.gist_encode import plain_encode
 from ..workloads.gist_pool import plain_pool
@@ -167,6 +170,31 @@ def pool(workload: Workload, name: str, wrap: Wrap) -> Candidate:
     return Candidate(name, run, prepare)
 
 
+def collapse(workload: Workload, name: str, wrap: Wrap) -> Candidate:
+    compiled = wrap(plain_pool)
+    Part = tuple[Tensor, Tensor, Weights]
+
+    def prepare(inputs: dict[str, Any]) -> tuple[dict[str, Any], list[Part]]:
+        k, v, children = inputs["k"].squeeze(1), inputs["v"].squeeze(1), inputs["children"]
+        n = per_call(k.shape[0], 4 * children.numel() * k[0, :, 0].nbytes, k.device)
+        parts = [
+            (keys, values, Weights(GistPoolWeights(*tensors)))
+            for keys, values, *tensors in zip(*(x.split(n) for x in (k, v, *inputs["weights"].tensors())), strict=True)
+        ]
+        keys, values, some = parts[0]
+        start(compiled, (blocks_of(keys, children), blocks_of(values, children), some))
+        return inputs, parts
+
+    def run(state: tuple[dict[str, Any], list[Part]]) -> None:
+        children, slots, moves = (state[0][x] for x in ("children", "slots", "moves"))
+        for k, v, some in state[1]:
+            gists = compiled(blocks_of(k, children), blocks_of(v, children), some)
+            for x, gist in zip((k, v), gists, strict=True):
+                put(x, gist.flatten(-3, -2), slots, moves)
+
+    return Candidate(name, run, prepare, lambda state, _: workload.result(state[0], None))
+
+
 def encode(workload: Workload, name: str, wrap: Wrap) -> Candidate:
     compiled = wrap(plain_encode)
 
@@ -198,6 +226,7 @@ FORMS: dict[str, Callable[[Workload, str, Wrap], Candidate]] = {
     "kv_splice_": splice,
     "context_attention": attention,
     "gist_pool": pool,
+    "collapse_": collapse,
     "gist_encode": encode,
     "lens_score": lens,
 }

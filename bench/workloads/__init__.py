@@ -8,10 +8,12 @@ from typing import Any
 from mc_kernels.context_attention.cases import CASES as CONTEXT_ATTENTION
 from mc_kernels.gist_encode.cases import CASES as GIST_ENCODE
 from mc_kernels.gist_pool.cases import CASES as GIST_POOL
+from mc_kernels.gist_pool.collapse_cases import CASES as COLLAPSE
 from mc_kernels.kv_splice.cases import CASES as KV_SPLICE
 from mc_kernels.lens_score.cases import CASES as LENS_SCORE
 
 from .base import Candidate, Check, Workload
+from .collapse import Collapse
 from .context_attention import ContextAttention
 from .gist_encode import GistEncode
 from .gist_pool import GistPool
@@ -20,11 +22,14 @@ from .lens_score import LensScore
 
 __all__ = ["CASES", "OPS", "Candidate", "Check", "Workload", "choose"]
 
-OPS: dict[str, type[Workload]] = {w.op: w for w in (KvSplice, ContextAttention, GistPool, GistEncode, LensScore)}
+OPS: dict[str, type[Workload]] = {
+    w.op: w for w in (KvSplice, ContextAttention, GistPool, Collapse, GistEncode, LensScore)
+}
 CASES: dict[str, Sequence[Any]] = {
     "kv_splice_": KV_SPLICE,
     "context_attention": CONTEXT_ATTENTION,
     "gist_pool": GIST_POOL,
+    "collapse_": COLLAPSE,
     "gist_encode": GIST_ENCODE,
     "lens_score": LENS_SCORE,
 }
@@ -49,6 +54,7 @@ HEADLINE = {
         "Llama-3-8B/32k/decode",
     ),
     "gist_pool": ("SmolLM2-135M/N1", "SmolLM2-135M/N256", "Llama-3.2-1B/N1", "Llama-3-8B/N1"),
+    "collapse_": ("SmolLM2-135M/2k/1-last", "SmolLM2-135M/2k/8", "Llama-3-8B/2k/1-last"),
     "gist_encode": ("SmolLM2-135M/N1", "SmolLM2-135M/N64", "Llama-3.2-1B/N8", "Llama-3-8B/N8"),
     "lens_score": ("SmolLM2-135M/N2k", "SmolLM2-135M/N8k", "SmolLM2-135M/N32k", "Llama-3-8B/N8k"),
 }
@@ -56,6 +62,7 @@ QUICK = {
     "kv_splice_": ("SmolLM2-135M/2k/ordered-rope/1-collapse", "SmolLM2-135M/8k/slots/8-mixed"),
     "context_attention": ("SmolLM2-135M/2k/decode", "SmolLM2-135M/8k/decode"),
     "gist_pool": ("SmolLM2-135M/N1",),
+    "collapse_": ("SmolLM2-135M/2k/1-last",),
     "gist_encode": ("SmolLM2-135M/N1",),
     "lens_score": ("SmolLM2-135M/N2k",),
 }

@@ -6,6 +6,9 @@
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
 // sums(a): element i is the sum of a[i], of kWidth vectors.
+//
+// load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
+// as_loaded floats that lie in order into it.
 #pragma once
 
 #include <immintrin.h>
@@ -105,6 +108,37 @@ inline __m256 sum_fours(const Vec* a) {
 inline Vec sums(const Vec* a) {
     const __m256 x = sum_fours(a), y = sum_fours(a + 4);
     return {_mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31))};
+}
+
+struct Pair {
+    Vec first, second;
+};
+template <class T>
+inline Pair load_pair(T t, const char* p) {
+    return {Vec::load(t, p), Vec::load(t, p + Vec::kWidth * T::kBytes)};
+}
+// Even elements are shifted up, odd ones are in place already: one operation a vector.
+inline Pair load_pair(BF16, const char* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000))))}};
+}
+template <class T>
+inline Pair in_order(T, Pair x) {
+    return x;
+}
+template <class T>
+inline Pair as_loaded(T, Pair x) {
+    return x;
+}
+inline Pair in_order(BF16, Pair x) {
+    const __m256 low = _mm256_unpacklo_ps(x.first.v, x.second.v), high = _mm256_unpackhi_ps(x.first.v, x.second.v);
+    return {{_mm256_permute2f128_ps(low, high, 0x20)}, {_mm256_permute2f128_ps(low, high, 0x31)}};
+}
+inline Pair as_loaded(BF16, Pair x) {
+    const __m256 a = _mm256_permute2f128_ps(x.first.v, x.second.v, 0x20);
+    const __m256 b = _mm256_permute2f128_ps(x.first.v, x.second.v, 0x31);
+    return {{_mm256_shuffle_ps(a, b, 0x88)}, {_mm256_shuffle_ps(a, b, 0xdd)}};
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
 // sums(a): element i is the sum of a[i], of kWidth vectors.
+//
+// load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
+// as_loaded floats that lie in order into it.
 #pragma once
 
 // GCC's own header reads variables that it leaves undefined on purpose, and some versions warn of it.
@@ -94,6 +97,38 @@ inline __m512 sum_lanes(__m512 a, __m512 b) {
 }
 inline Vec sums(const Vec* a) {
     return {sum_lanes(sum_lanes(sum_fours(a), sum_fours(a + 4)), sum_lanes(sum_fours(a + 8), sum_fours(a + 12)))};
+}
+
+struct Pair {
+    Vec first, second;
+};
+template <class T>
+inline Pair load_pair(T t, const char* p) {
+    return {Vec::load(t, p), Vec::load(t, p + Vec::kWidth * T::kBytes)};
+}
+// Even elements are shifted up, odd ones are in place already: one operation a vector.
+inline Pair load_pair(BF16, const char* p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))))}};
+}
+template <class T>
+inline Pair in_order(T, Pair x) {
+    return x;
+}
+template <class T>
+inline Pair as_loaded(T, Pair x) {
+    return x;
+}
+inline Pair in_order(BF16, Pair x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return {{_mm512_permutex2var_ps(x.first.v, low, x.second.v)}, {_mm512_permutex2var_ps(x.first.v, high, x.second.v)}};
+}
+inline Pair as_loaded(BF16, Pair x) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {{_mm512_permutex2var_ps(x.first.v, even, x.second.v)}, {_mm512_permutex2var_ps(x.first.v, odd, x.second.v)}};
 }
 
 }  // namespace

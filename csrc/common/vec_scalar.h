@@ -6,6 +6,9 @@
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
 // sums(a): element i is the sum of a[i], of kWidth vectors.
+//
+// load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
+// as_loaded floats that lie in order into it.
 #pragma once
 
 #include <cstdint>
@@ -176,6 +179,22 @@ inline Vec sums(const Vec* a) {
     Vec out;
     for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = sum(a[i]);
     return out;
+}
+
+struct Pair {
+    Vec first, second;
+};
+template <class T>
+inline Pair load_pair(T t, const char* p) {
+    return {Vec::load(t, p), Vec::load(t, p + Vec::kWidth * T::kBytes)};
+}
+template <class T>
+inline Pair in_order(T, const Pair& x) {
+    return x;
+}
+template <class T>
+inline Pair as_loaded(T, const Pair& x) {
+    return x;
 }
 
 }  // namespace

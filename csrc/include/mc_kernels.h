@@ -179,6 +179,63 @@ typedef struct mc_context_attention_args {
  * nothing. */
 MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, int32_t n_threads);
 
+/* Weights of learned pooling, for L layers, Hkv KV heads, blocks of K entries of D elements and G gists a block. f32,
+ * f16 or bf16, all four the same, not necessarily the data's; the last dimension contiguous. */
+typedef struct mc_gist_pool_weights {
+    mc_tensor w; /* [L, Hkv, G, 2D] */
+    mc_tensor b; /* [L, Hkv, G, K] */
+    mc_tensor m; /* [L, Hkv, 2D, 2D] */
+    mc_tensor c; /* [L, Hkv, 2D] */
+} mc_gist_pool_weights;
+
+/* Blocks of K keys and values are pooled into G gists each. Per row's layer and head, with x_j = [k_j; v_j]:
+ *
+ *   n_j = x_j / sqrt(mean(x_j^2) + 1e-12)     p_g = softmax_j(n_j . w_g + b_gj)
+ *   y_g = sum_j p_gj x_j                      [k_gist_g; v_gist_g] = y_g + y_g M + c
+ *
+ * Sums are fp32, gists are rounded once. Memory: some tens of kilobytes a thread, more with many gists. */
+typedef struct mc_gist_pool_args {
+    size_t struct_size; /* sizeof(mc_gist_pool_args) */
+
+    /* [R, Hkv, N, K, D], keys unrotated; f32, f16 or bf16, both the same; K, D >= 1, D contiguous. R is a multiple of
+     * the weights' L, row r has the weights of layer r / (R / L). */
+    mc_tensor k, v;
+    mc_gist_pool_weights weights;
+
+    /* [R, Hkv, N, G, D], k's dtype, D contiguous, no element named twice. Written; apart from each other and from what
+     * is read, which is the caller's duty. */
+    mc_tensor k_gist, v_gist;
+} mc_gist_pool_args;
+
+/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. R, Hkv or N may be 0. */
+MC_API int32_t mc_gist_pool_cpu(const mc_gist_pool_args* args, int32_t n_threads);
+
+/* Entries of a cache are pooled, as by mc_gist_pool_cpu, and gists take their place, in all layers, sequences and heads:
+ *
+ *   1. the K entries in the slots children[i] are pooled into G gists, for each of n_blocks blocks
+ *   2. entries move, one segment after the other, each with memmove's semantics
+ *   3. gist g of block i is written to slot gist_slots[i, g]
+ *
+ * Each step sees what the one before has left, so gist slots and destinations may be slots of children. */
+typedef struct mc_collapse_args {
+    size_t struct_size; /* sizeof(mc_collapse_args) */
+
+    /* [L, B, Hkv, S, D], keys unrotated, written; as for mc_kv_splice_args, without pages. L and Hkv are the
+     * weights'. */
+    mc_tensor k, v;
+    mc_gist_pool_weights weights;
+
+    int64_t n_blocks;
+    const int64_t* children;   /* [n_blocks, K] contiguous: slots in timeline order, 0..S-1 */
+    const int64_t* gist_slots; /* [n_blocks, G] contiguous: 0..S-1, each at most once */
+
+    int64_t n_segments;
+    const int64_t* segments; /* [n_segments, 3] contiguous: (source slot, destination slot, count), within 0..S-1 */
+} mc_collapse_args;
+
+/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. n_blocks or n_segments may be 0, and L, B, Hkv. */
+MC_API int32_t mc_collapse_cpu(const mc_collapse_args* args, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

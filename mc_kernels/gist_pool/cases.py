@@ -60,10 +60,10 @@ class Case:
         return pooled + norms
 
 
-_MODELS = {"SmolLM2-135M": (30, 3, 64), "Llama-3.2-1B": (16, 8, 64), "Llama-3-8B": (32, 8, 128)}
+MODELS = {"SmolLM2-135M": (30, 3, 64), "Llama-3.2-1B": (16, 8, 64), "Llama-3-8B": (32, 8, 128)}
 
 CASES: tuple[Case, ...] = tuple(
-    Case(f"{model}/N{n}", layers, 1, heads, n, 32, d) for model, (layers, heads, d) in _MODELS.items() for n in (1, 256)
+    Case(f"{model}/N{n}", layers, 1, heads, n, 32, d) for model, (layers, heads, d) in MODELS.items() for n in (1, 256)
 )
 # (name, L, B, Hkv, N, K, D, G): small, odd and empty, for tests.
 SMALL: tuple[Case, ...] = (

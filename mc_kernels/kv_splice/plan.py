@@ -237,6 +237,12 @@ class SplicePlan:
         return torch.from_numpy(pairs)
 
     @cached_property
+    def removed_slots(self) -> Tensor:
+        """Slot of each removed entry, in timeline order over all edits."""
+        start, remove, _ = self.edits.numpy().T
+        return self.slots[torch.from_numpy(expand_ranges(start, remove))]
+
+    @cached_property
     def insert_ranks(self) -> Tensor:
         """[M] rank after the splice of each inserted entry."""
         start, remove, insert = self.edits.numpy().T

@@ -12,6 +12,7 @@ from torch import Tensor
 from mc_kernels.context_attention.cases import Case as AttentionCase
 from mc_kernels.gist_encode.cases import Case as EncodeCase
 from mc_kernels.gist_pool.cases import Case as PoolCase
+from mc_kernels.gist_pool.collapse_cases import Case as CollapseCase
 from mc_kernels.kv_splice.cases import Case as SpliceCase
 from mc_kernels.lens_score.cases import Case as ScoreCase
 from mc_kernels.registry import IMPLS, Impl
@@ -20,6 +21,7 @@ TINY: dict[str, Any] = {
     "kv_splice_": SpliceCase("tiny/ordered-rope", 3, 2, 16, 90, 2, "mixed", span=8),
     "context_attention": AttentionCase("tiny/decode", 6, 2, 16, 70, 1),
     "gist_pool": PoolCase("tiny/pool", 3, 1, 2, 2, 32, 16),
+    "collapse_": CollapseCase("tiny/collapse", 3, 2, 16, 90, 2, block_size=8),
     "gist_encode": EncodeCase("tiny/encode", 2, 32, 48, 32, 2, 4, 56),
     "lens_score": ScoreCase("tiny/score", 50, 40, 5, 6, 32, 4, 1, 24, 4, 4, 16),
 }
@@ -31,8 +33,8 @@ OTHERS: dict[str, Any] = {
 
 
 def outputs(op: str, args: tuple[Any, ...], out: Any) -> Tensor:
-    """The tensor that a kernel of `op` has to get right; of the first and the last row in a splice."""
-    if op == "kv_splice_":
+    """The tensor that a kernel of `op` has to get right; of the first and the last row in a cache."""
+    if op in ("kv_splice_", "collapse_"):
         return args[0]
     return out if isinstance(out, Tensor) else out[0]
 

@@ -16,6 +16,7 @@ from bench.workloads.base import PEER_ALLOWANCE
 from mc_kernels.context_attention.cases import Case as AttentionCase
 from mc_kernels.gist_encode.cases import Case as EncodeCase
 from mc_kernels.gist_pool.cases import Case as PoolCase
+from mc_kernels.gist_pool.collapse_cases import Case as CollapseCase
 from mc_kernels.kv_splice.cases import Case as SpliceCase
 from mc_kernels.lens_score.cases import Case as LensCase
 
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "prefill": ("context_attention", AttentionCase("prefill", 6, 2, 16, 70, 12, batch=2)),
     "features": ("context_attention", AttentionCase("features", 6, 2, 16, 70, 1, features=True)),
     "pool": ("gist_pool", PoolCase("pool", 4, 1, 2, 6, 32, 8)),
+    "pool in slots": ("collapse_", CollapseCase("pool in slots", 4, 2, 16, 90, 2, block_size=8)),
     "encode": ("gist_encode", EncodeCase("encode", 3, 32, 48, 32, 2, 4, 56)),
     "lens": ("lens_score", LensCase("lens", 65, 40, 5, 3, 24, 3, 2, 20, 2, 5, 12)),
 }
