@@ -109,6 +109,27 @@ void context_attention(const py::handle& q, const py::handle& k, const py::handl
     raise(status);
 }
 
+void fused_linear(const py::handle& x, const py::handle& weight, const py::handle& norm, double eps,
+                  const py::handle& bias, bool swiglu, const py::handle& residual, const py::handle& out,
+                  int32_t n_threads) {
+    mc_fused_linear_args a{};
+    a.struct_size = sizeof a;
+    a.x = tensor("x", x);
+    a.weight = tensor("weight", weight);
+    a.norm = tensor("norm", norm);
+    a.eps = eps;
+    a.bias = tensor("bias", bias);
+    a.swiglu = swiglu;
+    a.residual = tensor("residual", residual);
+    a.out = tensor("out", out);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_fused_linear_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,4 +154,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
           "n_threads"_a);
+    m.def("fused_linear", &fused_linear, "x"_a, "weight"_a, "norm"_a, "eps"_a, "bias"_a, "swiglu"_a, "residual"_a,
+          "out"_a, "n_threads"_a);
 }

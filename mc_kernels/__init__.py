@@ -5,6 +5,7 @@ bytes and FLOPs, shared by tests and benchmarks).
 """
 
 from .context_attention import context_attention
+from .fused_linear import fused_linear
 from .gist_encode import GistEncodeWeights, gist_encode
 from .gist_pool import GistPoolWeights, gist_pool
 from .kv_splice import Edit, PageTable, SplicePlan, kv_splice_
@@ -23,6 +24,7 @@ __all__ = [
     "SplicePlan",
     "availability",
     "context_attention",
+    "fused_linear",
     "gist_encode",
     "gist_pool",
     "kv_splice_",
