@@ -96,8 +96,9 @@ private:
         const int64_t bytes = dtype_bytes(a_.x.dtype);
         for (int64_t r = 0; r < x_.rows; r += kXRows) {
             const int64_t rows = std::min(kXRows, x_.rows - r);
-            dot(first, n, r, rows, y);
-            if (a_.swiglu) dot(x_.outputs + first, n, r, rows, up);
+            const int64_t up_row = x_.outputs + first;
+            dot(first, n, a_.swiglu ? up_row : first + n, r, rows, y);
+            if (a_.swiglu) dot(up_row, n, first + n, r, rows, up);
             for (int64_t i = 0; i < rows; ++i) {
                 FinishRow row{};
                 row.y = y + i * kColumns;
@@ -112,9 +113,10 @@ private:
         }
     }
 
-    void dot(int64_t row, int64_t n, int64_t x_row, int64_t x_rows, float* out) {
-        ops_.dot[a_.weight.dtype]({x_.weight + row * x_.weight_step, x_.weight_step, n, x_.inputs,
-                                   wide_x_.get() + x_row * padded_, x_rows, padded_, out});
+    void dot(int64_t row, int64_t n, int64_t next, int64_t x_row, int64_t x_rows, float* out) {
+        ops_.dot[a_.weight.dtype]({x_.weight + row * x_.weight_step, x_.weight + next * x_.weight_step,
+                                   x_.weight_step, n, x_.inputs, wide_x_.get() + x_row * padded_, x_rows, padded_,
+                                   out});
     }
 
     const mc_fused_linear_args& a_;

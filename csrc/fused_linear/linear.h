@@ -26,7 +26,8 @@ struct WidenRow {
 
 // out[r, j] = <W[j], x[r]>: x [x_rows, padded] as WidenRow leaves it, out [x_rows, kColumns].
 struct DotRows {
-    const char* w;  // the first of w_rows rows, w_step bytes apart, n elements each
+    const char* w;     // the first of w_rows rows, w_step bytes apart, n elements each
+    const char* next;  // the row that is read after them: fetched meanwhile
     int64_t w_step, w_rows, n;
     const float* x;
     int64_t x_rows, padded;

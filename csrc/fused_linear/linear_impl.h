@@ -100,7 +100,8 @@ inline void strip(const DotRows& a, int64_t first, int64_t n, const float* x, fl
     int64_t i = 0;
     for (; i + kTileW <= n; i += kTileW) {
         const char* w = a.w + (first + i) * a.w_step;
-        tile<T, kTileW, kX>(a, w, x, w + kTileW * a.w_step, acc + i);
+        const bool last = first + i + kTileW >= a.w_rows;
+        tile<T, kTileW, kX>(a, w, x, last ? a.next : w + kTileW * a.w_step, acc + i);
     }
     for (; i < n; ++i) {
         const char* w = a.w + (first + i) * a.w_step;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,20 +11,16 @@ from .. import native
 from ..registry import register
 
 
-def _supports(x: Tensor, weight: Tensor, *rest: object) -> str | None:
+def _supports(
+    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
+    residual: Tensor | None,
+) -> str | None:  # fmt: skip
     if x.device.type != "cpu":
         return f"expected CPU tensors, got {x.device}"
-    tensors = (x, weight, *(t for t in rest if isinstance(t, Tensor)))
-    return "fp64 is for the oracle" if any(t.dtype == torch.float64 for t in tensors) else None
-
-
-def _rows(x: Tensor | None) -> native.View | None:
-    """[..., E] as [N, E]; the caller keeps `x`, which is contiguous."""
-    if x is None:
-        return None
-    width = x.shape[-1]
-    address, dtype, _, _ = native.view(x)
-    return address, dtype, (x.numel() // width if width else x.shape[:-1].numel(), width), (width, 1)
+    for t in (x, weight, norm, bias):
+        if t is not None and t.dtype == torch.float64:
+            return "fp64 is for the oracle"
+    return None
 
 
 @register("fused_linear", "cpu", available=native.available, supports=_supports)
@@ -31,19 +29,22 @@ def fused_linear_cpu(
     residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ref.fused_linear_ref`."""
-    out = torch.empty((*x.shape[:-1], weight.shape[0] // 2 if swiglu else weight.shape[0]), dtype=x.dtype)
+    *outer, inputs = x.shape
+    outputs, rows = weight.shape[0] // 2 if swiglu else weight.shape[0], math.prod(outer)
+    out = torch.empty((*outer, outputs), dtype=x.dtype)
     # Held in names: the library gets addresses.
-    given = x.contiguous()
-    gain, offset, rest = (None if t is None else t.contiguous() for t in (norm, bias, residual))
+    x, kept = x.contiguous(), [None if t is None else t.contiguous() for t in (norm, bias, residual)]
+    norm, bias, residual = kept
+    dtype = native.dtype_code(out.dtype)
     native.library().fused_linear(
-        _rows(given),
+        (x.data_ptr(), dtype, (rows, inputs), (inputs, 1)),
         native.view(weight),
-        None if gain is None else native.view(gain),
+        None if norm is None else native.view(norm),
         eps,
-        None if offset is None else native.view(offset),
+        None if bias is None else native.view(bias),
         swiglu,
-        _rows(rest),
-        _rows(out),
+        None if residual is None else (residual.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
+        (out.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
         torch.get_num_threads(),
     )
     return out

@@ -98,29 +98,28 @@ def fused_linear(
 
     Gradients flow to all tensors (once: no second derivative).
     """
-    for name, tensor in (("x", x), ("weight", weight), ("norm", norm), ("bias", bias), ("residual", residual)):
-        if tensor is not None or name in ("x", "weight"):
-            check_tensor(name, tensor, ORACLE_DTYPES)
+    check_tensor("x", x, ORACLE_DTYPES)
+    check_tensor("weight", weight, ORACLE_DTYPES)
     if x.dim() == 0:
         raise ValueError(f"x: expected shape [..., E], got {describe(x)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        check_shape("weight", weight, ("O", "E"), {"E": x.shape[-1]})
+    inputs, outputs = x.shape[-1], weight.shape[0] if weight.dim() else 0
+    check_shape("weight", weight, (None, inputs), {})
     check_contiguous_rows("weight", weight)
-    outputs = weight.shape[0]
     if norm is not None:
-        if norm.shape != x.shape[-1:]:
-            check_shape("norm", norm, ("E",), {"E": x.shape[-1]})
+        check_tensor("norm", norm, ORACLE_DTYPES)
+        check_shape("norm", norm, (inputs,), {})
         if not (math.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
-        check_shape("bias", bias, ("O",), {"O": outputs})
+    if bias is not None:
+        check_tensor("bias", bias, ORACLE_DTYPES)
+        check_shape("bias", bias, (outputs,), {})
     if swiglu:
         if outputs % 2:
             raise ValueError(f"weight: expected an even number of rows with swiglu, got {outputs}")
         outputs //= 2
     if residual is not None:
-        if residual.shape[:-1] != x.shape[:-1] or residual.shape[-1] != outputs:
-            check_shape("residual", residual, (*x.shape[:-1], outputs), {})
+        check_tensor("residual", residual, ORACLE_DTYPES)
+        check_shape("residual", residual, (*x.shape[:-1], outputs), {})
         check_same_dtype(("x", x), residual=residual)
     check_same_device(("x", x), weight=weight, norm=norm, bias=bias, residual=residual)
     return torch.ops.mc.fused_linear(x, weight, norm, eps, bias, swiglu, residual, backend)
