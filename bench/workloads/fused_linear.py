@@ -42,8 +42,7 @@ class FusedLinear(Workload):
         return plain_linear(inputs)
 
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
-        exact = fused_linear(
-            **{name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()}, backend="ref"
-        )
+        wide: Args = {name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        exact = fused_linear(**wide, backend="ref")
         plain = plain_linear(inputs)
         return lambda out: error_rule([out], [exact], [plain])

@@ -9,8 +9,8 @@ Weights ask for no gradient; gradients flow to the inputs and to the keys and va
 one matmul, gate and up another: at T = 1 a step is bound by reading the weights, and fewer, larger reads are faster.
 Keys leave a layer unrotated: `context_attention` rotates them while it reads them.
 
-A few rows on a CPU without gradients, which is what a decode step is, go through `fused_linear`: a weight is read at the
-rate of memory, and norms, activation and residuals cost no calls of their own. The results agree within rounding.
+A few rows on a CPU without gradients, which is what a decode step is, go through `fused_linear`: a weight is read at
+the rate of memory, and norms, activation and residuals cost no calls of their own. Results agree within rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from mc_kernels.checks import FLOAT_DTYPES
 from mc_runtime.errors import InputError
 from mc_runtime.model.config import ModelConfig
 from mc_runtime.model.stores import KVStore, SelfStore
-
 
 # Rows up to which `fused_linear` beats torch's matrix products, by measurement.
 MOST_FUSED_ROWS = 8
