@@ -1,6 +1,6 @@
 // fused_linear on a CPU for a handful of rows of x: one stream over the weight. The contract: mc_kernels.h.
 //
-// Floor. W is read once, O * E * sizeof(dtype) bytes over the machine's read bandwidth; the rest is small beside it. So:
+// Floor. W is read once: O * E * sizeof(dtype) bytes over the read bandwidth; the rest is small beside it. So:
 // - W is read in the order of memory, a few rows at a time with the next ones fetched ahead: reading rows side by side
 //   without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.

@@ -1,4 +1,4 @@
-// Primitives of fused_linear with AVX2, FMA and F16C. Without those flags (another architecture) the level does not exist.
+// Primitives of fused_linear with AVX2, FMA and F16C. Without those flags (other machines) the level does not exist.
 #include "linear.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

@@ -83,7 +83,8 @@ inline void tile(const DotRows& a, const char* w, const float* x, const char* ah
     if (whole < a.n) {
         char rest[kW][kPairBytes] = {};
         MC_UNROLL for (int i = 0; i < kW; ++i) {
-            __builtin_memcpy(rest[i], w + i * a.w_step + whole * T::kBytes, static_cast<size_t>((a.n - whole) * T::kBytes));
+            const char* from = w + i * a.w_step + whole * T::kBytes;
+            __builtin_memcpy(rest[i], from, static_cast<size_t>((a.n - whole) * T::kBytes));
             rows[i] = rest[i];
         }
         add_products(rows, whole);

@@ -185,8 +185,8 @@ MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, i
  *   y[r] = weight n[r] + bias
  *   out[r] = y[r], or with swiglu silu(y[r, :O/2]) * y[r, O/2:]; then + residual[r]
  *
- * Everything between x and out is fp32, rounded once. Meant for the handful of rows of a decode step: the weight is read
- * as it lies, once for up to 16 rows, and not copied. Memory: N * E floats, and E + O for norm and bias. */
+ * Everything between x and out is fp32, rounded once. Meant for the handful of rows of a decode step: the weight is
+ * read as it lies, once for up to 16 rows, and not copied. Memory: N * E floats, and E + O for norm and bias. */
 typedef struct mc_fused_linear_args {
     size_t struct_size; /* sizeof(mc_fused_linear_args) */
 

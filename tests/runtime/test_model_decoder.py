@@ -9,6 +9,7 @@ from mc_runtime.errors import InputError
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import ConcatStore, Decoder, ModelConfig, RopeConfig
 from mc_runtime.model import decoder as decoder_module
+from mc_runtime.model import layers as layers_module
 
 TINY = ModelConfig(
     architecture="qwen3",
@@ -195,7 +196,8 @@ def count_fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return fused_linear(x, *args, **kwargs)
 
     fused_linear = decoder_module.fused_linear
-    monkeypatch.setattr(decoder_module, "fused_linear", counting)
+    for module in (decoder_module, layers_module):
+        monkeypatch.setattr(module, "fused_linear", counting)
     monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 8)
     return calls
 
