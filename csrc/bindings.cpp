@@ -151,6 +151,27 @@ void collapse(const py::handle& k, const py::handle& v, const py::handle& w, con
     raise(status);
 }
 
+void fused_linear(const py::handle& x, const py::handle& weight, const py::handle& norm, double eps,
+                  const py::handle& bias, bool swiglu, const py::handle& residual, const py::handle& out,
+                  int32_t n_threads) {
+    mc_fused_linear_args a{};
+    a.struct_size = sizeof a;
+    a.x = tensor("x", x);
+    a.weight = tensor("weight", weight);
+    a.norm = tensor("norm", norm);
+    a.eps = eps;
+    a.bias = tensor("bias", bias);
+    a.swiglu = swiglu;
+    a.residual = tensor("residual", residual);
+    a.out = tensor("out", out);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_fused_linear_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -178,4 +199,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("gist_pool", &gist_pool, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "k_gist"_a, "v_gist"_a, "n_threads"_a);
     m.def("collapse", &collapse, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "n_blocks"_a, "children"_a, "gist_slots"_a,
           "n_segments"_a, "segments"_a, "n_threads"_a);
+    m.def("fused_linear", &fused_linear, "x"_a, "weight"_a, "norm"_a, "eps"_a, "bias"_a, "swiglu"_a, "residual"_a,
+          "out"_a, "n_threads"_a);
 }

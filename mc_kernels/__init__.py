@@ -5,6 +5,7 @@ bytes and FLOPs, shared by tests and benchmarks).
 """
 
 from .context_attention import context_attention
+from .fused_linear import fused_linear
 from .gist_encode import GistEncodeWeights, gist_encode
 from .gist_pool import GistPoolWeights, collapse_, gist_pool
 from .kv_splice import Edit, PageTable, SplicePlan, kv_splice_
@@ -24,6 +25,7 @@ __all__ = [
     "availability",
     "collapse_",
     "context_attention",
+    "fused_linear",
     "gist_encode",
     "gist_pool",
     "kv_splice_",

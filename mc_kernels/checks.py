@@ -35,17 +35,17 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype]) -> Non
 def check_shape(name: str, value: Tensor, shape: Sequence[int | str | None], dims: dict[str, int]) -> None:
     """Match `value.shape` against `shape`: an int must be equal, a name is bound in `dims` at its first use and must
     agree afterwards, None takes anything."""
+    before = len(dims)
+    if value.dim() == len(shape):
+        for size, want in zip(value.shape, shape, strict=True):
+            if want is not None and size != (want if isinstance(want, int) else dims.setdefault(want, size)):
+                break
+        else:
+            return
     expected = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
-    known = {k: v for k, v in dims.items() if k in shape}
-    hint = f" with {', '.join(f'{k}={v}' for k, v in known.items())}" if known else ""
-    if value.dim() != len(shape):
-        raise ValueError(f"{name}: expected shape {expected}{hint}, got {describe(value)}")
-    for size, want in zip(value.shape, shape, strict=True):
-        if want is None:
-            continue
-        bound = want if isinstance(want, int) else dims.setdefault(want, size)
-        if size != bound:
-            raise ValueError(f"{name}: expected shape {expected}{hint}, got {describe(value)}")
+    known = [f"{k}={v}" for k, v in list(dims.items())[:before] if k in shape]
+    hint = f" with {', '.join(known)}" if known else ""
+    raise ValueError(f"{name}: expected shape {expected}{hint}, got {describe(value)}")
 
 
 def check_same_device(reference: tuple[str, Tensor], **others: Tensor | None) -> None:

@@ -28,7 +28,8 @@ def define_op(name: str, schema: str, fake: Callable[..., Any], *, tags: tuple[t
 
     def route(*args: Any) -> Any:
         *rest, backend = args
-        device = next((a.device.type for a in rest if isinstance(a, Tensor)), "cpu")
+        first = rest[0]
+        device = first.device.type if isinstance(first, Tensor) else "cpu"
         return select(name, backend, device, tuple(rest))(*rest)
 
     _LIBRARY.impl(name, route, "CompositeExplicitAutograd")

@@ -22,7 +22,8 @@ from torch import Tensor
 from mc_kernels import GistEncodeWeights, GistPoolWeights, gist_encode, gist_pool
 
 from .errors import ModelError
-from .model.decoder import Decoder, Layer
+from .model.decoder import Decoder
+from .model.layers import Layer
 
 # An untrained net's output projection is zero: its width does not matter.
 UNTRAINED_WIDTH = 64

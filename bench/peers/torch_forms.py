@@ -30,6 +30,7 @@ from mc_kernels.rope import phases, rotate
 from ..workloads import Candidate, Workload
 from ..workloads.collapse import blocks_of, put
 from ..workloads.context_attention import visible
+from ..workloads.fused_linear import plain_linear
 from ..workloads.gist_encode import plain_encode
 from ..workloads.gist_pool import plain_pool
 from ..workloads.kv_splice import KvSplice
@@ -222,9 +223,20 @@ def lens(workload: Workload, name: str, wrap: Wrap) -> Candidate:
     return Candidate(name, lambda state: compiled(*state), prepare, note="projections absorbed")
 
 
+def linear(workload: Workload, name: str, wrap: Wrap) -> Candidate:
+    compiled = wrap(plain_linear)
+
+    def prepare(inputs: dict[str, Any]) -> dict[str, Any]:
+        start(compiled, (inputs,))
+        return inputs
+
+    return Candidate(name, compiled, prepare)
+
+
 FORMS: dict[str, Callable[[Workload, str, Wrap], Candidate]] = {
     "kv_splice_": splice,
     "context_attention": attention,
+    "fused_linear": linear,
     "gist_pool": pool,
     "collapse_": collapse,
     "gist_encode": encode,

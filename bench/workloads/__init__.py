@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mc_kernels.context_attention.cases import CASES as CONTEXT_ATTENTION
+from mc_kernels.fused_linear.cases import CASES as FUSED_LINEAR
 from mc_kernels.gist_encode.cases import CASES as GIST_ENCODE
 from mc_kernels.gist_pool.cases import CASES as GIST_POOL
 from mc_kernels.gist_pool.collapse_cases import CASES as COLLAPSE
@@ -15,6 +16,7 @@ from mc_kernels.lens_score.cases import CASES as LENS_SCORE
 from .base import Candidate, Check, Workload
 from .collapse import Collapse
 from .context_attention import ContextAttention
+from .fused_linear import FusedLinear
 from .gist_encode import GistEncode
 from .gist_pool import GistPool
 from .kv_splice import KvSplice
@@ -23,11 +25,12 @@ from .lens_score import LensScore
 __all__ = ["CASES", "OPS", "Candidate", "Check", "Workload", "choose"]
 
 OPS: dict[str, type[Workload]] = {
-    w.op: w for w in (KvSplice, ContextAttention, GistPool, Collapse, GistEncode, LensScore)
+    w.op: w for w in (KvSplice, ContextAttention, FusedLinear, GistPool, Collapse, GistEncode, LensScore)
 }
 CASES: dict[str, Sequence[Any]] = {
     "kv_splice_": KV_SPLICE,
     "context_attention": CONTEXT_ATTENTION,
+    "fused_linear": FUSED_LINEAR,
     "gist_pool": GIST_POOL,
     "collapse_": COLLAPSE,
     "gist_encode": GIST_ENCODE,
@@ -53,6 +56,12 @@ HEADLINE = {
         "Llama-3-8B/8k/decode",
         "Llama-3-8B/32k/decode",
     ),
+    "fused_linear": (
+        "SmolLM2-135M/rows1/gate-up",
+        "SmolLM2-135M/rows1/head",
+        "SmolLM2-135M/rows8/gate-up",
+        "Llama-3.2-1B/rows1/gate-up",
+    ),
     "gist_pool": ("SmolLM2-135M/N1", "SmolLM2-135M/N256", "Llama-3.2-1B/N1", "Llama-3-8B/N1"),
     "collapse_": ("SmolLM2-135M/2k/1-last", "SmolLM2-135M/2k/8", "Llama-3-8B/2k/1-last"),
     "gist_encode": ("SmolLM2-135M/N1", "SmolLM2-135M/N64", "Llama-3.2-1B/N8", "Llama-3-8B/N8"),
@@ -61,6 +70,7 @@ HEADLINE = {
 QUICK = {
     "kv_splice_": ("SmolLM2-135M/2k/ordered-rope/1-collapse", "SmolLM2-135M/8k/slots/8-mixed"),
     "context_attention": ("SmolLM2-135M/2k/decode", "SmolLM2-135M/8k/decode"),
+    "fused_linear": ("SmolLM2-135M/rows1/gate-up",),
     "gist_pool": ("SmolLM2-135M/N1",),
     "collapse_": ("SmolLM2-135M/2k/1-last",),
     "gist_encode": ("SmolLM2-135M/N1",),

@@ -236,6 +236,33 @@ typedef struct mc_collapse_args {
 /* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. n_blocks or n_segments may be 0, and L, B, Hkv. */
 MC_API int32_t mc_collapse_cpu(const mc_collapse_args* args, int32_t n_threads);
 
+/* A linear map of a few rows, with what a decoder layer does before and after it, in one read of the weight:
+ *
+ *   n[r] = x[r], or with a norm x[r] / sqrt(mean(x[r]^2) + eps) * norm      (RMS norm)
+ *   y[r] = weight n[r] + bias
+ *   out[r] = y[r], or with swiglu silu(y[r, :O/2]) * y[r, O/2:]; then + residual[r]
+ *
+ * Everything between x and out is fp32, rounded once. Meant for the handful of rows of a decode step: the weight is
+ * read as it lies, once for up to 16 rows, and not copied. Memory: N * E floats, and E + O for norm and bias. */
+typedef struct mc_fused_linear_args {
+    size_t struct_size; /* sizeof(mc_fused_linear_args) */
+
+    /* x [N, E] and weight [O, E], f32, f16 or bf16, each its own; last dimension contiguous. O is even with swiglu. */
+    mc_tensor x, weight;
+
+    mc_tensor norm;     /* [E] gain, or absent: no norm. f32, f16 or bf16, contiguous */
+    double eps;         /* finite, >= 0. Not read without norm */
+    mc_tensor bias;     /* [O] or absent. f32, f16 or bf16, contiguous */
+    int32_t swiglu;     /* 0 or 1: M = O or O/2 outputs, of which the gate's rows of the weight come first */
+    mc_tensor residual; /* [N, M] or absent. x's dtype, last dimension contiguous */
+
+    /* [N, M] in x's dtype, last dimension contiguous, no element named twice; written. Apart from all inputs. */
+    mc_tensor out;
+} mc_fused_linear_args;
+
+/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
+MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mc_kernels.rope import apply_rope
 from mc_runtime.errors import InputError
-from mc_runtime.model.decoder import Attention, Decoder, Layer
+from mc_runtime.model.decoder import Decoder
+from mc_runtime.model.layers import Attention, Layer
 from mc_runtime.model.stores import ConcatStore
 from mc_runtime.train.corpus import Corpus
 

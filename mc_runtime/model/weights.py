@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mc_runtime.errors import ModelError
 from mc_runtime.model.config import ModelConfig, read_json
-from mc_runtime.model.decoder import Decoder, Layer
+from mc_runtime.model.decoder import Decoder
+from mc_runtime.model.layers import Layer
 
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 256

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from mc_kernels.context_attention.cases import Case as AttentionCase
+from mc_kernels.fused_linear.cases import Case as LinearCase
 from mc_kernels.gist_encode.cases import Case as EncodeCase
 from mc_kernels.gist_pool.cases import Case as PoolCase
 from mc_kernels.gist_pool.collapse_cases import Case as CollapseCase
@@ -20,6 +21,7 @@ from mc_kernels.registry import IMPLS, Impl
 TINY: dict[str, Any] = {
     "kv_splice_": SpliceCase("tiny/ordered-rope", 3, 2, 16, 90, 2, "mixed", span=8),
     "context_attention": AttentionCase("tiny/decode", 6, 2, 16, 70, 1),
+    "fused_linear": LinearCase("tiny/linear", 2, 64, 96, norm=True, swiglu=True, residual=True),
     "gist_pool": PoolCase("tiny/pool", 3, 1, 2, 2, 32, 16),
     "collapse_": CollapseCase("tiny/collapse", 3, 2, 16, 90, 2, block_size=8),
     "gist_encode": EncodeCase("tiny/encode", 2, 32, 48, 32, 2, 4, 56),

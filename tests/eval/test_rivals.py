@@ -28,7 +28,7 @@ from mc_runtime.eval.rivals.retro import Retro
 from mc_runtime.eval.rivals.snapkv import SnapKV
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
-from mc_runtime.model import decoder as decoder_module
+from mc_runtime.model import layers as layers_module
 
 FAR, RECENT, TARGETS, BATCH = 64, 8, 12, 3
 FOLLOW = RECENT + TARGETS
@@ -72,14 +72,14 @@ def test_slots_are_never_exceeded(past: Past, model: LoadedModel, ratio: int, mo
     that choose per query, what they choose."""
     seen: list[int] = []
     chosen: list[int] = []
-    real = decoder_module.context_attention
+    real = layers_module.context_attention
 
     def counting(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, *rest: object, **named: object):  # type: ignore[no-untyped-def]
         visible = (kv_pos[:, None] >= 0) & (kv_pos[:, None] <= q_pos[:, :, None])
         seen.append(int(visible.sum(-1)[:, -1].max()) - 1 - FOLLOW)  # the last query sees all that follows
         return real(q, k, v, q_pos, kv_pos, *rest, **named)
 
-    monkeypatch.setattr(decoder_module, "context_attention", counting)
+    monkeypatch.setattr(layers_module, "context_attention", counting)
     layers, slots = past.decoder.config.n_layers, FAR // ratio
     for rival in every_rival(model, ratio):
         seen.clear()

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from mc_kernels import native
+from mc_kernels.testing import assert_within_error_rule
 from mc_runtime.errors import InputError
+from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import ConcatStore, Decoder, ModelConfig, RopeConfig
+from mc_runtime.model import decoder as decoder_module
+from mc_runtime.model import layers as layers_module
 
 TINY = ModelConfig(
     architecture="qwen3",
@@ -145,3 +150,78 @@ def test_what_does_not_fit_is_named(decoder: Decoder) -> None:
         ConcatStore(x, None, positions)
     with pytest.raises(InputError, match="ConcatStore"):
         ConcatStore(x, x, positions)
+
+
+needs_library = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
+
+
+def few_rows(decoder: Decoder, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and cached keys and values of `length` entries behind 9 others."""
+    x, positions = entries(decoder, batch, 9 + length)
+    cache = KVCache.allocate(TINY, 16, batch=batch, dtype=decoder.dtype, device="cpu", weighted=True)
+    cache.pos[:, : 9 + length] = positions
+    for part in (slice(0, 9), slice(9, 9 + length)):
+        writer = cache.writer(positions[:, part], 9 + length)
+        hidden = decoder(x[:, part], positions[:, part], writer).hidden
+    return decoder.logits(hidden), cache.data[:, :, :, :, 9 : 9 + length]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 2)])
+def test_few_rows_agree_with_matrix_products(
+    batch: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [Decoder.random(TINY, std=0.3, dtype=torch.float64), Decoder.random(TINY, std=0.3, dtype=dtype)]
+    # The oracle has the rounded weights.
+    models[0].load_state_dict(models[1].state_dict())
+    calls = count_fused(monkeypatch)
+    with torch.no_grad():
+        exact = few_rows(models[0], batch, length)
+        assert not calls
+        fused = few_rows(models[1], batch, length)
+        assert len(calls) == 4 * TINY.n_layers + 1
+        monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 0)
+        plain = few_rows(models[1], batch, length)
+    for name, got, want, rival in zip(("logits", "cache"), fused, exact, plain, strict=True):
+        assert_within_error_rule(got, want, rival, what=name)
+
+
+def count_fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every call of `fused_linear` from now on, where a decoder runs at most 8 rows through it."""
+    calls: list[int] = []
+
+    def counting(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(x.numel() // x.shape[-1])
+        return fused_linear(x, *args, **kwargs)
+
+    fused_linear = decoder_module.fused_linear
+    for module in (decoder_module, layers_module):
+        monkeypatch.setattr(module, "fused_linear", counting)
+    monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 8)
+    return calls
+
+
+@needs_library
+def test_who_needs_more_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, a hook on a part of a layer, many rows, no library."""
+    model = Decoder.random(TINY)
+    calls = count_fused(monkeypatch)
+    x, positions = entries(model, 1, 1)
+    model.logits(model(x, positions).hidden)
+    assert not calls, "gradients could be asked for"
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = model.layers[1].attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        want = model(x, positions).hidden
+        assert len(seen) == 1
+        assert not calls
+        handle.remove()
+        model(*entries(model, 3, 3))
+        assert not calls, "nine rows"
+        torch.testing.assert_close(model(x, positions).hidden, want)
+        assert calls == [1] * 4 * TINY.n_layers
+        monkeypatch.setattr(native, "available", lambda: "hidden by the test")
+        calls.clear()
+        model.logits(model(x, positions).hidden)
+        assert not calls

@@ -19,7 +19,7 @@ from mc_kernels.rope import apply_rope
 from mc_runtime.config import MemoryConfig
 from mc_runtime.kv_cache import SlotWriter
 from mc_runtime.model import LoadedModel
-from mc_runtime.model.decoder import Attention, Layer
+from mc_runtime.model.layers import Attention, Layer
 
 from ..pasts import layer_queries
 from .base import History, Opened, Progress, Question, Reply

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mc_runtime.errors import InputError
 from mc_runtime.model import Decoder
-from mc_runtime.model.decoder import Attention, Layer
+from mc_runtime.model.layers import Attention, Layer
 from mc_runtime.model.stores import ConcatStore
 
 from ..pasts import layer_queries

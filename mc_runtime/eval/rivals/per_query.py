@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mc_kernels import context_attention
-from mc_runtime.model.decoder import Attention
+from mc_runtime.model.layers import Attention
 from mc_runtime.model.stores import ConcatStore
 
 from ..pasts import Past, attention_of, layer_queries

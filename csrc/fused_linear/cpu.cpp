@@ -1,0 +1,139 @@
+// fused_linear on a CPU for a handful of rows of x: one stream over the weight. The contract: mc_kernels.h.
+//
+// Floor. W is read once: O * E * sizeof(dtype) bytes over the read bandwidth; the rest is small beside it. So:
+// - W is read in the order of memory, a few rows at a time with the next ones fetched ahead: reading rows side by side
+//   without that runs at half the bandwidth.
+// - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
+//   Rows of W that more rows of x need are read again from the first-level cache, not from memory.
+// - Sums across a register are done for a whole vector of outputs at a time.
+// - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
+//
+// An output is the sum of the same products in the same order whoever computes it, so the result does not depend on the
+// number of threads, nor on how many other rows x has.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "isa.h"
+#include "pool.h"
+
+namespace mc {
+namespace {
+
+constexpr int64_t kThreadBytes = 1 << 18;  // of weights that are worth waking a thread for
+constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
+constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
+
+const LinearOps& linear_ops(const RowOps& rows) {
+    for (const LinearOps* ops : {linear_avx512(), linear_avx2(), linear_scalar()}) {
+        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
+    }
+    throw Error(MC_UNAVAILABLE, std::string("fused_linear has no instruction set level ") + rows.name);
+}
+
+class Floats {
+public:
+    explicit Floats(int64_t n) : lines_(static_cast<size_t>((n + 15) / 16)) {}
+    float* get() { return lines_.empty() ? nullptr : lines_.front().f; }
+
+private:
+    struct alignas(64) Line {
+        float f[16];
+    };
+    std::vector<Line> lines_;
+};
+
+class Call {
+public:
+    Call(const mc_fused_linear_args& a, int n_threads)
+        : a_(a),
+          x_(check_fused_linear(a)),
+          ops_(linear_ops(row_ops())),
+          padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
+          wide_x_(x_.rows * padded_),
+          gain_(x_.norm ? x_.inputs : 0),
+          bias_(x_.bias ? a.weight.size[0] : 0) {
+        const int64_t bytes = a.weight.size[0] * x_.inputs * dtype_bytes(a.weight.dtype);
+        threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(bytes / kThreadBytes, 1));
+    }
+
+    void run() {
+        if (x_.rows == 0 || x_.outputs == 0) return;
+        widen();
+        const int64_t units = (x_.outputs + kUnit - 1) / kUnit;
+        const int64_t tasks = threads_ == 1 ? 1 : std::min(units, threads_ * kTasksPerThread);
+        auto body = [&](int64_t i) {
+            const int64_t end = std::min((i + 1) * units / tasks * kUnit, x_.outputs);
+            for (int64_t first = i * units / tasks * kUnit; first < end; first += kColumns) {
+                columns(first, std::min(kColumns, end - first));
+            }
+        };
+        parallel_for(tasks, static_cast<int>(threads_), body);
+    }
+
+private:
+    void widen_vector(const mc_tensor& x, Floats& out) {
+        if (x.ndim && x.size[0]) {
+            ops_.widen[x.dtype][0]({static_cast<const char*>(x.data), x.size[0], x.size[0], nullptr, 0.0f, out.get()});
+        }
+    }
+
+    void widen() {
+        widen_vector(a_.norm, gain_);
+        widen_vector(a_.bias, bias_);
+        const float* gain = x_.norm ? gain_.get() : nullptr;
+        for (int64_t r = 0; r < x_.rows; ++r) {
+            ops_.widen[a_.x.dtype][a_.weight.dtype == MC_BF16]({x_.x + r * x_.x_step, x_.inputs, padded_, gain,
+                                                                static_cast<float>(a_.eps),
+                                                                wide_x_.get() + r * padded_});
+        }
+    }
+
+    // Outputs [first, first + n) of all rows of x, n at most kColumns.
+    void columns(int64_t first, int64_t n) {
+        alignas(64) float y[kXRows * kColumns], up[kXRows * kColumns];
+        const int64_t bytes = dtype_bytes(a_.x.dtype);
+        for (int64_t r = 0; r < x_.rows; r += kXRows) {
+            const int64_t rows = std::min(kXRows, x_.rows - r);
+            const int64_t up_row = x_.outputs + first;
+            dot(first, n, a_.swiglu ? up_row : first + n, r, rows, y);
+            if (a_.swiglu) dot(up_row, n, first + n, r, rows, up);
+            for (int64_t i = 0; i < rows; ++i) {
+                FinishRow row{};
+                row.y = y + i * kColumns;
+                row.bias = x_.bias ? bias_.get() + first : nullptr;
+                row.up = a_.swiglu ? up + i * kColumns : nullptr;
+                row.up_bias = x_.bias && a_.swiglu ? bias_.get() + x_.outputs + first : nullptr;
+                row.residual = x_.residual ? x_.residual + (r + i) * x_.residual_step + first * bytes : nullptr;
+                row.n = n;
+                row.out = x_.out + (r + i) * x_.out_step + first * bytes;
+                ops_.finish[a_.x.dtype](row);
+            }
+        }
+    }
+
+    void dot(int64_t row, int64_t n, int64_t next, int64_t x_row, int64_t x_rows, float* out) {
+        ops_.dot[a_.weight.dtype]({x_.weight + row * x_.weight_step, x_.weight + next * x_.weight_step,
+                                   x_.weight_step, n, x_.inputs, wide_x_.get() + x_row * padded_, x_rows, padded_,
+                                   out});
+    }
+
+    const mc_fused_linear_args& a_;
+    const Linear x_;
+    const LinearOps& ops_;
+    const int64_t padded_;
+    Floats wide_x_, gain_, bias_;  // [N, padded], [E], [O]
+    int64_t threads_;
+};
+
+}  // namespace
+}  // namespace mc
+
+extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads) {
+    return mc::guarded([&] {
+        if (!args) mc::invalid("args: expected an address, got NULL");
+        if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
+        mc::Call(*args, n_threads).run();
+    });
+}

@@ -1,0 +1,57 @@
+// Primitives of fused_linear, one table of them per instruction set.
+//
+// A row of x is widened to fp32 once a call, in the order in which a row of W is widened while it is read: `kSpan`
+// elements at a time. A span of bf16 gives its even elements, then its odd ones (each takes one operation on the whole
+// register); other dtypes stay in order. A row ends in zeros up to a whole span.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace mc {
+
+constexpr int64_t kSpan = 32;     // elements: two of the widest vectors
+constexpr int64_t kXRows = 16;    // rows of x that one dot takes, at most
+constexpr int64_t kColumns = 64;  // rows of W that one dot takes, at most
+
+// x [n] -> out [padded]: x, or with gain [n] (fp32) x / sqrt(mean(x^2) + eps) * gain.
+struct WidenRow {
+    const char* x;
+    int64_t n, padded;
+    const float* gain;
+    float eps;
+    float* out;
+};
+
+// out[r, j] = <W[j], x[r]>: x [x_rows, padded] as WidenRow leaves it, out [x_rows, kColumns].
+struct DotRows {
+    const char* w;     // the first of w_rows rows, w_step bytes apart, n elements each
+    const char* next;  // the row that is read after them: fetched meanwhile
+    int64_t w_step, w_rows, n;
+    const float* x;
+    int64_t x_rows, padded;
+    float* out;
+};
+
+// out [n] = act(y + bias) + residual; act(y) = y, or with up silu(y) * (up + up_bias). NULL: none.
+struct FinishRow {
+    const float *y, *bias, *up, *up_bias;
+    const char* residual;
+    int64_t n;
+    char* out;
+};
+
+struct LinearOps {
+    const char* name;
+    void (*widen[kDtypes][2])(const WidenRow&);  // [x's dtype][even elements first]
+    void (*dot[kDtypes])(const DotRows&);        // [W's dtype]
+    void (*finish[kDtypes])(const FinishRow&);   // [x's dtype]
+};
+
+// nullptr where the build has no such level.
+const LinearOps* linear_scalar();
+const LinearOps* linear_avx2();
+const LinearOps* linear_avx512();
+
+}  // namespace mc

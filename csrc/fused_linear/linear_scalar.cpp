@@ -1,0 +1,35 @@
+// Primitives of fused_linear in portable C++.
+#include "linear.h"
+#include "vec_scalar.h"
+
+namespace mc {
+namespace {
+
+// The next two vectors of a row; of bf16 the even elements, then the odd ones, as at all levels.
+template <class T>
+inline void load_pair(T t, const char* p, Vec& first, Vec& second) {
+    first = Vec::load(t, p);
+    second = Vec::load(t, p + Vec::kWidth * T::kBytes);
+}
+inline void load_pair(BF16 t, const char* p, Vec& first, Vec& second) {
+    uint16_t raw[2 * Vec::kWidth];
+    std::memcpy(raw, p, sizeof raw);
+    for (int i = 0; i < Vec::kWidth; ++i) {
+        first.v[i] = decode(t, raw[2 * i]);
+        second.v[i] = decode(t, raw[2 * i + 1]);
+    }
+}
+
+}  // namespace
+}  // namespace mc
+
+#include "linear_impl.h"
+
+namespace mc {
+
+const LinearOps* linear_scalar() {
+    static const LinearOps table = linear_table("scalar");
+    return &table;
+}
+
+}  // namespace mc

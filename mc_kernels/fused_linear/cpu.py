@@ -1,0 +1,50 @@
+"""`fused_linear` on a CPU: csrc/fused_linear/cpu.cpp, one stream over the weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..registry import register
+
+
+def _supports(
+    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
+    residual: Tensor | None,
+) -> str | None:  # fmt: skip
+    if x.device.type != "cpu":
+        return f"expected CPU tensors, got {x.device}"
+    for t in (x, weight, norm, bias):
+        if t is not None and t.dtype == torch.float64:
+            return "fp64 is for the oracle"
+    return None
+
+
+@register("fused_linear", "cpu", available=native.available, supports=_supports)
+def fused_linear_cpu(
+    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See `ref.fused_linear_ref`."""
+    *outer, inputs = x.shape
+    outputs, rows = weight.shape[0] // 2 if swiglu else weight.shape[0], math.prod(outer)
+    out = torch.empty((*outer, outputs), dtype=x.dtype)
+    # Held in names: the library gets addresses.
+    x, kept = x.contiguous(), [None if t is None else t.contiguous() for t in (norm, bias, residual)]
+    norm, bias, residual = kept
+    dtype = native.dtype_code(out.dtype)
+    native.library().fused_linear(
+        (x.data_ptr(), dtype, (rows, inputs), (inputs, 1)),
+        native.view(weight),
+        None if norm is None else native.view(norm),
+        eps,
+        None if bias is None else native.view(bias),
+        swiglu,
+        None if residual is None else (residual.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
+        (out.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
+        torch.get_num_threads(),
+    )
+    return out
