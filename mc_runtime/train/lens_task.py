@@ -1,9 +1,10 @@
 """Training of LensNet on labelled contexts.
 
-    loss = huber((score - label) / scale)          regression, in nats
+    loss = huber((score - label) / t)              regression, in nats
          + rank * listwise                         cross-entropy of softmax(score / t) against softmax(label / t)
-         + balance * (sum of scores - sum of labels)^2 / n^2 / scale^2
+         + balance * (sum of scores - sum of labels)^2 / n^2 / t^2
 
+t is the spread of a context's labels, at least `scale`: a question's answer is worth a hundred times a sentence's.
 Labels are gate labels times a calibration to measured nats, one for gains and one for costs. The listwise term
 (ListNet, Cao et al. 2007) is what decides which edit comes first; the balance keeps the sum of a context's predictions,
 on which depends how much is opened at all, at that of its labels. Edits that are not legal or not labelled count
@@ -26,12 +27,14 @@ from .lens_augment import hide_mass, put_far
 from .lens_samples import LensExample
 
 PREFIX = "lens/"
+# Spreads beyond which the regression is linear. An answer is an outlier, five spreads and more above the rest, and which
+# leaf holds it is often uncertain: a regression to the median would call it worth nothing.
+OUTLIER = 8.0
 
 
 @dataclass(frozen=True)
 class LensTaskOptions:
-    """gain, cost: nats measured per nat of a gate label. scale: nats at which the regression turns from square to
-    linear, and the least temperature t (else the spread of a context's labels). rank, balance: weights of these terms.
+    """gain, cost: nats measured per nat of a gate label. scale: least nats for t. rank, balance: weights of these terms.
     batch: contexts per micro-batch. hidden: share of them in which the mass of some leaves is not known. far: share of
     the questions that are put far behind their text (see `lens_augment`)."""
 
@@ -84,21 +87,19 @@ class LensTask:
         """scores, labels [n, 2] -> regression, listwise and balance terms of one context."""
         o = self.options
         nats = labels * labels.new_tensor([o.gain, o.cost])
-        known = nats.isfinite()
         regression, ranking, balance = (scores.new_zeros(()) for _ in range(3))
-        if known.any():
-            error = ((scores - nats.nan_to_num()) / o.scale)[known]
-            regression = F.huber_loss(error, torch.zeros_like(error))
-            balance = error.mean().square()
         for column in range(2):
-            here = known[:, column]
-            if int(here.sum()) > 1:
-                # A question's answer is worth a hundred times a sentence's: temper by the context's own spread.
-                values = nats[here, column]
-                t = values.std().clamp(min=o.scale)
-                target = torch.softmax(values / t, dim=0)
-                log_p = torch.log_softmax(scores[here, column] / t, dim=0)
-                ranking = ranking + (target * (target.clamp(min=1e-9).log() - log_p)).sum()
+            here = nats[:, column].isfinite()
+            values, found = nats[here, column], scores[here, column]
+            if not len(values):
+                continue
+            t = (values.std() if len(values) > 1 else values.abs()[0]).clamp(min=o.scale)
+            error = (found - values) / t
+            regression = regression + F.huber_loss(error, torch.zeros_like(error), delta=OUTLIER)
+            balance = balance + error.mean().square()
+            target = torch.softmax(values / t, dim=0)
+            log_p = torch.log_softmax(found / t, dim=0)
+            ranking = ranking + (target * (target.clamp(min=1e-9).log() - log_p)).sum()
         return regression, ranking, balance
 
 
