@@ -27,16 +27,16 @@ from .lens_augment import hide_mass, put_far
 from .lens_samples import LensExample
 
 PREFIX = "lens/"
-# Spreads beyond which the regression is linear. An answer is an outlier, five spreads and more above the rest, and which
-# leaf holds it is often uncertain: a regression to the median would call it worth nothing.
+# Spreads beyond which the regression is linear. An answer is an outlier, five spreads and more above the rest, and
+# which leaf holds it is often uncertain: a regression to the median would call it worth nothing.
 OUTLIER = 8.0
 
 
 @dataclass(frozen=True)
 class LensTaskOptions:
-    """gain, cost: nats measured per nat of a gate label. scale: least nats for t. rank, balance: weights of these terms.
-    batch: contexts per micro-batch. hidden: share of them in which the mass of some leaves is not known. far: share of
-    the questions that are put far behind their text (see `lens_augment`)."""
+    """gain, cost: nats measured per nat of a gate label. scale: least nats for t. rank, balance: weights of these
+    terms. batch: contexts per micro-batch. hidden: share of them in which the mass of some leaves is not known. far:
+    share of the questions that are put far behind their text (see `lens_augment`)."""
 
     gain: float = 0.21
     cost: float = 1.9
