@@ -4,6 +4,7 @@
 // A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0: NULL.
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string>
 
 #include "mc_kernels.h"
@@ -109,6 +110,36 @@ void context_attention(const py::handle& q, const py::handle& k, const py::handl
     raise(status);
 }
 
+// weights: the 18 views in the order of mc_lens_score_args.
+void lens_score(const py::handle& entries, const py::handle& features, const py::handle& queries,
+                const py::tuple& weights, int64_t n_heads, uintptr_t legal, const py::handle& out, int32_t n_threads) {
+    using Args = mc_lens_score_args;
+    static constexpr mc_tensor Args::* fields[] = {
+        &Args::w_in,        &Args::read_norm, &Args::read_q,     &Args::read_k,  &Args::read_v,  &Args::read_out,
+        &Args::mlp_norm,    &Args::mlp_gate_up, &Args::mlp_down, &Args::score_norm, &Args::score_q, &Args::score_k,
+        &Args::score_v,     &Args::direct,    &Args::head_in,    &Args::head_bias, &Args::head_out, &Args::head_out_bias,
+    };
+    if (weights.size() != std::size(fields)) {
+        throw py::value_error("weights: expected " + std::to_string(std::size(fields)) + " tensors, got " +
+                              std::to_string(weights.size()));
+    }
+    Args a{};
+    a.struct_size = sizeof a;
+    a.entries = tensor("entries", entries);
+    a.features = tensor("features", features);
+    a.queries = tensor("queries", queries);
+    for (size_t i = 0; i < weights.size(); ++i) a.*fields[i] = tensor("weights", weights[i]);
+    a.n_heads = n_heads;
+    a.legal = array<uint8_t>(legal);
+    a.out = tensor("out", out);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_lens_score_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,4 +164,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
           "n_threads"_a);
+    m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
+          "out"_a, "n_threads"_a);
 }
