@@ -115,9 +115,9 @@ void lens_score(const py::handle& entries, const py::handle& features, const py:
                 const py::tuple& weights, int64_t n_heads, uintptr_t legal, const py::handle& out, int32_t n_threads) {
     using Args = mc_lens_score_args;
     static constexpr mc_tensor Args::* fields[] = {
-        &Args::w_in,        &Args::read_norm, &Args::read_q,     &Args::read_k,  &Args::read_v,  &Args::read_out,
-        &Args::mlp_norm,    &Args::mlp_gate_up, &Args::mlp_down, &Args::score_norm, &Args::score_q, &Args::score_k,
-        &Args::score_v,     &Args::direct,    &Args::head_in,    &Args::head_bias, &Args::head_out, &Args::head_out_bias,
+        &Args::w_in,     &Args::read_norm,   &Args::read_q,   &Args::read_k,     &Args::read_v,   &Args::read_out,
+        &Args::mlp_norm, &Args::mlp_gate_up, &Args::mlp_down, &Args::score_norm, &Args::score_q,  &Args::score_k,
+        &Args::score_v,  &Args::direct,      &Args::head_in,  &Args::head_bias,  &Args::head_out, &Args::head_out_bias,
     };
     if (weights.size() != std::size(fields)) {
         throw py::value_error("weights: expected " + std::to_string(std::size(fields)) + " tensors, got " +

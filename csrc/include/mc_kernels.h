@@ -198,9 +198,9 @@ MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, i
 typedef struct mc_lens_score_args {
     size_t struct_size; /* sizeof(mc_lens_score_args) */
 
-    /* All views: last dimension contiguous, other strides free. entries and queries are f32, f16 or bf16, both the same;
-     * features and out f32; the weights f32, f16 or bf16, all the same. E, d, Q >= 1, Q <= 16, J <= 16; N, P, f, dv, J,
-     * F and hidden may be 0. */
+    /* All views: last dimension contiguous, other strides free. entries and queries are f32, f16 or bf16, both the
+     * same; features and out f32; the weights f32, f16 or bf16, all the same. E, d, Q >= 1, Q <= 16, J <= 16; N, P, f,
+     * dv, J, F and hidden may be 0. */
     mc_tensor entries;  /* [N, E] */
     mc_tensor features; /* [N, F] */
     mc_tensor queries;  /* [Q, E] */

@@ -6,12 +6,15 @@ namespace mc {
 using Args = mc_lens_score_args;
 
 const LensWeight kLensWeightViews[kLensWeights] = {
-    {"w_in", &Args::w_in},           {"read_norm", &Args::read_norm},     {"read_q", &Args::read_q},
-    {"read_k", &Args::read_k},       {"read_v", &Args::read_v},           {"read_out", &Args::read_out},
-    {"mlp_norm", &Args::mlp_norm},   {"mlp_gate_up", &Args::mlp_gate_up}, {"mlp_down", &Args::mlp_down},
-    {"score_norm", &Args::score_norm}, {"score_q", &Args::score_q},       {"score_k", &Args::score_k},
-    {"score_v", &Args::score_v},     {"direct", &Args::direct},           {"head_in", &Args::head_in},
-    {"head_bias", &Args::head_bias}, {"head_out", &Args::head_out},       {"head_out_bias", &Args::head_out_bias},
+    {"w_in", &Args::w_in},         {"read_norm", &Args::read_norm},
+    {"read_q", &Args::read_q},     {"read_k", &Args::read_k},
+    {"read_v", &Args::read_v},     {"read_out", &Args::read_out},
+    {"mlp_norm", &Args::mlp_norm}, {"mlp_gate_up", &Args::mlp_gate_up},
+    {"mlp_down", &Args::mlp_down}, {"score_norm", &Args::score_norm},
+    {"score_q", &Args::score_q},   {"score_k", &Args::score_k},
+    {"score_v", &Args::score_v},   {"direct", &Args::direct},
+    {"head_in", &Args::head_in},   {"head_bias", &Args::head_bias},
+    {"head_out", &Args::head_out}, {"head_out_bias", &Args::head_out_bias},
 };
 
 namespace {
@@ -100,7 +103,8 @@ void check_out(const Args& a) {
     check_no_overlap("out", a.out);
     if (is_empty(a.out)) return;
     const auto apart = [&](const char* name, const void* data) {
-        if (data == a.out.data) invalid(std::string("out: expected memory apart from ") + name + ", got the same address");
+        if (data == a.out.data)
+            invalid(std::string("out: expected memory apart from ") + name + ", got the same address");
     };
     apart("legal", a.legal);
     const mc_tensor* const inputs[3] = {&a.entries, &a.features, &a.queries};

@@ -8,9 +8,9 @@ namespace mc {
 
 struct Lens {
     int dtype, weight_dtype;
-    int64_t entries, queries, dims;                   // N, Q, E
-    int64_t width, heads, passes, ffn, head_values;   // d, H, P, f, dv
-    int64_t direct, features, hidden, inputs;         // J, F, hidden, X
+    int64_t entries, queries, dims;                  // N, Q, E
+    int64_t width, heads, passes, ffn, head_values;  // d, H, P, f, dv
+    int64_t direct, features, hidden, inputs;        // J, F, hidden, X
     int64_t head_dim() const { return width / heads; }
     int64_t vectors() const { return heads * queries; }
 };

@@ -11,9 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "arrays.h"
 #include "check.h"
 #include "isa.h"
 #include "lens.h"
@@ -36,48 +35,6 @@ const LensOps& lens_ops(const RowOps& rows) {
     throw Error(MC_UNAVAILABLE, std::string("lens_score has no instruction set level ") + rows.name);
 }
 
-// Floats that start at a cache line, zeros at first.
-class Buffer {
-public:
-    Buffer() = default;
-    explicit Buffer(int64_t n, bool zero = true)
-        : data_(static_cast<float*>(::operator new[](static_cast<size_t>(n) * sizeof(float), std::align_val_t{64}))) {
-        if (zero) std::fill(data_.get(), data_.get() + n, 0.0f);
-    }
-    float* get() const { return data_.get(); }
-
-private:
-    struct Free {
-        void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-    };
-    std::unique_ptr<float[], Free> data_;
-};
-
-// Rows of floats that end in zeros up to a multiple of `pad`.
-struct Rows {
-    int64_t count, size, step;
-    Buffer buffer;
-
-    Rows(int64_t count_, int64_t size_, int64_t pad = kPad)
-        : count(count_), size(size_), step(round_up(size_, pad)), buffer(count_ * step) {}
-    float* at(int64_t row) const { return buffer.get() + row * step; }
-};
-
-struct Matrix {
-    const char* data;
-    int64_t step;  // bytes
-    const char* row(int64_t i) const { return data + i * step; }
-};
-
-int64_t bytes_to(const mc_tensor& x, int dim) { return x.stride[dim] * dtype_bytes(x.dtype); }
-
-// The last two dimensions; `pass`: index of the first of three.
-Matrix matrix(const mc_tensor& x, int64_t pass = 0) {
-    const char* data = static_cast<const char*>(x.data);
-    if (x.ndim == 2) return {data, bytes_to(x, 0)};
-    return {data + pass * bytes_to(x, 0), bytes_to(x, 1)};
-}
-
 double inverse_rms(const float* x, int64_t n) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
@@ -92,7 +49,7 @@ public:
           ops_(lens_ops(row_ops())),
           threads_(default_threads(n_threads)),
           columns_(round_up(x_.vectors(), kPad)),
-          sums_step_(round_up(x_.dims, kStrip)),
+          sums_step_(round_up(x_.dims, kStrip) + kPad),
           run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
           runs_((x_.entries + run_ - 1) / run_) {}
 
@@ -129,8 +86,7 @@ private:
         if (add) fresh = Buffer(x.count * out.step, false);
         float* to = add ? fresh.get() : out.at(0);
         split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
-            const Linear l{x.at(0), x.step,       x.count,    w.row(first), w.step,
-                           x.size,  end - first, to + first, out.step};
+            const Linear l{x.at(0), x.step, x.count, w.row(first), w.step, x.size, end - first, to + first, out.step};
             ops_.linear[x_.weight_dtype](l);
         });
         for (int64_t m = 0; add && m < x.count; ++m) {
@@ -174,10 +130,15 @@ private:
         const int64_t element = dtype_bytes(x_.weight_dtype);
         split(x_.dims, kStrip, q.count * x_.width * x_.dims, [&](int64_t first, int64_t end) {
             for (int64_t h = 0; h < x_.heads; ++h) {
-                const Absorb one{q.at(0) + h * per_head, q.step,   x_.queries,
+                const Absorb one{q.at(0) + h * per_head,
+                                 q.step,
+                                 x_.queries,
                                  w.row(h * per_head) + first * element,
-                                 w.step,                 per_head, end - first,
-                                 out.at(h * x_.queries) + first, out.step};
+                                 w.step,
+                                 per_head,
+                                 end - first,
+                                 out.at(h * x_.queries) + first,
+                                 out.step};
                 ops_.absorb[x_.weight_dtype](one);
             }
         });
@@ -201,7 +162,12 @@ private:
     Stream stream(const Buffer& panel, int64_t columns, int64_t run, float* scratch) const {
         const Matrix entries = matrix(a_.entries);
         const int64_t first = run * run_;
-        return {entries.row(first), entries.step, std::min(run_, x_.entries - first), x_.dims, panel.get(), columns,
+        return {entries.row(first),
+                entries.step,
+                std::min(run_, x_.entries - first),
+                x_.dims,
+                panel.get(),
+                columns,
                 scratch};
     }
 
@@ -234,7 +200,8 @@ private:
             ops_.read[x_.dtype](one);
         });
         split(x_.vectors(), 1, runs_ * x_.vectors() * x_.dims, [&](int64_t first, int64_t end) {
-            for (int64_t j = first; j < end; ++j) merge(top.get() + j, total.get() + j, sums.get() + j * sums_step_, vectors.at(j));
+            for (int64_t j = first; j < end; ++j)
+                merge(top.get() + j, total.get() + j, sums.get() + j * sums_step_, vectors.at(j));
         });
         apply_values(z, vectors, pass);
     }
@@ -261,8 +228,9 @@ private:
         split(x_.width, 1, x_.queries * x_.width * x_.dims, [&](int64_t first, int64_t end) {
             for (int64_t at = first; at < end;) {
                 const int64_t h = at / per_head, stop = std::min(end, (h + 1) * per_head);
-                const Linear l{context.at(h * x_.queries), context.step, x_.queries, w.row(at),  w.step,
-                               x_.dims,                    stop - at,    values.at(0) + at, values.step};
+                const Linear l{
+                    context.at(h * x_.queries), context.step, x_.queries, w.row(at), w.step, x_.dims, stop - at,
+                    values.at(0) + at,          values.step};
                 ops_.linear[x_.weight_dtype](l);
                 at = stop;
             }
@@ -296,10 +264,13 @@ private:
             for (int64_t m = 0; m < x_.queries; ++m) turned.get()[i * x_.queries + m] = values.at(m)[i];
         }
         const int dtype = x_.weight_dtype;
-        const Rows in = widened(a_.head_in, dtype, x_.hidden, x_.inputs), out = widened(a_.head_out, dtype, 2, x_.hidden);
-        const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden), out_bias = widened(a_.head_out_bias, dtype, 1, 2);
-        const Head head{x_.heads,     x_.queries, x_.head_values, x_.direct, x_.features,     x_.hidden, x_.inputs,
-                        turned.get(), in.at(0),   in.step,        out.at(0), out.step,        in_bias.at(0), out_bias.at(0)};
+        const Rows in = widened(a_.head_in, dtype, x_.hidden, x_.inputs),
+                   out = widened(a_.head_out, dtype, 2, x_.hidden);
+        const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden),
+                   out_bias = widened(a_.head_out_bias, dtype, 1, 2);
+        const Head head{x_.heads,  x_.queries, x_.head_values, x_.direct,     x_.features,
+                        x_.hidden, x_.inputs,  turned.get(),   in.at(0),      in.step,
+                        out.at(0), out.step,   in_bias.at(0),  out_bias.at(0)};
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
         each_run(score_floats(head, columns), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;

@@ -1,8 +1,8 @@
-// Primitives of lens_score: the passes over entries, and the products of the small net beside them. One table of them
-// per instruction set; [dtype] is that of the entries or of the weights.
+// Primitives of lens_score: the passes over entries, and the products of the small net beside them. One table of
+// them per instruction set; [dtype] is that of the entries or of the weights.
 //
-// Entries are looked at a tile at a time. A tile is widened to fp32 in strips [strip, entry, kStrip], which later steps
-// find in the core's own caches, whatever the entries' stride.
+// Entries are looked at a tile at a time. A tile is widened to fp32, a span of its dimensions at a time, where later
+// steps find it in the core's own caches, whatever the entries' stride.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,17 @@ namespace mc {
 
 constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
 constexpr int64_t kTile = 64;   // entries of a tile
-constexpr int64_t kStrip = 64;  // floats of an entry that lie together
+constexpr int64_t kStrip = 64;  // dimensions that are summed at a time
 constexpr int64_t kMostQueries = 16, kMostDirect = 16;
-constexpr int64_t kSpan = 12;   // strips that are widened at a time: with as much of a panel they fit a second-level cache
+// Dimensions that are widened at a time: with as much of a panel they fit a second-level cache.
+constexpr int64_t kSpan = 768;
+// Rows of floats an odd number of cache lines apart: a column of them does not crowd into few sets of a cache.
+constexpr int64_t kSpanStep = kSpan + 16;
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// `count` entries x of `dims` elements, and the vectors that they meet: panel [dims, columns], columns a multiple of kPad.
+// `count` entries x of `dims` elements, and the vectors that they meet: panel [dims, columns], columns a multiple of
+// kPad.
 struct Stream {
     const char* entries;
     int64_t step;  // bytes
@@ -30,7 +34,7 @@ struct Stream {
 };
 
 static inline int64_t stream_floats(int64_t columns) {
-    return kSpan * kTile * kStrip + kTile * columns + columns + 2 * kTile;
+    return kTile * kSpanStep + kTile * columns + columns + 2 * kTile;
 }
 
 // A read pass over a run: with s = <x, panel column j> / rms(x) (in units of log 2) and p = 2^(s - top[j]),
@@ -39,7 +43,7 @@ struct ReadRun {
     Stream stream;
     int64_t vectors;     // columns in use
     float *top, *total;  // [columns]
-    float* sums;         // [vectors, sums_step], sums_step = dims rounded up to kStrip
+    float* sums;         // [vectors, sums_step], sums_step at least dims rounded up to kStrip
     int64_t sums_step;
 };
 
@@ -47,7 +51,7 @@ struct ReadRun {
 struct Head {
     int64_t heads, queries, head_values, direct, features, hidden, inputs;
     const float* values;  // [heads, head_values, queries]
-    const float* in;  // [hidden, in_step]
+    const float* in;      // [hidden, in_step]
     int64_t in_step;
     const float* out;  // [2, out_step]
     int64_t out_step;
@@ -58,11 +62,11 @@ struct Head {
 struct ScoreRun {
     Stream stream;
     const Head* head;
-    const char* features;  // fp32
-    int64_t features_step; // bytes
-    const uint8_t* legal;  // [count, 2] or NULL
-    char* out;             // fp32
-    int64_t out_step;      // bytes
+    const char* features;   // fp32
+    int64_t features_step;  // bytes
+    const uint8_t* legal;   // [count, 2] or NULL
+    char* out;              // fp32
+    int64_t out_step;       // bytes
 };
 
 static inline int64_t score_floats(const Head& h, int64_t columns) {

@@ -1,4 +1,5 @@
-// Primitives of lens_score with AVX2, FMA and F16C. Without those flags (another architecture) the level does not exist.
+// Primitives of lens_score with AVX2, FMA and F16C. Without those flags (another architecture) the level does
+// not exist.
 #include "lens.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

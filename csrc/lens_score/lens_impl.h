@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "net_impl.h"
 #include "product_impl.h"
 
 namespace mc {
@@ -32,40 +33,38 @@ inline Vec exp2(Vec x) {
     return mul(y, power_of_two(t));
 }
 
-inline int64_t strips_of(int64_t dims) { return (dims + kStrip - 1) / kStrip; }
-
 // Where a pass keeps what belongs to one tile.
 struct Tile {
     float *widened, *products, *scale, *inverse, *rest;
 
     explicit Tile(const Stream& s)
         : widened(s.scratch),
-          products(widened + kSpan * kTile * kStrip),
+          products(widened + kTile * kSpanStep),
           scale(products + kTile * s.columns),
           inverse(scale + s.columns),
           rest(inverse + 2 * kTile) {}
 };
 
-// Products of the tile that begins at entry `first` with the panel, and 1 / rms of its `count` entries. A tile of one span
-// stays widened.
+// Products of the tile that begins at entry `first` with the panel, and 1 / rms of its `count` entries. A tile of one
+// span stays widened.
 template <class T>
 void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
     float squares[kTile * Vec::kWidth] = {};
     const char* row = s.entries + first * s.step;
-    const int64_t strips = strips_of(s.dims), after = s.count - first - kTile;
-    for (int64_t strip = 0; strip < strips; strip += kSpan) {
-        const int64_t end = strip + kSpan < strips ? strip + kSpan : strips, at = strip * kStrip;
-        for (int64_t i = strip; i < end; ++i) {
-            widen_strip<T>(row, s.step, count, i * kStrip, s.dims, tile.widened + (i - strip) * kTile * kStrip, squares);
+    const int64_t after = s.count - first - kTile;
+    for (int64_t at = 0; at < s.dims; at += kSpan) {
+        const int64_t end = at + kSpan < s.dims ? at + kSpan : s.dims;
+        for (int64_t i = at; i < end; i += kStrip) {
+            widen_strip<T>(row, s.step, count, i, s.dims, tile.widened + i - at, kSpanStep, squares);
         }
         Multiply m{};
         m.x = tile.widened;
         m.panel = s.panel + at * s.columns;
-        m.dims = (end == strips ? s.dims : end * kStrip) - at;
+        m.dims = end - at;
         m.columns = s.columns;
         m.out = tile.products;
         m.count = count;
-        m.more = strip > 0;
+        m.more = at > 0;
         m.next = row + kTile * s.step + at * T::kBytes;
         m.next_step = s.step;
         m.next_bytes = m.dims * T::kBytes;
@@ -112,20 +111,17 @@ void read(const ReadRun& a) {
         a.total[j] = 0.0f;
     }
     for (int64_t i = 0; i < a.vectors * a.sums_step; ++i) a.sums[i] = 0.0f;
-    const int64_t strips = strips_of(s.dims);
     for (int64_t first = 0; first < s.count; first += kTile) {
         const int64_t count = s.count - first < kTile ? s.count - first : kTile;
         meet<T>(s, first, count, tile);
         soften(a, count, tile);
-        for (int64_t strip = 0; strip < strips; ++strip) {
-            float* x = tile.widened;
-            if (strips > kSpan) {
-                widen_strip<T>(s.entries + first * s.step, s.step, count, strip * kStrip, s.dims, x, nullptr);
-            } else {
-                x += strip * kTile * kStrip;
+        for (int64_t at = 0; at < s.dims; at += kStrip) {
+            float* x = tile.widened + (s.dims > kSpan ? 0 : at);
+            if (s.dims > kSpan) {
+                widen_strip<T>(s.entries + first * s.step, s.step, count, at, s.dims, x, kSpanStep, nullptr);
             }
-            Gather gather{tile.products, 1,           s.columns,  x,      count, a.sums + strip * kStrip,
-                          a.sums_step,   tile.scale, nullptr};
+            Gather gather{tile.products, 1,           s.columns,   x,          kSpanStep,
+                          count,         a.sums + at, a.sums_step, tile.scale, nullptr};
             gather(a.vectors);
         }
     }
@@ -154,7 +150,7 @@ inline void attend(const Head& h, float* logits, float* values, const float* w, 
     }
     const float queries = static_cast<float>(h.queries);
     for (int64_t n = 0; n < kTile; ++n) match[n] = (match[n] + __builtin_log2f(scratch[n] / queries)) * kLn2;
-    Gather gather{w, h.queries, 1, logits, h.queries, values, kTile, nullptr, nullptr};
+    Gather gather{w, h.queries, 1, logits, kTile, h.queries, values, kTile, nullptr, nullptr};
     gather(h.head_values);
     for (int64_t v = 0; v < h.head_values; ++v) {
         for (int64_t n = 0; n < kTile; ++n) values[v * kTile + n] /= scratch[n];
@@ -185,11 +181,11 @@ void score(const ScoreRun& a) {
     const Stream& s = a.stream;
     const Head& h = *a.head;
     const Tile tile(s);
-    float* turned = tile.rest;                          // [columns, kTile]
-    float* inputs = turned + kTile * s.columns;         // [X, kTile]
-    float* hidden = inputs + kTile * h.inputs;          // [hidden, kTile]
-    float* scores = hidden + kTile * h.hidden;          // [2, kTile]
-    float* scratch = scores + 2 * kTile;                // [kTile]
+    float* turned = tile.rest;                   // [columns, kTile]
+    float* inputs = turned + kTile * s.columns;  // [X, kTile]
+    float* hidden = inputs + kTile * h.inputs;   // [hidden, kTile]
+    float* scores = hidden + kTile * h.hidden;   // [2, kTile]
+    float* scratch = scores + 2 * kTile;         // [kTile]
     float* match = inputs + kTile * h.heads * h.head_values;
     float* direct = match + kTile * h.heads;
     float* features = direct + kTile * h.direct;
@@ -212,82 +208,13 @@ void score(const ScoreRun& a) {
             const char* row = a.features + (first + n) * a.features_step;
             for (int64_t f = 0; f < h.features; ++f) std::memcpy(features + f * kTile + n, row + f * 4, 4);
         }
-        Gather first_layer{h.in, h.in_step, 1, inputs, h.inputs, hidden, kTile, nullptr, h.in_bias};
+        Gather first_layer{h.in, h.in_step, 1, inputs, kTile, h.inputs, hidden, kTile, nullptr, h.in_bias};
         first_layer(h.hidden);
         for (int64_t i = 0; i < h.hidden; ++i) silu(hidden + i * kTile, scratch);
-        Gather last_layer{h.out, h.out_step, 1, hidden, h.hidden, scores, kTile, nullptr, h.out_bias};
+        Gather last_layer{h.out, h.out_step, 1, hidden, kTile, h.hidden, scores, kTile, nullptr, h.out_bias};
         last_layer(2);
         write_scores(a, first, count, scores);
     }
-}
-
-// Products of kRows rows with kOutputs outputs.
-template <class T, int kRows, int kOutputs>
-inline void dots(const Linear& a, int64_t m, int64_t o) {
-    Vec acc[kRows][kOutputs];
-    for (int r = 0; r < kRows; ++r) {
-        for (int i = 0; i < kOutputs; ++i) acc[r][i] = Vec::all(0.0f);
-    }
-    const float* x = a.x + m * a.x_step;
-    const char* w = a.w + o * a.w_step;
-    for (int64_t k = 0; k < a.inputs; k += Vec::kWidth) {
-        Vec y[kOutputs];
-        const int64_t left = a.inputs - k;
-        for (int i = 0; i < kOutputs; ++i) {
-            const char* p = w + i * a.w_step + k * T::kBytes;
-            y[i] = left >= Vec::kWidth ? Vec::load(T{}, p) : Vec::load_part(T{}, p, static_cast<int>(left));
-        }
-        for (int r = 0; r < kRows; ++r) {
-            const Vec by = load(x + r * a.x_step + k);
-            for (int i = 0; i < kOutputs; ++i) acc[r][i] = fmadd(by, y[i], acc[r][i]);
-        }
-    }
-    for (int r = 0; r < kRows; ++r) {
-        for (int i = 0; i < kOutputs; ++i) a.out[(m + r) * a.out_step + o + i] = sum(acc[r][i]);
-    }
-}
-
-template <class T, int kOutputs>
-struct Dots {
-    const Linear& a;
-    int64_t o;
-
-    template <int kRows>
-    void rows(int64_t m) {
-        dots<T, kRows, kOutputs>(a, m, o);
-    }
-};
-
-template <class T>
-void linear(const Linear& a) {
-    constexpr int kOutputs = kWide ? 4 : 2;
-    int64_t o = 0;
-    for (; o + kOutputs <= a.outputs; o += kOutputs) in_rows<4>(0, a.rows, Dots<T, kOutputs>{a, o});
-    for (; o < a.outputs; ++o) in_rows<4>(0, a.rows, Dots<T, 1>{a, o});
-}
-
-template <class T>
-void absorb(const Absorb& a) {
-    alignas(64) float widened[kTile * kStrip];
-    float ones[kMostQueries];
-    for (float& one : ones) one = 1.0f;
-    for (int64_t e = 0; e < a.outputs; e += kStrip) {
-        for (int64_t i = 0; i < a.inputs; i += kTile) {
-            const int64_t n = a.inputs - i < kTile ? a.inputs - i : kTile;
-            widen_strip<T>(a.w + i * a.w_step, a.w_step, n, e, a.outputs, widened, nullptr);
-            Gather gather{a.x + i, a.x_step, 1, widened, n, a.out + e, a.out_step, i ? ones : nullptr, nullptr};
-            gather(a.rows);
-        }
-    }
-}
-
-template <class T>
-void widen(const char* src, int64_t n, float* dst) {
-    int64_t i = 0;
-    for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(dst + i, Vec::load(T{}, src + i * T::kBytes));
-    if (i == n) return;
-    const int part = static_cast<int>(n - i);
-    Vec::store_part(F32{}, reinterpret_cast<char*>(dst + i), part, Vec::load_part(T{}, src + i * T::kBytes, part));
 }
 
 LensOps lens_table(const char* name) {

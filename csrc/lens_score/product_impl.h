@@ -1,7 +1,8 @@
 // Register-tiled products over a vector type: sums of outer products, so that no sum crosses a register.
 //
 // Included by lens_impl.h after vec_<level>.h; for what may be used here see there. Everywhere acc[r][v] gathers
-// b[r, k] * a[k, v], b a scalar that is broadcast, a a vector: kRows * kVectors multiply-adds for kRows + kVectors loads.
+// b[r, k] * a[k, v], b a scalar that is broadcast, a a vector: kRows * kVectors multiply-adds for kRows + kVectors
+// loads.
 #pragma once
 
 #include "lens.h"
@@ -77,7 +78,7 @@ inline void in_vectors(int64_t n, F&& f) {
 
 // Products of a widened span with the panel: out[n, j] (+)= sum_k x[n, k] panel[k, j].
 struct Multiply {
-    const float* x;  // [strips, kTile, kStrip]
+    const float* x;  // [kTile, kSpan]
     const float* panel;
     int64_t dims, columns;
     float* out;  // [kTile, columns]
@@ -106,11 +107,7 @@ struct Multiply {
                     acc.at[r][v] = m.more ? load(out + r * m.columns + v * Vec::kWidth) : Vec::all(0.0f);
                 }
             }
-            for (int64_t k = 0; k < m.dims; k += kStrip) {
-                const float* x = m.x + k * kTile + n * kStrip;
-                const int64_t length = m.dims - k < kStrip ? m.dims - k : kStrip;
-                acc.add(x, kStrip, 1, m.panel + k * m.columns + column, m.columns, length);
-            }
+            acc.add(m.x + n * kSpanStep, kSpanStep, 1, m.panel + column, m.columns, m.dims);
             acc.store_to(out, m.columns);
             for (int64_t r = n; column == 0 && r < n + kRows && r < m.next_count; ++r) {
                 for (int64_t i = 0; i < m.next_bytes; i += 64) __builtin_prefetch(m.next + r * m.next_step + i, 0, 2);
@@ -124,7 +121,7 @@ struct Gather {
     const float* b;  // element [m, i] at m * b_row + i * b_step
     int64_t b_row, b_step;
     const float* a;  // [n, kStrip]
-    int64_t n;
+    int64_t a_step, n;
     float* out;
     int64_t out_step;
     const float *scale, *bias;
@@ -149,7 +146,7 @@ struct Gather {
                     acc.at[r][v] = g.scale ? mul(begin, load(out + r * g.out_step + v * Vec::kWidth)) : begin;
                 }
             }
-            acc.add(g.b + m * g.b_row, g.b_row, g.b_step, g.a + at, kStrip, g.n);
+            acc.add(g.b + m * g.b_row, g.b_row, g.b_step, g.a + at, g.a_step, g.n);
             acc.store_to(out, g.out_step);
         }
     };
@@ -160,13 +157,14 @@ struct Gather {
     }
 };
 
-// Element i of `rows` rows goes to out[row, i - first] for i in [first, first + kStrip), zeros beyond `dims`.
+// Element i of `rows` rows goes to out[row * out_step + i - first] for i in [first, first + kStrip); zeros beyond
+// `dims`.
 // squares [rows, kWidth] or NULL: adds up squares.
 template <class T>
 inline void widen_strip(const char* row, int64_t step, int64_t rows, int64_t first, int64_t dims, float* out,
-                        float* squares) {
+                        int64_t out_step, float* squares) {
     const int64_t n = dims - first < kStrip ? dims - first : kStrip;
-    for (int64_t r = 0; r < rows; ++r, row += step, out += kStrip) {
+    for (int64_t r = 0; r < rows; ++r, row += step, out += out_step) {
         const char* p = row + first * T::kBytes;
         Vec sum = squares ? load(squares + r * Vec::kWidth) : Vec::all(0.0f);
         for (int64_t i = 0; i < kStrip; i += Vec::kWidth, p += Vec::kWidth * T::kBytes) {

@@ -1,4 +1,4 @@
-"""`lens_score` on a CPU: csrc/lens_score/cpu.cpp, one stream over the entries per pass, on torch's number of threads."""
+"""`lens_score` on a CPU: csrc/lens_score/cpu.cpp, one stream over the entries per pass, on torch's threads."""
 
 from __future__ import annotations
 
