@@ -12,6 +12,7 @@ namespace {
 
 constexpr bool kWide = Vec::kWidth == 16;  // 32 registers of 16 floats, or 16 of 8
 constexpr int kMostVectors = kWide ? 4 : 2;
+constexpr int64_t kPartial = 64;  // products that are summed one by one: partial sums keep the error of long ones small
 
 // Rows of a tile of kVectors vectors: what the registers hold.
 constexpr int most_rows(int vectors) {
@@ -100,15 +101,22 @@ struct Multiply {
 
         template <int kRows>
         void rows(int64_t n) {
-            Accumulators<kRows, kVectors> acc;
             float* out = m.out + n * m.columns + column;
-            for (int r = 0; r < kRows; ++r) {
-                for (int v = 0; v < kVectors; ++v) {
-                    acc.at[r][v] = m.more ? load(out + r * m.columns + v * Vec::kWidth) : Vec::all(0.0f);
+            for (int64_t k = 0; k < m.dims; k += kPartial) {
+                Accumulators<kRows, kVectors> acc;
+                const bool more = m.more || k > 0;
+                for (int r = 0; r < kRows; ++r) {
+                    for (int v = 0; v < kVectors; ++v) acc.at[r][v] = Vec::all(0.0f);
                 }
+                acc.add(m.x + n * kSpanStep + k, kSpanStep, 1, m.panel + k * m.columns + column, m.columns,
+                        m.dims - k < kPartial ? m.dims - k : kPartial);
+                for (int r = 0; more && r < kRows; ++r) {
+                    for (int v = 0; v < kVectors; ++v) {
+                        acc.at[r][v] = add(acc.at[r][v], load(out + r * m.columns + v * Vec::kWidth));
+                    }
+                }
+                acc.store_to(out, m.columns);
             }
-            acc.add(m.x + n * kSpanStep, kSpanStep, 1, m.panel + column, m.columns, m.dims);
-            acc.store_to(out, m.columns);
             for (int64_t r = n; column == 0 && r < n + kRows && r < m.next_count; ++r) {
                 for (int64_t i = 0; i < m.next_bytes; i += 64) __builtin_prefetch(m.next + r * m.next_step + i, 0, 2);
             }
