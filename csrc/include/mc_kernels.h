@@ -263,6 +263,62 @@ typedef struct mc_fused_linear_args {
 /* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
+/* LensNet: what each of N entries would gain expanded and cost collapsed, in nats.
+ *
+ * With x_n = entry_n / rms(entry_n), norm(x, g) = x / rms(x) * g, H heads of width d / H, W[h] the rows of head h:
+ *
+ *   z_m = w_in (query_m / rms(query_m))                                                  m < Q
+ *   P times: A[h,m] = (d/H)^-1/2 read_k[h]^T (read_q norm(z_m, read_norm))[h]
+ *            c[h,m] = sum over n of softmax_n(A[h,m] . x_n) x_n
+ *            z_m += read_out concat_h(read_v[h] c[h,m])
+ *            z_m += mlp_down (silu(gate) * up),  gate, up = mlp_gate_up norm(z_m, mlp_norm)
+ *   s_m = norm(z_m, score_norm);  a[n,h,m] = (d/H)^-1/2 x_n . score_q[h]^T (score_k s_m)[h]
+ *   f_n = [softmax_m(a[n,h,m]) (score_v s_m)[h] by h, logsumexp_m(a[n,h,m]) - log Q by h, direct x_n, features_n]
+ *   out_n = head_out silu(head_in f_n + head_bias) + head_out_bias, exactly 0 where not legal
+ *
+ * rms(x) = sqrt(mean(x^2) + 1e-12). Entries are read P + 1 times, each time against at most H Q + J vectors; nothing of
+ * size N x d exists. Sums are fp32. Memory: 4 * 32 * H * Q * E bytes at most for partial sums, some hundred kilobytes a
+ * thread, and 4 * 3 * H * Q * E bytes for absorbed weights. */
+typedef struct mc_lens_score_args {
+    size_t struct_size; /* sizeof(mc_lens_score_args) */
+
+    /* All views: last dimension contiguous, other strides free. entries and queries are f32, f16 or bf16, both the
+     * same; features and out f32; the weights f32, f16 or bf16, all the same. E, d, Q >= 1, Q <= 16, J <= 16; N, P, f,
+     * dv, J, F and hidden may be 0. */
+    mc_tensor entries;  /* [N, E] */
+    mc_tensor features; /* [N, F] */
+    mc_tensor queries;  /* [Q, E] */
+
+    mc_tensor w_in;          /* [d, E] */
+    mc_tensor read_norm;     /* [P, d] */
+    mc_tensor read_q;        /* [P, d, d] */
+    mc_tensor read_k;        /* [P, d, E] */
+    mc_tensor read_v;        /* [P, d, E] */
+    mc_tensor read_out;      /* [P, d, d] */
+    mc_tensor mlp_norm;      /* [P, d] */
+    mc_tensor mlp_gate_up;   /* [P, 2 f, d] gate rows first */
+    mc_tensor mlp_down;      /* [P, d, f] */
+    mc_tensor score_norm;    /* [d] */
+    mc_tensor score_q;       /* [d, E] */
+    mc_tensor score_k;       /* [d, d] */
+    mc_tensor score_v;       /* [H dv, d] */
+    mc_tensor direct;        /* [J, E] */
+    mc_tensor head_in;       /* [hidden, X], X = H dv + H + J + F in the order of f_n */
+    mc_tensor head_bias;     /* [hidden] */
+    mc_tensor head_out;      /* [2, hidden] */
+    mc_tensor head_out_bias; /* [2] */
+    int64_t n_heads;         /* H, divides d and H dv */
+
+    const uint8_t* legal; /* [N, 2] contiguous, 0: not legal; NULL: all are */
+
+    /* [N, 2] written, no element named twice: gain of expanding, cost of collapsing. Apart from what is read, which is
+     * the caller's duty; only equal addresses are noticed. */
+    mc_tensor out;
+} mc_lens_score_args;
+
+/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. N = 0 writes nothing. */
+MC_API int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -18,6 +18,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, LensScoreWeights
 

@@ -1,0 +1,304 @@
+// lens_score on a CPU: one stream over the entries per pass, everything of a query's size beside it. The contract:
+// mc_kernels.h.
+//
+// Floors. A pass reads N * E elements; a read pass multiplies and adds 2 * N * E * H * Q times, a score pass
+// N * E * (H * Q + J) times. At 16 fp32 multiply-adds a cycle the arithmetic outweighs the read of bf16 entries from
+// H * Q of about 10 on, so the passes are register-tiled products over tiles of entries in the cache (product_impl.h),
+// and each entry comes from memory once a pass. Weights are read once; absorbing them costs Q multiply-adds an element.
+//
+// Online softmax in units of log 2 (Milakov & Gimelshein 2018): log2 e is in the absorbed vectors.
+// Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "arrays.h"
+#include "check.h"
+#include "isa.h"
+#include "lens.h"
+#include "pool.h"
+
+namespace mc {
+namespace {
+
+constexpr int64_t kRun = 512;             // entries of a run, at least
+constexpr int64_t kMostRuns = 32;         // bounds the memory of partial sums
+constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
+constexpr int64_t kTasksPerThread = 4;    // evens out threads that are slowed down
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kRmsEps = 1e-12;
+
+const LensOps& lens_ops(const RowOps& rows) {
+    for (const LensOps* ops : {lens_avx512(), lens_avx2(), lens_scalar()}) {
+        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
+    }
+    throw Error(MC_UNAVAILABLE, std::string("lens_score has no instruction set level ") + rows.name);
+}
+
+double inverse_rms(const float* x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+    return 1.0 / std::sqrt(sum / static_cast<double>(n) + kRmsEps);
+}
+
+class Call {
+public:
+    Call(const mc_lens_score_args& a, int n_threads)
+        : a_(a),
+          x_(check_lens_score(a)),
+          ops_(lens_ops(row_ops())),
+          threads_(default_threads(n_threads)),
+          columns_(round_up(x_.vectors(), kPad)),
+          sums_step_(round_up(x_.dims, kStrip) + kPad),
+          run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
+          runs_((x_.entries + run_ - 1) / run_) {}
+
+    void run() {
+        if (x_.entries == 0) return;
+        Rows z(x_.queries, x_.width);
+        bring_in(z);
+        for (int64_t i = 0; i < x_.passes; ++i) {
+            read_pass(z, i);
+            mlp(z, i);
+        }
+        score_pass(z);
+    }
+
+private:
+    // Threads for so many multiply-adds.
+    int threads_for(int64_t work) const {
+        return static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(work / kThreadWork, 1)));
+    }
+
+    // body(first, end) over parts of [0, n), each a multiple of `grain` but the last.
+    template <class Body>
+    void split(int64_t n, int64_t grain, int64_t work, Body&& body) const {
+        const int threads = threads_for(work);
+        const int64_t grains = (n + grain - 1) / grain;
+        const int64_t tasks = threads == 1 ? 1 : std::min(grains, threads * kTasksPerThread);
+        auto part = [&](int64_t i) { body(grains * i / tasks * grain, std::min(grains * (i + 1) / tasks * grain, n)); };
+        parallel_for(tasks, threads, part);
+    }
+
+    // out[m] (+)= w x[m]
+    void linear(const Rows& x, const Matrix& w, int64_t outputs, const Rows& out, bool add = false) const {
+        Buffer fresh;
+        if (add) fresh = Buffer(x.count * out.step, false);
+        float* to = add ? fresh.get() : out.at(0);
+        split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
+            const Linear l{x.at(0), x.step, x.count, w.row(first), w.step, x.size, end - first, to + first, out.step};
+            ops_.linear[x_.weight_dtype](l);
+        });
+        for (int64_t m = 0; add && m < x.count; ++m) {
+            for (int64_t i = 0; i < outputs; ++i) out.at(m)[i] += to[m * out.step + i];
+        }
+    }
+
+    Rows widened(const mc_tensor& x, int dtype, int64_t rows, int64_t size) const {
+        Rows out(rows, size);
+        const Matrix m = x.ndim == 1 ? Matrix{static_cast<const char*>(x.data), 0} : matrix(x);
+        for (int64_t i = 0; i < rows && size; ++i) ops_.widen[dtype](m.row(i), size, out.at(i));
+        return out;
+    }
+
+    // gain: NULL for none.
+    static Rows normed(const Rows& x, const float* gain) {
+        Rows out(x.count, x.size);
+        for (int64_t m = 0; m < x.count; ++m) {
+            const float by = static_cast<float>(inverse_rms(x.at(m), x.size));
+            for (int64_t i = 0; i < x.size; ++i) out.at(m)[i] = x.at(m)[i] * by * (gain ? gain[i] : 1.0f);
+        }
+        return out;
+    }
+
+    Rows normed(const Rows& x, const mc_tensor& gains, int64_t pass) const {
+        Rows gain(1, x.size);
+        const int64_t skip = gains.ndim == 2 ? pass * bytes_to(gains, 0) : 0;
+        ops_.widen[x_.weight_dtype](static_cast<const char*>(gains.data) + skip, x.size, gain.at(0));
+        return normed(x, gain.at(0));
+    }
+
+    void bring_in(const Rows& z) const {
+        linear(normed(widened(a_.queries, x_.dtype, x_.queries, x_.dims), nullptr), matrix(a_.w_in), x_.width, z);
+    }
+
+    // The vectors [H * Q, E] that meet the entries: those of head h are w[h]^T q[h] / sqrt(d/H), in units of log 2.
+    void absorb(const Rows& q, const Matrix& w, const Rows& out) const {
+        const int64_t per_head = x_.head_dim();
+        const float scale = static_cast<float>(kLog2E / std::sqrt(static_cast<double>(per_head)));
+        for (int64_t i = 0; i < q.count * q.step; ++i) q.at(0)[i] *= scale;
+        const int64_t element = dtype_bytes(x_.weight_dtype);
+        split(x_.dims, kStrip, q.count * x_.width * x_.dims, [&](int64_t first, int64_t end) {
+            for (int64_t h = 0; h < x_.heads; ++h) {
+                const Absorb one{q.at(0) + h * per_head,
+                                 q.step,
+                                 x_.queries,
+                                 w.row(h * per_head) + first * element,
+                                 w.step,
+                                 per_head,
+                                 end - first,
+                                 out.at(h * x_.queries) + first,
+                                 out.step};
+                ops_.absorb[x_.weight_dtype](one);
+            }
+        });
+    }
+
+    // Rows become the columns of a panel [E, columns].
+    Buffer panel_of(const Rows& rows, int64_t columns) const {
+        Buffer panel(x_.dims * columns);
+        split(x_.dims, kPad, rows.count * x_.dims, [&](int64_t first, int64_t end) {
+            for (int64_t at = first; at < end; at += kPad) {
+                const int64_t last = std::min(at + kPad, end);
+                for (int64_t j = 0; j < rows.count; ++j) {
+                    const float* from = rows.at(j);
+                    for (int64_t e = at; e < last; ++e) panel.get()[e * columns + j] = from[e];
+                }
+            }
+        });
+        return panel;
+    }
+
+    Stream stream(const Buffer& panel, int64_t columns, int64_t run, float* scratch) const {
+        const Matrix entries = matrix(a_.entries);
+        const int64_t first = run * run_;
+        return {entries.row(first),
+                entries.step,
+                std::min(run_, x_.entries - first),
+                x_.dims,
+                panel.get(),
+                columns,
+                scratch};
+    }
+
+    // body(run, scratch) for every run, with so many floats of scratch.
+    template <class Body>
+    void each_run(int64_t floats, int64_t work, Body&& body) const {
+        const int threads = threads_for(work);
+        const int64_t tasks = threads == 1 ? 1 : std::min(runs_, threads * kTasksPerThread);
+        const Buffer scratch(tasks * floats, false);
+        auto task = [&](int64_t i) {
+            for (int64_t r = i * runs_ / tasks; r < (i + 1) * runs_ / tasks; ++r) body(r, scratch.get() + i * floats);
+        };
+        parallel_for(tasks, threads, task);
+    }
+
+    void read_pass(const Rows& z, int64_t pass) const {
+        Rows q(x_.queries, x_.width), vectors(x_.vectors(), x_.dims, kStrip);
+        linear(normed(z, a_.read_norm, pass), matrix(a_.read_q, pass), x_.width, q);
+        absorb(q, matrix(a_.read_k, pass), vectors);
+        const Buffer panel = panel_of(vectors, columns_);
+        const Buffer sums(runs_ * x_.vectors() * sums_step_, false), top(runs_ * columns_), total(runs_ * columns_);
+        const int64_t work = 2 * x_.entries * x_.dims * x_.vectors();
+        each_run(stream_floats(columns_), work, [&](int64_t r, float* scratch) {
+            const ReadRun one{stream(panel, columns_, r, scratch),
+                              x_.vectors(),
+                              top.get() + r * columns_,
+                              total.get() + r * columns_,
+                              sums.get() + r * x_.vectors() * sums_step_,
+                              sums_step_};
+            ops_.read[x_.dtype](one);
+        });
+        split(x_.vectors(), 1, runs_ * x_.vectors() * x_.dims, [&](int64_t first, int64_t end) {
+            for (int64_t j = first; j < end; ++j)
+                merge(top.get() + j, total.get() + j, sums.get() + j * sums_step_, vectors.at(j));
+        });
+        apply_values(z, vectors, pass);
+    }
+
+    // One vector's sums over all entries, by what is right for the greatest score of all runs.
+    void merge(const float* top, const float* total, const float* sums, float* out) const {
+        float most = top[0];
+        for (int64_t r = 1; r < runs_; ++r) most = std::max(most, top[r * columns_]);
+        float all = 0.0f;
+        std::fill(out, out + x_.dims, 0.0f);
+        for (int64_t r = 0; r < runs_; ++r, sums += x_.vectors() * sums_step_) {
+            const float weight = std::exp2(top[r * columns_] - most);
+            all += weight * total[r * columns_];
+            for (int64_t e = 0; e < x_.dims; ++e) out[e] += weight * sums[e];
+        }
+        for (int64_t e = 0; e < x_.dims; ++e) out[e] /= all;
+    }
+
+    // z += read_out concat_h(read_v[h] context[h, m])
+    void apply_values(const Rows& z, const Rows& context, int64_t pass) const {
+        const Rows values(x_.queries, x_.width);
+        const Matrix w = matrix(a_.read_v, pass);
+        const int64_t per_head = x_.head_dim();
+        split(x_.width, 1, x_.queries * x_.width * x_.dims, [&](int64_t first, int64_t end) {
+            for (int64_t at = first; at < end;) {
+                const int64_t h = at / per_head, stop = std::min(end, (h + 1) * per_head);
+                const Linear l{
+                    context.at(h * x_.queries), context.step, x_.queries, w.row(at), w.step, x_.dims, stop - at,
+                    values.at(0) + at,          values.step};
+                ops_.linear[x_.weight_dtype](l);
+                at = stop;
+            }
+        });
+        linear(values, matrix(a_.read_out, pass), x_.width, z, true);
+    }
+
+    void mlp(const Rows& z, int64_t pass) const {
+        Rows both(x_.queries, 2 * x_.ffn), hidden(x_.queries, x_.ffn);
+        linear(normed(z, a_.mlp_norm, pass), matrix(a_.mlp_gate_up, pass), 2 * x_.ffn, both);
+        for (int64_t m = 0; m < x_.queries; ++m) {
+            const float *gate = both.at(m), *up = gate + x_.ffn;
+            for (int64_t i = 0; i < x_.ffn; ++i) hidden.at(m)[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+        }
+        linear(hidden, matrix(a_.mlp_down, pass), x_.width, z, true);
+    }
+
+    void score_pass(const Rows& z) const {
+        const int64_t used = x_.vectors() + x_.direct, columns = round_up(used, kPad);
+        const Rows s = normed(z, a_.score_norm, 0), values(x_.queries, x_.heads * x_.head_values);
+        Rows keys(x_.queries, x_.width), vectors(used, x_.dims, kStrip);
+        linear(s, matrix(a_.score_k), x_.width, keys);
+        linear(s, matrix(a_.score_v), x_.heads * x_.head_values, values);
+        absorb(keys, matrix(a_.score_q), vectors);
+        const Matrix direct = matrix(a_.direct);
+        for (int64_t j = 0; j < x_.direct; ++j) {
+            ops_.widen[x_.weight_dtype](direct.row(j), x_.dims, vectors.at(x_.vectors() + j));
+        }
+        const Buffer panel = panel_of(vectors, columns), turned(x_.vectors() * x_.head_values);
+        for (int64_t i = 0; i < x_.heads * x_.head_values; ++i) {
+            for (int64_t m = 0; m < x_.queries; ++m) turned.get()[i * x_.queries + m] = values.at(m)[i];
+        }
+        const int dtype = x_.weight_dtype;
+        const Rows in = widened(a_.head_in, dtype, x_.hidden, x_.inputs),
+                   out = widened(a_.head_out, dtype, 2, x_.hidden);
+        const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden),
+                   out_bias = widened(a_.head_out_bias, dtype, 1, 2);
+        const Head head{x_.heads,  x_.queries, x_.head_values, x_.direct,     x_.features,
+                        x_.hidden, x_.inputs,  turned.get(),   in.at(0),      in.step,
+                        out.at(0), out.step,   in_bias.at(0),  out_bias.at(0)};
+        const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
+        each_run(score_floats(head, columns), work, [&](int64_t r, float* scratch) {
+            const int64_t first = r * run_;
+            const ScoreRun one{stream(panel, columns, r, scratch),
+                               &head,
+                               matrix(a_.features).row(first),
+                               bytes_to(a_.features, 0),
+                               a_.legal ? a_.legal + 2 * first : nullptr,
+                               static_cast<char*>(a_.out.data) + first * bytes_to(a_.out, 0),
+                               bytes_to(a_.out, 0)};
+            ops_.score[x_.dtype](one);
+        });
+    }
+
+    const mc_lens_score_args& a_;
+    const Lens x_;
+    const LensOps& ops_;
+    const int threads_;
+    const int64_t columns_, sums_step_, run_, runs_;
+};
+
+}  // namespace
+}  // namespace mc
+
+extern "C" int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_threads) {
+    return mc::guarded([&] {
+        if (!args) mc::invalid("args: expected an address, got NULL");
+        if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
+        mc::Call(*args, n_threads).run();
+    });
+}

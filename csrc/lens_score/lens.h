@@ -1,0 +1,112 @@
+// Primitives of lens_score: the passes over entries, and the products of the small net beside them. One table of
+// them per instruction set; [dtype] is that of the entries or of the weights.
+//
+// Entries are looked at a tile at a time. A tile is widened to fp32, a span of its dimensions at a time, where later
+// steps find it in the core's own caches, whatever the entries' stride.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace mc {
+
+constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
+constexpr int64_t kTile = 64;   // entries of a tile
+constexpr int64_t kStrip = 64;  // dimensions that are summed at a time
+constexpr int64_t kMostQueries = 16, kMostDirect = 16;
+// Dimensions that are widened at a time: with as much of a panel they fit a second-level cache.
+constexpr int64_t kSpan = 768;
+// Rows of floats an odd number of cache lines apart: a column of them does not crowd into few sets of a cache.
+constexpr int64_t kSpanStep = kSpan + 16;
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// `count` entries x of `dims` elements, and the vectors that they meet: panel [dims, columns], columns a multiple of
+// kPad.
+struct Stream {
+    const char* entries;
+    int64_t step;  // bytes
+    int64_t count, dims;
+    const float* panel;
+    int64_t columns;
+    float* scratch;  // stream_floats(columns), or for a score pass score_floats
+};
+
+static inline int64_t stream_floats(int64_t columns) {
+    return kTile * kSpanStep + kTile * columns + columns + 2 * kTile;
+}
+
+// A read pass over a run: with s = <x, panel column j> / rms(x) (in units of log 2) and p = 2^(s - top[j]),
+//   top[j] = max s,  total[j] = sum p,  sums[j] = sum p x / rms(x).
+struct ReadRun {
+    Stream stream;
+    int64_t vectors;     // columns in use
+    float *top, *total;  // [columns]
+    float* sums;         // [vectors, sums_step], sums_step at least dims rounded up to kStrip
+    int64_t sums_step;
+};
+
+// What the head knows beside the entries. X = heads * head_values + heads + direct + features.
+struct Head {
+    int64_t heads, queries, head_values, direct, features, hidden, inputs;
+    const float* values;  // [heads, head_values, queries]
+    const float* in;      // [hidden, in_step]
+    int64_t in_step;
+    const float* out;  // [2, out_step]
+    int64_t out_step;
+    const float *in_bias, *out_bias;  // [hidden], [2]
+};
+
+// The score pass over a run. Panel: heads * queries columns in units of log 2, then `direct` ones.
+struct ScoreRun {
+    Stream stream;
+    const Head* head;
+    const char* features;   // fp32
+    int64_t features_step;  // bytes
+    const uint8_t* legal;   // [count, 2] or NULL
+    char* out;              // fp32
+    int64_t out_step;       // bytes
+};
+
+static inline int64_t score_floats(const Head& h, int64_t columns) {
+    return stream_floats(columns) + kTile * (columns + h.inputs + h.hidden + 6);
+}
+
+// out[m, o] = <x[m], w[o]> for rows m and outputs o. x rows end in zeros up to a multiple of kPad.
+struct Linear {
+    const float* x;
+    int64_t x_step, rows;
+    const char* w;
+    int64_t w_step;  // bytes
+    int64_t inputs, outputs;
+    float* out;
+    int64_t out_step;
+};
+
+// out[m, e] = sum_i x[m, i] w[i, e]: a vector of projected queries becomes one that meets entries as they are.
+struct Absorb {
+    const float* x;
+    int64_t x_step, rows;
+    const char* w;
+    int64_t w_step;  // bytes
+    int64_t inputs, outputs;
+    float* out;        // [rows, out_step]
+    int64_t out_step;  // outputs rounded up to kStrip
+};
+
+struct LensOps {
+    const char* name;
+    void (*read[kDtypes])(const ReadRun&);
+    void (*score[kDtypes])(const ScoreRun&);
+    void (*linear[kDtypes])(const Linear&);
+    void (*absorb[kDtypes])(const Absorb&);
+    void (*widen[kDtypes])(const char* src, int64_t n, float* dst);
+};
+
+// nullptr where the build has no such level.
+const LensOps* lens_scalar();
+const LensOps* lens_avx2();
+const LensOps* lens_avx512();
+
+}  // namespace mc

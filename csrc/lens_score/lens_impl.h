@@ -1,0 +1,230 @@
+// The primitives of lens_score, written once over a vector type and compiled once per instruction set.
+//
+// Included by lens_<level>.cpp after vec_<level>.h; for what may be used here see there.
+#pragma once
+
+#include <cstring>
+
+#include "net_impl.h"
+#include "product_impl.h"
+
+namespace mc {
+namespace {
+
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
+constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kRmsEps = 1e-12f;
+
+// 2^x for x <= 0, relative error about one rounding; 0 below 2^-126.5, NaN for NaN.
+inline Vec exp2(Vec x) {
+    x = greater(Vec::all(-127.0f), x);
+    const Vec t = add(x, Vec::all(kRounder));
+    const Vec f = sub(x, sub(t, Vec::all(kRounder)));  // [-1/2, 1/2]; the Taylor series errs by 5e-9
+    Vec y = Vec::all(1.52527338040598e-5f);
+    y = fmadd(y, f, Vec::all(1.54035303933816e-4f));
+    y = fmadd(y, f, Vec::all(1.33335581464284e-3f));
+    y = fmadd(y, f, Vec::all(9.61812910762848e-3f));
+    y = fmadd(y, f, Vec::all(5.55041086648216e-2f));
+    y = fmadd(y, f, Vec::all(2.40226506959101e-1f));
+    y = fmadd(y, f, Vec::all(6.93147180559945e-1f));
+    y = fmadd(y, f, Vec::all(1.0f));
+    return mul(y, power_of_two(t));
+}
+
+// Where a pass keeps what belongs to one tile.
+struct Tile {
+    float *widened, *products, *scale, *inverse, *rest;
+
+    explicit Tile(const Stream& s)
+        : widened(s.scratch),
+          products(widened + kTile * kSpanStep),
+          scale(products + kTile * s.columns),
+          inverse(scale + s.columns),
+          rest(inverse + 2 * kTile) {}
+};
+
+// Products of the tile that begins at entry `first` with the panel, and 1 / rms of its `count` entries. A tile of one
+// span stays widened.
+template <class T>
+void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
+    float squares[kTile * Vec::kWidth] = {};
+    const char* row = s.entries + first * s.step;
+    const int64_t after = s.count - first - kTile;
+    for (int64_t at = 0; at < s.dims; at += kSpan) {
+        const int64_t end = at + kSpan < s.dims ? at + kSpan : s.dims;
+        for (int64_t i = at; i < end; i += kStrip) {
+            widen_strip<T>(row, s.step, count, i, s.dims, tile.widened + i - at, kSpanStep, squares);
+        }
+        Multiply m{};
+        m.x = tile.widened;
+        m.panel = s.panel + at * s.columns;
+        m.dims = end - at;
+        m.columns = s.columns;
+        m.out = tile.products;
+        m.count = count;
+        m.more = at > 0;
+        m.next = row + kTile * s.step + at * T::kBytes;
+        m.next_step = s.step;
+        m.next_bytes = m.dims * T::kBytes;
+        m.next_count = after > 0 ? after : 0;
+        in_vectors(s.columns, m);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+        const float mean = sum(load(squares + n * Vec::kWidth)) / static_cast<float>(s.dims);
+        tile.inverse[n] = 1.0f / __builtin_sqrtf(mean + kRmsEps);
+    }
+}
+
+// Products from logits to p / rms, with what that means for the running sums: `scale` is what those shrink by.
+inline void soften(const ReadRun& a, int64_t count, const Tile& tile) {
+    const int64_t columns = a.stream.columns;
+    for (int64_t j = 0; j < columns; j += Vec::kWidth) {
+        float* p = tile.products + j;
+        const Vec before = load(a.top + j);
+        Vec top = before;
+        for (int64_t n = 0; n < count; ++n) {
+            const Vec x = mul(load(p + n * columns), Vec::all(tile.inverse[n]));
+            store(p + n * columns, x);
+            top = greater(top, x);  // a NaN, which may get lost here, is in the total in any case
+        }
+        const Vec shrink = exp2(sub(before, top));
+        Vec total = mul(load(a.total + j), shrink);
+        for (int64_t n = 0; n < count; ++n) {
+            const Vec x = exp2(sub(load(p + n * columns), top));
+            store(p + n * columns, mul(x, Vec::all(tile.inverse[n])));
+            total = add(total, x);
+        }
+        store(a.top + j, top);
+        store(a.total + j, total);
+        store(tile.scale + j, shrink);
+    }
+}
+
+template <class T>
+void read(const ReadRun& a) {
+    const Stream& s = a.stream;
+    const Tile tile(s);
+    for (int64_t j = 0; j < s.columns; ++j) {
+        a.top[j] = kMinusInfinity;
+        a.total[j] = 0.0f;
+    }
+    for (int64_t i = 0; i < a.vectors * a.sums_step; ++i) a.sums[i] = 0.0f;
+    for (int64_t first = 0; first < s.count; first += kTile) {
+        const int64_t count = s.count - first < kTile ? s.count - first : kTile;
+        meet<T>(s, first, count, tile);
+        soften(a, count, tile);
+        for (int64_t at = 0; at < s.dims; at += kStrip) {
+            float* x = tile.widened + (s.dims > kSpan ? 0 : at);
+            if (s.dims > kSpan) {
+                widen_strip<T>(s.entries + first * s.step, s.step, count, at, s.dims, x, kSpanStep, nullptr);
+            }
+            Gather gather{tile.products, 1,           s.columns,   x,          kSpanStep,
+                          count,         a.sums + at, a.sums_step, tile.scale, nullptr};
+            gather(a.vectors);
+        }
+    }
+}
+
+// The columns of a tile's products become rows [column, kTile], each entry's divided by its rms.
+inline void turn_over(const Stream& s, int64_t used, const Tile& tile, float* out) {
+    for (int64_t j = 0; j < used; ++j) {
+        for (int64_t n = 0; n < kTile; ++n) out[j * kTile + n] = tile.products[n * s.columns + j] * tile.inverse[n];
+    }
+}
+
+// One head's attention of a tile's entries to the queries: logits [queries, kTile] become weights; match.
+inline void attend(const Head& h, float* logits, float* values, const float* w, float* match, float* scratch) {
+    for (int64_t n = 0; n < kTile; n += Vec::kWidth) {
+        Vec top = load(logits + n), total = Vec::all(0.0f);
+        for (int64_t m = 1; m < h.queries; ++m) top = greater(top, load(logits + m * kTile + n));
+        for (int64_t m = 0; m < h.queries; ++m) {
+            float* at = logits + m * kTile + n;
+            const Vec p = exp2(sub(load(at), top));
+            store(at, p);
+            total = add(total, p);
+        }
+        store(match + n, top);
+        store(scratch + n, total);
+    }
+    const float queries = static_cast<float>(h.queries);
+    for (int64_t n = 0; n < kTile; ++n) match[n] = (match[n] + __builtin_log2f(scratch[n] / queries)) * kLn2;
+    Gather gather{w, h.queries, 1, logits, kTile, h.queries, values, kTile, nullptr, nullptr};
+    gather(h.head_values);
+    for (int64_t v = 0; v < h.head_values; ++v) {
+        for (int64_t n = 0; n < kTile; ++n) values[v * kTile + n] /= scratch[n];
+    }
+}
+
+inline void silu(float* x, float* scratch) {
+    for (int64_t n = 0; n < kTile; ++n) scratch[n] = __builtin_fabsf(x[n]) * -kLog2E;
+    for (int64_t n = 0; n < kTile; n += Vec::kWidth) store(scratch + n, exp2(load(scratch + n)));
+    for (int64_t n = 0; n < kTile; ++n) {
+        const float e = scratch[n];  // exp(-|x|) cannot overflow
+        x[n] = x[n] * (x[n] < 0.0f ? e : 1.0f) / (1.0f + e);
+    }
+}
+
+inline void write_scores(const ScoreRun& a, int64_t first, int64_t count, const float* scores) {
+    for (int64_t n = 0; n < count; ++n) {
+        float pair[2] = {scores[n], scores[kTile + n]};
+        for (int i = 0; a.legal && i < 2; ++i) {
+            if (!a.legal[2 * (first + n) + i]) pair[i] = 0.0f;
+        }
+        std::memcpy(a.out + (first + n) * a.out_step, pair, sizeof pair);
+    }
+}
+
+template <class T>
+void score(const ScoreRun& a) {
+    const Stream& s = a.stream;
+    const Head& h = *a.head;
+    const Tile tile(s);
+    float* turned = tile.rest;                   // [columns, kTile]
+    float* inputs = turned + kTile * s.columns;  // [X, kTile]
+    float* hidden = inputs + kTile * h.inputs;   // [hidden, kTile]
+    float* scores = hidden + kTile * h.hidden;   // [2, kTile]
+    float* scratch = scores + 2 * kTile;         // [kTile]
+    float* match = inputs + kTile * h.heads * h.head_values;
+    float* direct = match + kTile * h.heads;
+    float* features = direct + kTile * h.direct;
+    const int64_t vectors = h.heads * h.queries, used = vectors + h.direct;
+    for (int64_t first = 0; first < s.count; first += kTile) {
+        const int64_t count = s.count - first < kTile ? s.count - first : kTile;
+        for (int64_t n = count; n < kTile; ++n) {  // what does not exist is zero
+            tile.inverse[n] = 0.0f;
+            for (int64_t j = 0; j < s.columns; ++j) tile.products[n * s.columns + j] = 0.0f;
+            for (int64_t f = 0; f < h.features; ++f) features[f * kTile + n] = 0.0f;
+        }
+        meet<T>(s, first, count, tile);
+        turn_over(s, used, tile, turned);
+        for (int64_t i = 0; i < h.heads; ++i) {
+            attend(h, turned + i * h.queries * kTile, inputs + i * h.head_values * kTile,
+                   h.values + i * h.head_values * h.queries, match + i * kTile, scratch);
+        }
+        std::memcpy(direct, turned + vectors * kTile, static_cast<size_t>(h.direct * kTile) * sizeof(float));
+        for (int64_t n = 0; n < count; ++n) {
+            const char* row = a.features + (first + n) * a.features_step;
+            for (int64_t f = 0; f < h.features; ++f) std::memcpy(features + f * kTile + n, row + f * 4, 4);
+        }
+        Gather first_layer{h.in, h.in_step, 1, inputs, kTile, h.inputs, hidden, kTile, nullptr, h.in_bias};
+        first_layer(h.hidden);
+        for (int64_t i = 0; i < h.hidden; ++i) silu(hidden + i * kTile, scratch);
+        Gather last_layer{h.out, h.out_step, 1, hidden, kTile, h.hidden, scores, kTile, nullptr, h.out_bias};
+        last_layer(2);
+        write_scores(a, first, count, scores);
+    }
+}
+
+LensOps lens_table(const char* name) {
+    return {name,
+            {read<F32>, read<F16>, read<BF16>},
+            {score<F32>, score<F16>, score<BF16>},
+            {linear<F32>, linear<F16>, linear<BF16>},
+            {absorb<F32>, absorb<F16>, absorb<BF16>},
+            {widen<F32>, widen<F16>, widen<BF16>}};
+}
+
+}  // namespace
+}  // namespace mc
