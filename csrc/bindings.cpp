@@ -2,9 +2,9 @@
 // torch header: one build serves every torch version.
 //
 // A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0: NULL.
-#include <iterator>
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string>
 
 #include "mc_kernels.h"
