@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ FOLDER = Path(__file__).parent / "_native"
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
+# What `threads` says of the present choice.
+_threads = "the library's own"
+
+
 @functools.cache
 def _load() -> Any:
     """The extension module, or the reason why there is none."""
     try:
-        return importlib.import_module("mc_kernels._native._C")
+        module = importlib.import_module("mc_kernels._native._C")
+        _use_threads(module, of_torch=True)
+        return module
     except ImportError as e:
         reason = FOLDER / "not_built.txt"
         if reason.exists():
@@ -43,6 +50,32 @@ def library() -> Any:
     if reason is not None:
         raise RuntimeError(reason)
     return _load()
+
+
+def _use_threads(module: Any, of_torch: bool) -> None:
+    global _threads
+    if not of_torch:
+        module.use_own_threads()
+        _threads = "the library's own"
+        return
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    file = Path(torch.__file__).parent / "lib" / name
+    try:
+        _threads = f"torch's OpenMP ({module.use_openmp_of(str(file) if file.exists() else name)})"
+    except RuntimeError as e:
+        _threads = f"the library's own: {e}"
+
+
+def use_torch_threads(yes: bool = True) -> None:
+    """Run native code on the threads of torch's OpenMP runtime, as it does from the start where that is found, or
+    (False) on the library's own. A child of fork() has the latter: OpenMP hangs there once the parent has used it."""
+    _use_threads(library(), yes)
+
+
+def threads() -> str:
+    """Whose threads run native code in this process, and if not torch's, why."""
+    library()
+    return _threads
 
 
 @functools.cache
