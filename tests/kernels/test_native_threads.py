@@ -87,7 +87,7 @@ print(count() - before)
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of threads")
 def test_no_thread_is_added_to_those_of_torch() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", COUNT], env=env, text=True, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", COUNT], env=env, text=True, capture_output=True, timeout=600)
     assert done.stdout.split() == ["0", "2"], done.stderr
 
 
@@ -160,7 +160,7 @@ class Rows(Dataset[Tensor]):
 def test_workers_of_a_data_loader() -> None:
     rows = Rows([CASE.make(torch.bfloat16, seed=i) for i in range(3)])
     wants = [run(args) for args in rows.calls]
-    loader = DataLoader(rows, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(rows, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=300)
     for got, want in zip(loader, wants, strict=True):
         assert same_bits(got, want)
 
