@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 
 # What the install has compiled, again after a change; ninja compiles only what that touches.
 NATIVE := build/.native
-$(NATIVE): $(VENV)/.installed build_native.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(NATIVE): $(VENV)/.installed build_native.py $(wildcard csrc/*.* csrc/*/*.cpp csrc/*/*.h)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 

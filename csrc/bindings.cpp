@@ -8,6 +8,7 @@
 #include <string>
 
 #include "mc_kernels.h"
+#include "openmp.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -221,6 +222,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_cpu_isa", [](const py::object& name) {
         raise(mc_set_cpu_isa(name.is_none() ? nullptr : py::cast<std::string>(name).c_str()));
     });
+    m.def("use_openmp_of", &use_openmp_of, "user"_a);
+    m.def("use_own_threads", [] { raise(mc_set_parallel_runner(nullptr, nullptr)); });
     m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
           "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
           "half"_a, "interleaved"_a, "attention_scaling"_a, "n_threads"_a);

@@ -9,6 +9,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ FOLDER = Path(os.environ.get("MC_NATIVE") or Path(__file__).parent / "_native")
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
+# What `threads` says of the present choice.
+_threads = "the library's own"
+
+
 @functools.cache
 def _load() -> Any:
     """The extension module, or the reason why there is none."""
@@ -31,6 +36,7 @@ def _load() -> Any:
             raise ImportError(f"nothing of that name in {FOLDER}", name=name)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        _use_threads(module, of_torch=True)
         return module
     except ImportError as e:
         reason = FOLDER / "not_built.txt"
@@ -52,6 +58,32 @@ def library() -> Any:
     if reason is not None:
         raise RuntimeError(reason)
     return _load()
+
+
+def _use_threads(module: Any, of_torch: bool) -> None:
+    global _threads
+    if not of_torch:
+        module.use_own_threads()
+        _threads = "the library's own"
+        return
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    file = Path(torch.__file__).parent / "lib" / name
+    try:
+        _threads = f"torch's OpenMP ({module.use_openmp_of(str(file) if file.exists() else name)})"
+    except RuntimeError as e:
+        _threads = f"the library's own: {e}"
+
+
+def use_torch_threads(yes: bool = True) -> None:
+    """Run native code on the threads of torch's OpenMP runtime, as it does from the start where that is found, or
+    (False) on the library's own. A child of fork() has the latter: OpenMP hangs there once the parent has used it."""
+    _use_threads(library(), yes)
+
+
+def threads() -> str:
+    """Whose threads run native code in this process, and if not torch's, why."""
+    library()
+    return _threads
 
 
 @functools.cache

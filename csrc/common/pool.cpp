@@ -1,7 +1,8 @@
-// The pool: one a process, made at its first use, its threads asleep on a condition variable between jobs.
+// The host's threads where it lends them (mc_set_parallel_runner), else the pool: one a process, made at its first use,
+// its threads asleep on a condition variable between jobs.
 //
-// Not OpenMP: the host program usually has that runtime in use already (torch), and two teams of spinning threads on
-// the same cores slow each other down. Workers here never spin.
+// No OpenMP of our own: the host program usually has that runtime in use already (torch), and two teams of spinning
+// threads on the same cores slow each other down. Workers here never spin.
 //
 // One job at a time. Who finds the pool taken runs his job alone, which is what he would get from a machine whose cores
 // are busy. A worker that wakes too late is not waited for: the job is withdrawn when its iterations are given out.
@@ -18,10 +19,18 @@
 #include <new>
 #include <thread>
 
+#include "error.h"
+#include "mc_kernels.h"
+
 namespace mc {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+
+struct Runner {
+    mc_parallel_runner run;
+    void* host;
+};
 
 struct Job {
     int64_t n_tasks;
@@ -83,15 +92,23 @@ private:
     int wanted_ = 0, working_ = 0;  // workers that may still join the job; that are in it
 };
 
-// Never destroyed: workers may wait on it while the process ends.
+// Never destroyed: workers may wait on the pool while the process ends, calls in other threads may be in a runner.
 std::atomic<Pool*> the_pool{nullptr};
+std::atomic<const Runner*> the_runner{nullptr};
+
+// A child of fork() has none of the threads, ours or the host's, and perhaps a mutex that nobody will unlock.
+bool forgets_at_fork() {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        the_pool.store(nullptr);
+        the_runner.store(nullptr);
+    });
+    return registered == 0;
+}
 
 Pool* pool() {
     Pool* found = the_pool.load(std::memory_order_acquire);
     if (found) return found;
-    // A child of fork() has none of the threads and perhaps a mutex that nobody will unlock: it forgets the pool.
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-    Pool* fresh = registered == 0 ? new (std::nothrow) Pool : nullptr;
+    Pool* fresh = forgets_at_fork() ? new (std::nothrow) Pool : nullptr;
     if (!fresh) return nullptr;
     if (the_pool.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return fresh;
     delete fresh;
@@ -109,14 +126,23 @@ int default_threads(int asked) {
 }
 
 void parallel_for(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept {
+    const int threads = static_cast<int>(std::min<int64_t>(n_threads, n_tasks));
+    const Runner* lent = threads > 1 ? the_runner.load(std::memory_order_acquire) : nullptr;
+    if (lent) return lent->run(lent->host, n_tasks, threads, body, context);
     Job job{n_tasks, body, context};
-    const int helpers = static_cast<int>(std::min<int64_t>(n_threads, n_tasks)) - 1;
-    Pool* shared = helpers > 0 ? pool() : nullptr;
+    Pool* shared = threads > 1 ? pool() : nullptr;
     if (shared) {
-        shared->run(job, helpers);
+        shared->run(job, threads - 1);
     } else {
         job.work();
     }
 }
 
 }  // namespace mc
+
+extern "C" int32_t mc_set_parallel_runner(mc_parallel_runner run, void* host) {
+    return mc::guarded([&] {
+        if (!mc::forgets_at_fork()) throw std::bad_alloc();
+        mc::the_runner.store(run ? new mc::Runner{run, host} : nullptr, std::memory_order_release);
+    });
+}

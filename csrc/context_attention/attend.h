@@ -19,7 +19,8 @@ struct RowShape {
     int64_t dims, half, width, padded;
 };
 
-// Entries of one row of the batch, by their slots relative to some base, at most kBlock.
+// Entries of one row of the batch, by their slots relative to some base, at most kBlock. Up to a multiple of kPad the
+// last slot is repeated.
 struct Entries {
     int32_t slot[kBlock];
     int64_t position[kBlock];

@@ -5,6 +5,7 @@
 
 #include "attend.h"
 #include "exp2_impl.h"
+#include "score_impl.h"
 
 namespace mc {
 namespace {
@@ -119,6 +120,14 @@ inline void scores(const HeadBlock& a, int64_t e) {
     }
 }
 
+template <class T, bool kInterleaved, bool kWhole>
+inline void score_many(const HeadBlock& a) {
+    for (int64_t e = 0; e < a.entries->count; e += Vec::kWidth) {
+        turn_strip<T, kInterleaved, kWhole>(a, e);
+        scores(a, e);
+    }
+}
+
 // Row j of p from scores to 2^(score - top), with what that means for the running sums.
 inline void soften(const HeadBlock& a, int64_t j, int64_t n, int64_t dims) {
     float* p = a.p + j * kBlock;
@@ -195,13 +204,10 @@ void attend(const HeadBlock& a) {
     const RowShape& s = *a.shape;
     const int64_t count = a.entries->count;
     const bool whole = s.dims == 2 * s.half && (kInterleaved ? s.dims : s.half) == s.width;
-    for (int64_t e = 0; e < count; e += Vec::kWidth) {
-        if (whole) {
-            turn_strip<T, kInterleaved, true>(a, e);
-        } else {
-            turn_strip<T, kInterleaved, false>(a, e);
-        }
-        scores(a, e);
+    if (!whole) {
+        score_many<T, kInterleaved, false>(a);
+    } else if (!score_few<T, kInterleaved>(a)) {
+        score_many<T, kInterleaved, true>(a);
     }
     const int64_t n = (count + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
     for (int64_t j = 0; j < a.rows; ++j) soften(a, j, n, s.dims);

@@ -166,6 +166,7 @@ private:
             out.position[out.count] = pos[s];
             out.count += pos[s] >= 0 && pos[s] <= most;
         }
+        for (int64_t i = out.count; i % kPad && out.count; ++i) out.slot[i] = out.slot[out.count - 1];
     }
 
     // Bias and masks of a block, [T, kBlock], or [1, kBlock] where all queries see all; 0: none needed.

@@ -4,9 +4,10 @@
  * wrong before it writes: a status other than MC_OK from an argument check means that nothing has changed. All sizes,
  * strides and counts are 64-bit; strides are in elements.
  *
- * Threads. Every function may be called from several threads at once. The kernels share one small pool of worker
- * threads, started when the first job is large enough for it and asleep between jobs; a caller that finds the pool in
- * use does its work alone. After fork() the child starts a pool of its own. The library must not be unloaded.
+ * Threads. Every function may be called from several threads at once. The kernels run on threads that the host lends
+ * (mc_set_parallel_runner) or else share one small pool of worker threads, started when the first job is large enough
+ * for it and asleep between jobs; a caller that finds the pool in use does its work alone. After fork() the child starts
+ * a pool of its own. The library must not be unloaded.
  */
 #ifndef MC_KERNELS_H
 #define MC_KERNELS_H
@@ -72,6 +73,20 @@ MC_API int32_t mc_cpu_isa_available(const char* name);
 /* Use the level called `name` from now on in the whole process; NULL goes back to the choice at start. MC_UNAVAILABLE
  * if it is unknown or not there; the level in use then stays. Meant for tests. */
 MC_API int32_t mc_set_cpu_isa(const char* name);
+
+/* Runs task(context, i) once for each i in [0, n_tasks), in any order and on any threads, several at a time; returns
+ * when all are done. n_threads: how many threads are worth using, at least 2; fewer, even one, give the same result. It
+ * may be called from several threads at once. Tasks do not call back, do not throw and take microseconds to
+ * milliseconds each. */
+typedef void (*mc_parallel_runner)(void* host, int64_t n_tasks, int32_t n_threads,
+                                   void (*task)(void* context, int64_t i), void* context);
+
+/* The threads of the host, an inference engine or an application, run the kernels from now on in the whole process:
+ * `run` is called, with `host`, by every call whose work is large enough for more than one thread. Two pools of threads
+ * on the same cores delay each other, most of all where one of them spins. NULL goes back to the library's own pool.
+ * A call that is in progress in another thread may use the earlier runner until it returns. A child of fork() has the
+ * library's own pool until it sets a runner. MC_OUT_OF_MEMORY: nothing has changed. */
+MC_API int32_t mc_set_parallel_runner(mc_parallel_runner run, void* host);
 
 /* Entries of a KV cache are removed, inserted and moved in place, for all layers, sequences and heads in one call:
  *
