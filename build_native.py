@@ -28,9 +28,12 @@ REASON = "not_built.txt"
 # No -ffast-math: NaN, infinities and signed zeros are part of the contract. Nobody reads errno or floating-point traps.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
 # By the last word of a source's name, as in rows_avx2.cpp.
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
 LEVEL_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+    "avx512": _AVX512,
+    "avx512bf16": f"{_AVX512} -mavx512bf16",
+    "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 
 
@@ -59,6 +62,18 @@ def _ninja() -> list[str]:
     return [found]
 
 
+def _level_flags(compiler: str) -> dict[str, str]:
+    """Of the levels that this compiler knows: the sources of others compile to nothing, and the library does without."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {}
+    probe = [*compiler.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return {
+        level: flags
+        for level, flags in LEVEL_FLAGS.items()
+        if subprocess.run([*probe, *flags.split()], capture_output=True).returncode == 0
+    }
+
+
 def _library_sources() -> list[Path]:
     return sorted(SOURCES.glob("*/*.cpp"))
 
@@ -71,7 +86,7 @@ def _ninja_file(compiler: str) -> str:
     origin = "@loader_path" if MACOS else "$$ORIGIN"
     undefined = "-undefined dynamic_lookup" if MACOS else ""
     name = f"-install_name @rpath/{LIBRARY}" if MACOS else f"-Wl,-soname,{LIBRARY}"
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    level_flags = _level_flags(compiler)
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
 
     def escape(path: Path) -> str:
@@ -93,8 +108,8 @@ def _ninja_file(compiler: str) -> str:
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {escape(source)}"]
         level = source.stem.rpartition("_")[2]
-        if x86 and level in LEVEL_FLAGS:
-            lines += [f"  more = {LEVEL_FLAGS[level]}"]
+        if level in level_flags:
+            lines += [f"  more = {level_flags[level]}"]
     lines += [
         f"build {LIBRARY}: link {' '.join(objects)}",
         f"  more = {name}",

@@ -60,10 +60,12 @@ MC_API const char* mc_last_error(void);
 /* Version of the library, "major.minor.patch". */
 MC_API const char* mc_version(void);
 
-/* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C) or "avx512" (F, BW, DQ, VL). The best
- * that processor and operating system have, unless the environment variable MC_CPU_ISA or mc_set_cpu_isa
- * names one. NULL, with a text in mc_last_error, if MC_CPU_ISA names one that is unknown or not there; every kernel
- * then returns MC_UNAVAILABLE. */
+/* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL), "avx512bf16"
+ * or "amx" (tiles of bf16, on top of avx512bf16). The best that processor and operating system have, unless the
+ * environment variable MC_CPU_ISA or mc_set_cpu_isa names one. The last two multiply bf16 matrices and do all else as
+ * avx512. On Linux the choice asks for the permission to use tiles, for the whole process. "amx-emulated", amx's code on
+ * tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL, with a text in
+ * mc_last_error, if MC_CPU_ISA names a level that is unknown or not there; every kernel then returns MC_UNAVAILABLE. */
 MC_API const char* mc_cpu_isa(void);
 
 /* Whether the level called `name` is in this build and can run here: 1 or 0. */
