@@ -46,7 +46,8 @@ def library() -> Any:
 
 
 @functools.cache
-def _code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype) -> int:
+    """The library's number for a dtype."""
     names = {
         torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64",
     }  # fmt: skip
@@ -55,7 +56,7 @@ def _code(dtype: torch.dtype) -> int:
 
 def view(x: Tensor) -> View:
     """`x` as the library takes it. The caller keeps `x` alive."""
-    return x.data_ptr(), _code(x.dtype), tuple(x.shape), x.stride()
+    return x.data_ptr(), dtype_code(x.dtype), tuple(x.shape), x.stride()
 
 
 def address(x: Tensor | None) -> int:
