@@ -117,9 +117,18 @@ mc_gist_encode_weights encoder(const py::sequence& tensors, int64_t n_heads, int
     mc_gist_encode_weights w{};
     w.struct_size = sizeof w;
     const std::pair<const char*, mc_tensor*> fields[] = {
-        {"mu", &w.mu},         {"w_in", &w.w_in},         {"level_emb", &w.level_emb}, {"attn_norm", &w.attn_norm},
-        {"qkv", &w.qkv},       {"attn_out", &w.attn_out}, {"ffn_norm", &w.ffn_norm},   {"gate_up", &w.gate_up},
-        {"down", &w.down},     {"final_norm", &w.final_norm}, {"pool_q", &w.pool_q},   {"w_out", &w.w_out},
+        {"mu", &w.mu},
+        {"w_in", &w.w_in},
+        {"level_emb", &w.level_emb},
+        {"attn_norm", &w.attn_norm},
+        {"qkv", &w.qkv},
+        {"attn_out", &w.attn_out},
+        {"ffn_norm", &w.ffn_norm},
+        {"gate_up", &w.gate_up},
+        {"down", &w.down},
+        {"final_norm", &w.final_norm},
+        {"pool_q", &w.pool_q},
+        {"w_out", &w.w_out},
         {"gain", &w.gain},
     };
     if (tensors.size() != std::size(fields)) throw py::value_error("weights: expected 13 tensors");

@@ -28,10 +28,18 @@ Net check_weights(const mc_gist_encode_weights& w) {
         const mc_tensor& x;
         int ndim;
     } all[] = {
-        {"w_in", w.w_in, 2},         {"mu", w.mu, 1},           {"level_emb", w.level_emb, 2},
-        {"attn_norm", w.attn_norm, 2}, {"qkv", w.qkv, 3},         {"attn_out", w.attn_out, 3},
-        {"ffn_norm", w.ffn_norm, 2}, {"gate_up", w.gate_up, 3}, {"down", w.down, 3},
-        {"final_norm", w.final_norm, 1}, {"pool_q", w.pool_q, 2}, {"w_out", w.w_out, 2},
+        {"w_in", w.w_in, 2},
+        {"mu", w.mu, 1},
+        {"level_emb", w.level_emb, 2},
+        {"attn_norm", w.attn_norm, 2},
+        {"qkv", w.qkv, 3},
+        {"attn_out", w.attn_out, 3},
+        {"ffn_norm", w.ffn_norm, 2},
+        {"gate_up", w.gate_up, 3},
+        {"down", w.down, 3},
+        {"final_norm", w.final_norm, 1},
+        {"pool_q", w.pool_q, 2},
+        {"w_out", w.w_out, 2},
         {"gain", w.gain, 1},
     };
     for (const auto& one : all) {
@@ -67,7 +75,15 @@ Net check_weights(const mc_gist_encode_weights& w) {
     }
     check_positive("rope_theta", w.rope_theta);
     check_positive("target_rms", w.target_rms);
-    return {e, width, layers, w.n_heads, f, w.pool_q.size[0], w.level_emb.size[0], w.rope_theta, w.target_rms,
+    return {e,
+            width,
+            layers,
+            w.n_heads,
+            f,
+            w.pool_q.size[0],
+            w.level_emb.size[0],
+            w.rope_theta,
+            w.target_rms,
             static_cast<Pool>(w.pool)};
 }
 

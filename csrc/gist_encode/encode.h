@@ -9,13 +9,14 @@
 
 namespace mc {
 
-// out[i] = x[i] * (scale / rms(x)) * gain[i], i < n; zeros from there to `padded`. gain NULL: 1. sum[i] += x[i], or NULL.
+// out[i] = x[i] * (scale / rms(x)) * gain[i], i < n; zeros from there to `padded`. gain NULL: 1. sum[i] += x[i], or
+// NULL: with what the additions so far have lost in lost[i] (Kahan 1965), since what is summed largely cancels after.
 struct Normalise {
     const char* x;
     int64_t n;
     const float* gain;
     float scale;
-    float* sum;
+    float *sum, *lost;
     char* out;
     int64_t padded;
 };

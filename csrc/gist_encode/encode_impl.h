@@ -53,7 +53,11 @@ void normalise(const Normalise& a) {
     each_vector(a.n, [&](int64_t i, int count, auto kind) {
         const Vec x = get<X>(a.x, i, count, kind);
         squares = fmadd(x, x, squares);
-        if (a.sum) put(a.sum, i, count, kind, add(get(a.sum, i, count, kind), x));
+        if (!a.sum) return;
+        const Vec before = get(a.sum, i, count, kind), more = sub(x, get(a.lost, i, count, kind));
+        const Vec after = add(before, more);
+        put(a.sum, i, count, kind, after);
+        put(a.lost, i, count, kind, sub(sub(after, before), more));
     });
     const float mean = sum(squares) / static_cast<float>(a.n);
     const Vec by = Vec::all(a.scale / __builtin_sqrtf(mean + kRmsEps));
@@ -62,7 +66,8 @@ void normalise(const Normalise& a) {
         if (a.gain) y = mul(y, get(a.gain, i, count, kind));
         put<Out>(a.out, i, count, kind, y);
     });
-    if (a.padded > a.n) __builtin_memset(a.out + a.n * Out::kBytes, 0, static_cast<size_t>(a.padded - a.n) * Out::kBytes);
+    const int64_t rest = a.padded - a.n;
+    if (rest > 0) __builtin_memset(a.out + a.n * Out::kBytes, 0, static_cast<size_t>(rest * Out::kBytes));
 }
 
 // 2^(scale (x - max x)) in place; returns their sum. A NaN makes all of them NaN.
@@ -84,9 +89,8 @@ inline float exponentials(float* x, int64_t n, float scale) {
 }
 
 inline void scale_all(float* x, int64_t n, float by) {
-    each_vector(n, [&](int64_t i, int count, auto kind) {
-        put(x, i, count, kind, mul(get(x, i, count, kind), Vec::all(by)));
-    });
+    each_vector(
+        n, [&](int64_t i, int count, auto kind) { put(x, i, count, kind, mul(get(x, i, count, kind), Vec::all(by))); });
 }
 
 void softmax(float* x, int64_t n, float scale) {

@@ -79,7 +79,8 @@ Packed::Packed(const Net& net, int type, char* base) : net_(net), type_(type), b
 }
 
 Packed Packed::open(const void* base, int64_t bytes) {
-    if (!base || reinterpret_cast<uintptr_t>(base) % 64) invalid("packed: expected an address that is a multiple of 64");
+    if (!base || reinterpret_cast<uintptr_t>(base) % 64)
+        invalid("packed: expected an address that is a multiple of 64");
     Header header{};
     if (bytes >= static_cast<int64_t>(sizeof header)) std::memcpy(&header, base, sizeof header);
     if (std::memcmp(header.magic, kMagic, sizeof kMagic)) {

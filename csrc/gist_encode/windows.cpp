@@ -23,8 +23,8 @@ int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
 int64_t padded(int type, int64_t n) { return product_steps(type, n) * 4 / dtype_bytes(type); }
 
 int64_t wide_bytes(const Net& net, int type) {
-    return std::max({product_row_bytes(type, net.embed), odd_lines(3 * net.width) * kFloat,
-                     product_row_bytes(type, net.ffn)});
+    return std::max(
+        {product_row_bytes(type, net.embed), odd_lines(3 * net.width) * kFloat, product_row_bytes(type, net.ffn)});
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ ItemScratch::ItemScratch(const Encoding& e, int64_t group) {
     scores_step = odd_lines(whole_panels(t));
     keys_panel = panel_bytes(kF32, dim);
     s_step = odd_lines(net.width);
-    sum = Scratch<float>(net.embed);
+    sum = Scratch<float>(2 * net.embed);
     q = Scratch<float>(t * head_step);
     k = Scratch<float>(t * head_step);
     keys = Scratch<char>(panels_of(t) * keys_panel);
@@ -108,11 +108,16 @@ int64_t Windows::group_items(int step) const {
     if (step == 1) return panels_of(net.width);
     switch ((step - 2) % kLayerSteps) {
         case kAttnNorm:
-        case kFfnNorm: return (rows() + kNormRows - 1) / kNormRows;
-        case kQkv: return panels_of(3 * net.width);
-        case kAttend: return group_count_ * net.heads;
-        case kGateUp: return panels_of(net.ffn);
-        default: return panels_of(net.width);
+        case kFfnNorm:
+            return (rows() + kNormRows - 1) / kNormRows;
+        case kQkv:
+            return panels_of(3 * net.width);
+        case kAttend:
+            return group_count_ * net.heads;
+        case kGateUp:
+            return panels_of(net.ffn);
+        default:
+            return panels_of(net.width);
     }
 }
 
@@ -124,19 +129,24 @@ void Windows::group_item(int step, int64_t i, ItemScratch& s) {
     const LayerWeights w = weights.layer((step - 2) / kLayerSteps);
     float* wide = reinterpret_cast<float*>(wide_.get());
     switch ((step - 2) % kLayerSteps) {
-        case kAttnNorm: return norm(i, w.attn_norm);
-        case kQkv: return multiply(w.qkv, i, a_.get(), a_step_, rows(), wide, qkv_step_, false);
-        case kAttend: return attend(i, s);
-        case kAttnOut: return multiply(w.out, i, a_.get(), a_step_, rows(), h_.get(), h_step_, true);
-        case kFfnNorm: return norm(i, w.ffn_norm);
-        case kGateUp: return gate_up(i, w, s);
-        default: return multiply(w.down, i, wide_.get(), act_step_, rows(), h_.get(), h_step_, true);
+        case kAttnNorm:
+            return norm(i, w.attn_norm);
+        case kQkv:
+            return multiply(w.qkv, i, a_.get(), a_step_, rows(), wide, qkv_step_, false);
+        case kAttend:
+            return attend(i, s);
+        case kAttnOut:
+            return multiply(w.out, i, a_.get(), a_step_, rows(), h_.get(), h_step_, true);
+        case kFfnNorm:
+            return norm(i, w.ffn_norm);
+        case kGateUp:
+            return gate_up(i, w, s);
+        default:
+            return multiply(w.down, i, wide_.get(), act_step_, rows(), h_.get(), h_step_, true);
     }
 }
 
-int64_t Windows::batch_items(int step) const {
-    return step == 0 ? panels_of(e_.weights.net().embed) : gists();
-}
+int64_t Windows::batch_items(int step) const { return step == 0 ? panels_of(e_.weights.net().embed) : gists(); }
 
 void Windows::batch_item(int step, int64_t i) {
     if (step == 0) return multiply(e_.weights.w_out(), i, pooled_.get(), a_step_, gists(), z_.get(), z_step_, true);
@@ -159,12 +169,13 @@ void Windows::read(int64_t window, ItemScratch& s) {
     char* to = wide_.get() + window * e_.entries * x_step_;
     float *h = h_.get() + window * e_.entries * h_step_, *sum = s.sum.get();
     const float* level = e_.weights.level(e_.args.level);
-    std::fill(sum, sum + net.embed, 0.0f);
+    std::fill(sum, sum + 2 * net.embed, 0.0f);
     for (int64_t j = 0; j < e_.entries; ++j, to += x_step_, h += h_step_) {
         std::copy(level, level + net.width, h);
         if (j < k) {
             const char* row = from + j * x.stride[1] * bytes;
-            e_.ops.normalise[x.dtype][type_]({row, net.embed, nullptr, 1.0f, sum, to, padded(type_, net.embed)});
+            e_.ops.normalise[x.dtype][type_](
+                {row, net.embed, nullptr, 1.0f, sum, sum + net.embed, to, padded(type_, net.embed)});
         } else {
             std::memset(to, 0, static_cast<size_t>(x_step_));
             for (int64_t i = 0; i < net.width; ++i) h[i] += e_.weights.pool_q(0)[i];
@@ -176,7 +187,7 @@ void Windows::read(int64_t window, ItemScratch& s) {
     }
     for (int64_t g = 0; g < net.gists; ++g) {
         e_.ops.normalise[kF32][kF32]({reinterpret_cast<const char*>(sum), net.embed, nullptr,
-                                      static_cast<float>(net.target_rms), nullptr,
+                                      static_cast<float>(net.target_rms), nullptr, nullptr,
                                       reinterpret_cast<char*>(z_row(window, g)), net.embed});
     }
 }
@@ -186,7 +197,7 @@ void Windows::norm(int64_t i, const float* gain) {
     for (int64_t r = i * kNormRows; r < end; ++r) {
         const char* row = reinterpret_cast<const char*>(h_.get() + r * h_step_);
         e_.ops.normalise[kF32][type_](
-            {row, width, gain, 1.0f, nullptr, a_.get() + r * a_step_, padded(type_, width)});
+            {row, width, gain, 1.0f, nullptr, nullptr, a_.get() + r * a_step_, padded(type_, width)});
     }
 }
 
@@ -232,8 +243,8 @@ void Windows::gate_up(int64_t panel, const LayerWeights& w, ItemScratch& s) {
     const int64_t columns = std::min(kPanel, padded(type_, w.gate.n) - panel * kPanel);
     float* both = s.gate_up.get();
     product({a_.get(), a_step_, n, w.gate.data + panel * w.gate.bytes, kPanel * 4, steps, both, step, kPanel, false});
-    product({a_.get(), a_step_, n, w.up.data + panel * w.up.bytes, kPanel * 4, steps, both + kPanel, step, kPanel,
-             false});
+    product(
+        {a_.get(), a_step_, n, w.up.data + panel * w.up.bytes, kPanel * 4, steps, both + kPanel, step, kPanel, false});
     char* out = wide_.get() + panel * kPanel * bytes;
     for (int64_t r = 0; r < n; ++r, both += step, out += act_step_) {
         e_.ops.gated[type_](both, both + kPanel, columns, out);
@@ -245,14 +256,14 @@ void Windows::pool(int64_t window, ItemScratch& s) {
     const int64_t t = e_.entries, first = net.pool == Pool::kCls ? t - 1 : 0;
     for (int64_t j = first; j < t; ++j) {
         const char* row = reinterpret_cast<const char*>(h_.get() + (window * t + j) * h_step_);
-        e_.ops.normalise[kF32][kF32]({row, net.width, e_.weights.final_norm(), 1.0f, nullptr,
+        e_.ops.normalise[kF32][kF32]({row, net.width, e_.weights.final_norm(), 1.0f, nullptr, nullptr,
                                       reinterpret_cast<char*>(s.s.get() + j * s.s_step), net.width});
     }
     const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(net.width)));
     for (int64_t g = 0; g < net.gists; ++g) {
         const float* query = net.pool == Pool::kSoftmax ? e_.weights.pool_q(g) : nullptr;
-        e_.ops.pool({s.s.get() + first * s.s_step, s.s_step, t - first, net.width, query, scale, s.p.get(),
-                     s.pooled.get()});
+        e_.ops.pool(
+            {s.s.get() + first * s.s_step, s.s_step, t - first, net.width, query, scale, s.p.get(), s.pooled.get()});
         char* out = pooled_.get() + pooled_row(window, g) * a_step_;
         std::memset(out, 0, static_cast<size_t>(a_step_));
         e_.ops.store[type_](s.pooled.get(), net.width, out);
@@ -264,7 +275,7 @@ void Windows::finish(int64_t row) {
     const mc_tensor& out = e_.args.out;
     const int64_t element = (batch_first_ + row / net.gists) * out.stride[0] + row % net.gists * out.stride[1];
     e_.ops.normalise[kF32][out.dtype]({reinterpret_cast<const char*>(z_.get() + row * z_step_), net.embed, nullptr,
-                                       e_.weights.gain() * static_cast<float>(net.target_rms), nullptr,
+                                       e_.weights.gain() * static_cast<float>(net.target_rms), nullptr, nullptr,
                                        static_cast<char*>(out.data) + element * dtype_bytes(out.dtype), net.embed});
 }
 

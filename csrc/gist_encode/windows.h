@@ -20,7 +20,7 @@ struct Encoding {
     const Packed& weights;
     const IsaLevel& level;
     const EncodeOps& ops;
-    int64_t entries;             // rows of a window: K, and the class token
+    int64_t entries;            // rows of a window: K, and the class token
     std::vector<float> phases;  // [entries, head_dim]: cosines, sines
 
     Encoding(const mc_gist_encode_args& args, const Packed& weights, const IsaLevel& level);
@@ -34,11 +34,11 @@ class ItemScratch {
 public:
     ItemScratch(const Encoding& e, int64_t group);
 
-    Scratch<float> sum;                           // [embed]
-    Scratch<float> q, k, scores, attended;        // of a window and head
-    Scratch<char> keys;                           // k in panels
-    Scratch<float> gate_up;                       // [rows of a group, 2 panels]
-    Scratch<float> s, p, pooled;                  // of a window
+    Scratch<float> sum;                     // [2, embed], see Normalise
+    Scratch<float> q, k, scores, attended;  // of a window and head
+    Scratch<char> keys;                     // k in panels
+    Scratch<float> gate_up;                 // [rows of a group, 2 panels]
+    Scratch<float> s, p, pooled;            // of a window
     int64_t head_step, scores_step, keys_panel, s_step;
 };
 
@@ -78,12 +78,12 @@ private:
 
     const Encoding& e_;
     const int type_;
-    int64_t h_step_, z_step_, qkv_step_;          // floats
-    int64_t x_step_, a_step_, act_step_;          // bytes
+    int64_t h_step_, z_step_, qkv_step_;  // floats
+    int64_t x_step_, a_step_, act_step_;  // bytes
     int64_t batch_first_ = 0, batch_count_ = 0, group_first_ = 0, group_count_ = 0;
-    Scratch<float> h_, z_;                        // residual stream; output before its norm
-    Scratch<char> a_, pooled_;                    // input of a product: normed or attended; pooled
-    Scratch<char> wide_;                          // in turn: the input, queries with keys and values, the gated units
+    Scratch<float> h_, z_;      // residual stream; output before its norm
+    Scratch<char> a_, pooled_;  // input of a product: normed or attended; pooled
+    Scratch<char> wide_;        // in turn: the input, queries with keys and values, the gated units
 };
 
 }  // namespace mc

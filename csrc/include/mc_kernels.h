@@ -223,8 +223,8 @@ typedef struct mc_gist_encode_weights {
  * mc_gist_encode_packed_bytes writes to *bytes. What is packed depends on the instruction set level in use: it is for this
  * machine, at this level or one that multiplies the same types, and for this version of the library. */
 MC_API int32_t mc_gist_encode_packed_bytes(const mc_gist_encode_weights* weights, int32_t dtype, int64_t* bytes);
-MC_API int32_t mc_gist_encode_pack_cpu(const mc_gist_encode_weights* weights, int32_t dtype, void* packed, int64_t bytes,
-                                       int32_t n_threads);
+MC_API int32_t mc_gist_encode_pack_cpu(const mc_gist_encode_weights* weights, int32_t dtype, void* packed,
+                                       int64_t bytes, int32_t n_threads);
 
 typedef struct mc_gist_encode_args {
     size_t struct_size; /* sizeof(mc_gist_encode_args) */
