@@ -31,9 +31,12 @@ CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trappi
 # Later words win: -O1 keeps the sanitizers' reports readable, and the build short.
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 # By the last word of a source's name, as in rows_avx2.cpp.
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
 LEVEL_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+    "avx512": _AVX512,
+    "avx512bf16": f"{_AVX512} -mavx512bf16",
+    "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 
 
@@ -62,6 +65,18 @@ def _ninja() -> list[str]:
     return [found]
 
 
+def _level_flags(compiler: str) -> dict[str, str]:
+    """Of the levels that this compiler knows. The sources of others compile to nothing; the library does without them."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {}
+    probe = [*compiler.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return {
+        level: flags
+        for level, flags in LEVEL_FLAGS.items()
+        if subprocess.run([*probe, *flags.split()], capture_output=True).returncode == 0
+    }
+
+
 def _library_sources() -> list[Path]:
     return sorted(SOURCES.glob("*/*.cpp"))
 
@@ -74,7 +89,7 @@ def _ninja_file(compiler: str) -> str:
     origin = "@loader_path" if MACOS else "$$ORIGIN"
     undefined = "-undefined dynamic_lookup" if MACOS else ""
     name = f"-install_name @rpath/{LIBRARY}" if MACOS else f"-Wl,-soname,{LIBRARY}"
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    level_flags = _level_flags(compiler)
     python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
 
     def escape(path: Path) -> str:
@@ -96,8 +111,8 @@ def _ninja_file(compiler: str) -> str:
         objects.append(f"{source.parent.name}_{source.stem}.o")
         lines += [f"build {objects[-1]}: compile {escape(source)}"]
         level = source.stem.rpartition("_")[2]
-        if x86 and level in LEVEL_FLAGS:
-            lines += [f"  more = {LEVEL_FLAGS[level]}"]
+        if level in level_flags:
+            lines += [f"  more = {level_flags[level]}"]
     lines += [
         f"build {LIBRARY}: link {' '.join(objects)}",
         f"  more = {name}",

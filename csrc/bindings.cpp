@@ -6,6 +6,7 @@
 
 #include <iterator>
 #include <string>
+#include <utility>
 
 #include "mc_kernels.h"
 #include "openmp.h"
@@ -204,6 +205,71 @@ void lens_score(const py::handle& entries, const py::handle& features, const py:
     raise(status);
 }
 
+// The 13 tensors in the order of mc_gist_encode_weights.
+mc_gist_encode_weights encoder(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
+                               double target_rms) {
+    mc_gist_encode_weights w{};
+    w.struct_size = sizeof w;
+    const std::pair<const char*, mc_tensor*> fields[] = {
+        {"mu", &w.mu},
+        {"w_in", &w.w_in},
+        {"level_emb", &w.level_emb},
+        {"attn_norm", &w.attn_norm},
+        {"qkv", &w.qkv},
+        {"attn_out", &w.attn_out},
+        {"ffn_norm", &w.ffn_norm},
+        {"gate_up", &w.gate_up},
+        {"down", &w.down},
+        {"final_norm", &w.final_norm},
+        {"pool_q", &w.pool_q},
+        {"w_out", &w.w_out},
+        {"gain", &w.gain},
+    };
+    if (tensors.size() != std::size(fields)) throw py::value_error("weights: expected 13 tensors");
+    for (size_t i = 0; i < std::size(fields); ++i) *fields[i].second = tensor(fields[i].first, tensors[i]);
+    w.n_heads = n_heads;
+    w.pool = pool;
+    w.rope_theta = rope_theta;
+    w.target_rms = target_rms;
+    return w;
+}
+
+int64_t gist_encode_packed_bytes(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
+                                 double target_rms, int32_t dtype) {
+    const mc_gist_encode_weights w = encoder(tensors, n_heads, pool, rope_theta, target_rms);
+    int64_t bytes = 0;
+    raise(mc_gist_encode_packed_bytes(&w, dtype, &bytes));
+    return bytes;
+}
+
+void gist_encode_pack(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta, double target_rms,
+                      int32_t dtype, uintptr_t packed, int64_t bytes, int32_t n_threads) {
+    const mc_gist_encode_weights w = encoder(tensors, n_heads, pool, rope_theta, target_rms);
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_gist_encode_pack_cpu(&w, dtype, reinterpret_cast<void*>(packed), bytes, n_threads);
+    }
+    raise(status);
+}
+
+void gist_encode(uintptr_t packed, int64_t packed_bytes, const py::handle& blocks, const py::handle& out, int64_t level,
+                 int32_t n_threads) {
+    mc_gist_encode_args a{};
+    a.struct_size = sizeof a;
+    a.packed = reinterpret_cast<const void*>(packed);
+    a.packed_bytes = packed_bytes;
+    a.blocks = tensor("blocks", blocks);
+    a.out = tensor("out", out);
+    a.level = level;
+    int32_t status;
+    {
+        py::gil_scoped_release release;
+        status = mc_gist_encode_cpu(&a, n_threads);
+    }
+    raise(status);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -237,4 +303,9 @@ PYBIND11_MODULE(_C, m) {
           "out"_a, "n_threads"_a);
     m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
           "out"_a, "n_threads"_a);
+    m.def("gist_encode_packed_bytes", &gist_encode_packed_bytes, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a,
+          "target_rms"_a, "dtype"_a);
+    m.def("gist_encode_pack", &gist_encode_pack, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a, "target_rms"_a,
+          "dtype"_a, "packed"_a, "bytes"_a, "n_threads"_a);
+    m.def("gist_encode", &gist_encode, "packed"_a, "packed_bytes"_a, "blocks"_a, "out"_a, "level"_a, "n_threads"_a);
 }

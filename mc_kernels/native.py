@@ -105,8 +105,17 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def isa_levels() -> list[str]:
-    """Names of the instruction set levels of this build and machine, slowest first; none without the library."""
+# Slowest first; the flag: whether it differs from the one before it in more than matrix products.
+_LEVELS = {
+    "amx-emulated": False, "scalar": True, "avx2": True, "avx512": True, "avx512bf16": False, "amx": False,
+}  # fmt: skip
+
+
+def isa_levels(*, matrix: bool = True) -> list[str]:
+    """Names of the instruction set levels of this build and machine, slowest first; none without the library.
+
+    matrix: with those that differ from others in their matrix products alone.
+    """
     if available() is not None:
         return []
-    return [name for name in ("scalar", "avx2", "avx512") if library().cpu_isa_available(name)]
+    return [name for name, apart in _LEVELS.items() if (matrix or apart) and library().cpu_isa_available(name)]

@@ -2,6 +2,7 @@
 //
 // A level needs two permissions: CPUID says that the processor has the instructions, XGETBV that the operating system
 // saves the registers they use (a kernel booted with clearcpuid or noxsave, some hypervisors and old systems do not).
+// AMX needs a third: Linux saves a process's tiles once it has asked for that.
 #include "isa.h"
 
 #include <atomic>
@@ -14,12 +15,16 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace mc {
 namespace {
 
 struct Features {
-    bool avx2 = false, avx512 = false;
+    bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
 };
 
 #if defined(__x86_64__)
@@ -30,6 +35,15 @@ uint64_t xcr0() {
 }
 
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
+
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 Features detect() {
     Features out;
@@ -43,30 +57,38 @@ Features detect() {
     out.avx2 = bit(b, 5) && (saved & ymm) == ymm;
     const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
     out.avx512 = out.avx2 && f && dq && bw && vl && (saved & zmm) == zmm;
+    const bool tile = bit(d, 24), tile_bf16 = bit(d, 22);
+    out.avx512bf16 = out.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
+    const uint64_t tiles = 0x60000;  // their shapes and their data
+    out.amx = out.avx512bf16 && tile && tile_bf16 && (saved & tiles) == tiles && may_use_tiles();
     return out;
 }
 #else
 Features detect() { return {}; }
 #endif
 
-struct Level {
-    const RowOps* ops;
-    bool here;
-};
+constexpr int kLevels = 6;
 
-constexpr int kLevels = 3;
-
-// Slowest first.
-const Level* levels() {
+// Slowest first. A level without units of its own for an op has those of the level below.
+const IsaLevel* levels() {
     static const Features have = detect();
-    static const Level table[kLevels] = {{rows_scalar(), true}, {rows_avx2(), have.avx2}, {rows_avx512(), have.avx512}};
+    static const IsaLevel table[kLevels] = {
+        {"amx-emulated", rows_scalar(), matmul_emulated(), true, true},
+        {"scalar", rows_scalar(), matmul_scalar(), true, false},
+        {"avx2", rows_avx2(), matmul_avx2(), have.avx2, false},
+        {"avx512", rows_avx512(), matmul_avx512(), have.avx512, false},
+        {"avx512bf16", rows_avx512(), matmul_avx512bf16(), have.avx512bf16, false},
+        {"amx", rows_avx512(), matmul_amx(), have.amx, false},
+    };
     return table;
 }
 
-const RowOps* find(const char* name) {
+bool serves(const IsaLevel& level) { return level.rows && level.matmul && level.here; }
+
+const IsaLevel* find(const char* name) {
     for (int i = 0; i < kLevels; ++i) {
-        const Level& level = levels()[i];
-        if (level.ops && level.here && !std::strcmp(level.ops->name, name)) return level.ops;
+        const IsaLevel& level = levels()[i];
+        if (serves(level) && !std::strcmp(level.name, name)) return &level;
     }
     return nullptr;
 }
@@ -74,8 +96,8 @@ const RowOps* find(const char* name) {
 std::string names() {
     std::string out;
     for (int i = 0; i < kLevels; ++i) {
-        const Level& level = levels()[i];
-        if (level.ops && level.here) out += (out.empty() ? "" : ", ") + std::string(level.ops->name);
+        const IsaLevel& level = levels()[i];
+        if (serves(level)) out += (out.empty() ? "" : ", ") + std::string(level.name);
     }
     return out;
 }
@@ -85,39 +107,42 @@ std::string names() {
                                     " (the levels of this machine), got '" + name + "'");
 }
 
-const RowOps* choose_at_start() {
+const IsaLevel* choose_at_start() {
     const char* wanted = std::getenv("MC_CPU_ISA");
     if (wanted && *wanted) {
-        const RowOps* ops = find(wanted);
-        if (!ops) not_here("MC_CPU_ISA", wanted);
-        return ops;
+        const IsaLevel* level = find(wanted);
+        if (!level) not_here("MC_CPU_ISA", wanted);
+        return level;
     }
-    const RowOps* best = nullptr;
+    const IsaLevel* best = nullptr;
     for (int i = 0; i < kLevels; ++i) {
-        if (levels()[i].ops && levels()[i].here) best = levels()[i].ops;
+        const IsaLevel& level = levels()[i];
+        if (serves(level) && !level.only_by_name) best = &level;
     }
     return best;
 }
 
-std::atomic<const RowOps*> in_use{nullptr};
+std::atomic<const IsaLevel*> in_use{nullptr};
 
 }  // namespace
 
-const RowOps& row_ops() {
-    const RowOps* ops = in_use.load(std::memory_order_acquire);
-    if (!ops) {
-        ops = choose_at_start();
-        const RowOps* none = nullptr;  // a level that mc_set_cpu_isa has set meanwhile stays
-        if (!in_use.compare_exchange_strong(none, ops, std::memory_order_acq_rel)) ops = none;
+const IsaLevel& isa_level() {
+    const IsaLevel* level = in_use.load(std::memory_order_acquire);
+    if (!level) {
+        level = choose_at_start();
+        const IsaLevel* none = nullptr;  // a level that mc_set_cpu_isa has set meanwhile stays
+        if (!in_use.compare_exchange_strong(none, level, std::memory_order_acq_rel)) level = none;
     }
-    return *ops;
+    return *level;
 }
+
+const RowOps& row_ops() { return *isa_level().rows; }
 
 }  // namespace mc
 
 extern "C" const char* mc_cpu_isa(void) {
     const char* name = nullptr;
-    mc::guarded([&] { name = mc::row_ops().name; });
+    mc::guarded([&] { name = mc::isa_level().name; });
     return name;
 }
 
@@ -125,8 +150,8 @@ extern "C" int32_t mc_cpu_isa_available(const char* name) { return name && mc::f
 
 extern "C" int32_t mc_set_cpu_isa(const char* name) {
     return mc::guarded([&] {
-        const mc::RowOps* ops = name ? mc::find(name) : mc::choose_at_start();
-        if (!ops) mc::not_here("mc_set_cpu_isa", name);
-        mc::in_use.store(ops, std::memory_order_release);
+        const mc::IsaLevel* level = name ? mc::find(name) : mc::choose_at_start();
+        if (!level) mc::not_here("mc_set_cpu_isa", name);
+        mc::in_use.store(level, std::memory_order_release);
     });
 }

@@ -1,11 +1,35 @@
 // Which instruction set level serves: what the build has, the processor offers and the operating system saves.
 #pragma once
 
+#include <cstring>
+#include <initializer_list>
+
+#include "error.h"
+#include "matmul.h"
 #include "rows.h"
 
 namespace mc {
 
-// The row primitives of the level in use. Throws Error(MC_UNAVAILABLE) if MC_CPU_ISA names one that cannot serve.
+struct IsaLevel {
+    const char* name;
+    const RowOps* rows;  // its name says which unit of rows this is: several levels share the best one
+    const MatmulOps* matmul;
+    bool here, only_by_name;
+};
+
+// The level in use. Throws Error(MC_UNAVAILABLE) if MC_CPU_ISA names one that cannot serve.
+const IsaLevel& isa_level();
+
+// Its row primitives.
 const RowOps& row_ops();
+
+// An op's own primitives, which it has per unit of rows: the table whose name is that of `rows`.
+template <class Ops>
+const Ops& ops_beside(const RowOps& rows, const char* op, std::initializer_list<const Ops*> tables) {
+    for (const Ops* ops : tables) {
+        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
+    }
+    throw Error(MC_UNAVAILABLE, std::string(op) + " has no instruction set level " + rows.name);
+}
 
 }  // namespace mc

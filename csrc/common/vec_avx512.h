@@ -75,6 +75,7 @@ inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec greater(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }

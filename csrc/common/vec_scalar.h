@@ -149,6 +149,12 @@ inline Vec sub(const Vec& a, const Vec& b) {
     return out;
 }
 
+inline Vec div(const Vec& a, const Vec& b) {
+    Vec out;
+    for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = a.v[i] / b.v[i];
+    return out;
+}
+
 inline Vec greater(const Vec& a, const Vec& b) {
     Vec out;
     for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];

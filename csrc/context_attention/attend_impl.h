@@ -4,8 +4,8 @@
 #pragma once
 
 #include "attend.h"
-#include "exp2_impl.h"
 #include "score_impl.h"
+#include "vec_math.h"
 
 namespace mc {
 namespace {

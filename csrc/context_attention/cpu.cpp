@@ -13,7 +13,6 @@
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -34,10 +33,7 @@ constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 const AttendOps& attend_ops(const RowOps& rows) {
-    for (const AttendOps* ops : {attend_avx512(), attend_avx2(), attend_scalar()}) {
-        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
-    }
-    throw Error(MC_UNAVAILABLE, std::string("context_attention has no instruction set level ") + rows.name);
+    return ops_beside(rows, "context_attention", {attend_avx512(), attend_avx2(), attend_scalar()});
 }
 
 int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attend.h"
-#include "exp2_impl.h"
+#include "vec_math.h"
 
 namespace mc {
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "linear.h"
-#include "exp2_impl.h"
+#include "vec_math.h"
 
 // Accumulators live in registers only if loops over them are unrolled, which is too much for GCC's own limit.
 #if defined(__clang__)

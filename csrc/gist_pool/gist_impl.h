@@ -3,7 +3,7 @@
 // Included by gist_<level>.cpp after vec_<level>.h; for what may be used here see there.
 #pragma once
 
-#include "exp2_impl.h"
+#include "vec_math.h"
 #include "gist.h"
 
 namespace mc {

@@ -61,10 +61,12 @@ MC_API const char* mc_last_error(void);
 /* Version of the library, "major.minor.patch". */
 MC_API const char* mc_version(void);
 
-/* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C) or "avx512" (F, BW, DQ, VL). The best
- * that processor and operating system have, unless the environment variable MC_CPU_ISA or mc_set_cpu_isa
- * names one. NULL, with a text in mc_last_error, if MC_CPU_ISA names one that is unknown or not there; every kernel
- * then returns MC_UNAVAILABLE. */
+/* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL), "avx512bf16"
+ * or "amx" (tiles of bf16, on top of avx512bf16). The best that processor and operating system have, unless the
+ * environment variable MC_CPU_ISA or mc_set_cpu_isa names one. The last two multiply bf16 matrices and do all else as
+ * avx512. On Linux the choice asks for the permission to use tiles, for the whole process. "amx-emulated", amx's code on
+ * tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL, with a text in
+ * mc_last_error, if MC_CPU_ISA names a level that is unknown or not there; every kernel then returns MC_UNAVAILABLE. */
 MC_API const char* mc_cpu_isa(void);
 
 /* Whether the level called `name` is in this build and can run here: 1 or 0. */
@@ -333,6 +335,67 @@ typedef struct mc_lens_score_args {
 
 /* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. N = 0 writes nothing. */
 MC_API int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_threads);
+
+/* A small transformer compresses windows of K embeddings into G gists (GistNet). With
+ * norm(x, g) = x / sqrt(mean(x^2) + 1e-12) * g, per window:
+ *
+ *   h_j = w_in norm(x_j, 1) + level_emb[min(level, n_levels) - 1]                               [K, Eg]
+ *   per layer:  q, k, v = qkv norm(h, attn_norm) in heads of width d = Eg / n_heads; q, k rotated at positions 0..K-1,
+ *               pairs (i, i + d/2), angle position * rope_theta^(-2i/d); every j attends to every j, scale d^-1/2
+ *               h += attn_out attention;  h += down (silu(gate f) * (up f)) with f = norm(h, ffn_norm)
+ *   s = norm(h, final_norm)
+ *   pooled_g    softmax: sum_j softmax_j(<pool_q_g, s_j> Eg^-1/2) s_j;  mean: mean_j s_j;
+ *               cls: pool_q_0 + the level's embedding runs along as entry K of the window, s of that entry
+ *   base = norm(mean_j x_j - (level == 1 ? mu : 0), target_rms);  out_g = norm(base + w_out pooled_g, gain * target_rms)
+ *
+ * Sums are fp32. Inputs of matrix products are fp32 too, unless blocks and weights are bf16 and the instruction set level
+ * multiplies bf16: then they are rounded to it (and subnormal ones taken for zero). */
+enum { MC_POOL_SOFTMAX = 0, MC_POOL_MEAN = 1, MC_POOL_CLS = 2 };
+
+/* f32, f16 or bf16, all the same; last dimensions contiguous. Linear layers are [out, in]. */
+typedef struct mc_gist_encode_weights {
+    size_t struct_size;   /* sizeof(mc_gist_encode_weights) */
+    mc_tensor mu;         /* [E] */
+    mc_tensor w_in;       /* [Eg, E] */
+    mc_tensor level_emb;  /* [n_levels, Eg] */
+    mc_tensor attn_norm;  /* [layers, Eg] */
+    mc_tensor qkv;        /* [layers, 3 Eg, Eg] rows of queries, keys, values in this order, heads contiguous */
+    mc_tensor attn_out;   /* [layers, Eg, Eg] */
+    mc_tensor ffn_norm;   /* [layers, Eg] */
+    mc_tensor gate_up;    /* [layers, 2 F, Eg] gate rows first */
+    mc_tensor down;       /* [layers, Eg, F] */
+    mc_tensor final_norm; /* [Eg] */
+    mc_tensor pool_q;     /* [G, Eg]; G = 1 unless pool is MC_POOL_SOFTMAX */
+    mc_tensor w_out;      /* [E, Eg] */
+    mc_tensor gain;       /* [1] */
+    int64_t n_heads;      /* Eg / n_heads is even */
+    int32_t pool;         /* MC_POOL_SOFTMAX, ... */
+    double rope_theta, target_rms; /* > 0 */
+} mc_gist_encode_weights;
+
+/* Weights as the kernel reads them, for blocks of `dtype`. Packing costs a few times a read of the weights, about what
+ * encoding a window does. `packed` is an address that is a multiple of 64, of as many bytes as
+ * mc_gist_encode_packed_bytes writes to *bytes. What is packed depends on the instruction set level in use: it is for this
+ * machine, at this level or one that multiplies the same types, and for this version of the library. */
+MC_API int32_t mc_gist_encode_packed_bytes(const mc_gist_encode_weights* weights, int32_t dtype, int64_t* bytes);
+MC_API int32_t mc_gist_encode_pack_cpu(const mc_gist_encode_weights* weights, int32_t dtype, void* packed,
+                                       int64_t bytes, int32_t n_threads);
+
+typedef struct mc_gist_encode_args {
+    size_t struct_size; /* sizeof(mc_gist_encode_args) */
+
+    const void* packed; /* what mc_gist_encode_pack_cpu has written; the weights themselves are not needed any more */
+    int64_t packed_bytes;
+
+    mc_tensor blocks; /* [N, K, E] f32, f16 or bf16, last dimension contiguous; windows may overlap; K >= 1 */
+    mc_tensor out;    /* [N, G, E] blocks' dtype, last dimension contiguous, no element named twice; written. Apart from
+                         all that is read, which is the caller's duty: only blocks' own address is noticed */
+    int64_t level;    /* of the gists, >= 1; at level 1 blocks are of tokens, and mu is taken off */
+} mc_gist_encode_args;
+
+/* n_threads: as for mc_kv_splice_cpu. A window's gists depend on neither it nor the other windows. N may be 0. Memory
+ * beside packed weights: about 1 MB a thread, more for windows of more than some hundred entries. */
+MC_API int32_t mc_gist_encode_cpu(const mc_gist_encode_args* args, int32_t n_threads);
 
 #ifdef __cplusplus
 }

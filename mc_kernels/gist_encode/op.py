@@ -16,6 +16,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, GistEncodeWeights
 

@@ -41,7 +41,7 @@ def build_module() -> Any:
 def test_where_there_is_a_compiler_the_library_is_there() -> None:
     """Otherwise every test of it would skip and nobody would notice."""
     assert native.available() is None
-    assert native.isa_levels()[0] == "scalar"
+    assert {"scalar", "amx-emulated"} <= set(native.isa_levels())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-// Exponentials over a vector type, and loads and stores of floats.
-//
-// Included after vec_<level>.h; for what may be used here see there.
+// Functions of vectors, written once over `Vec`. Included after vec_<level>.h; for what may be used here see there.
 #pragma once
 
 namespace mc {
@@ -8,6 +6,9 @@ namespace {
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
 constexpr float kLog2E = 1.44269504088896340736f;
+
+inline Vec load(const float* p) { return Vec::load(F32{}, reinterpret_cast<const char*>(p)); }
+inline void store(float* p, Vec x) { Vec::store(F32{}, reinterpret_cast<char*>(p), x); }
 
 // 2^x for x <= 0, relative error about one rounding; 0 below 2^-126.5, NaN for NaN.
 inline Vec exp2(Vec x) {
@@ -24,9 +25,6 @@ inline Vec exp2(Vec x) {
     y = fmadd(y, f, Vec::all(1.0f));
     return mul(y, power_of_two(t));
 }
-
-inline Vec load(const float* p) { return Vec::load(F32{}, reinterpret_cast<const char*>(p)); }
-inline void store(float* p, Vec x) { Vec::store(F32{}, reinterpret_cast<char*>(p), x); }
 
 }  // namespace
 }  // namespace mc
