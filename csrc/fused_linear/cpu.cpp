@@ -26,10 +26,7 @@ constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed 
 constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
 
 const LinearOps& linear_ops(const RowOps& rows) {
-    for (const LinearOps* ops : {linear_avx512(), linear_avx2(), linear_scalar()}) {
-        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
-    }
-    throw Error(MC_UNAVAILABLE, std::string("fused_linear has no instruction set level ") + rows.name);
+    return ops_beside(rows, "fused_linear", {linear_avx512(), linear_avx2(), linear_scalar()});
 }
 
 class Floats {

@@ -29,10 +29,7 @@ constexpr int64_t kThreadBytes = 1 << 18;  // read, that are worth waking a thre
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 
 const GistOps& gist_ops(const RowOps& rows) {
-    for (const GistOps* ops : {gist_avx512(), gist_avx2(), gist_scalar()}) {
-        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
-    }
-    throw Error(MC_UNAVAILABLE, std::string("gist_pool has no instruction set level ") + rows.name);
+    return ops_beside(rows, "gist_pool", {gist_avx512(), gist_avx2(), gist_scalar()});
 }
 
 // What a task needs beside its arguments: weights of the head at hand and a group of gists.

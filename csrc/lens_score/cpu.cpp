@@ -29,10 +29,7 @@ constexpr double kLog2E = 1.44269504088896340736;
 constexpr double kRmsEps = 1e-12;
 
 const LensOps& lens_ops(const RowOps& rows) {
-    for (const LensOps* ops : {lens_avx512(), lens_avx2(), lens_scalar()}) {
-        if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
-    }
-    throw Error(MC_UNAVAILABLE, std::string("lens_score has no instruction set level ") + rows.name);
+    return ops_beside(rows, "lens_score", {lens_avx512(), lens_avx2(), lens_scalar()});
 }
 
 double inverse_rms(const float* x, int64_t n) {

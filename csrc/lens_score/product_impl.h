@@ -6,6 +6,7 @@
 #pragma once
 
 #include "lens.h"
+#include "vec_math.h"
 
 namespace mc {
 namespace {
@@ -18,9 +19,6 @@ constexpr int64_t kPartial = 64;  // products that are summed one by one: partia
 constexpr int most_rows(int vectors) {
     return kWide ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 16) : (vectors == 2 ? 6 : 12);
 }
-
-inline Vec load(const float* p) { return Vec::load(F32{}, reinterpret_cast<const char*>(p)); }
-inline void store(float* p, Vec x) { Vec::store(F32{}, reinterpret_cast<char*>(p), x); }
 
 template <int kRows, int kVectors>
 struct Accumulators {
