@@ -32,6 +32,14 @@ def hide_mass(features: Tensor, rng: random.Random) -> Tensor:
     return features.masked_fill(hidden[:, None] & columns, 0.0)
 
 
+def mix_up(entries: Tensor, rng: random.Random) -> Tensor:
+    """entries [n, E] in another order, so that they say nothing of their leaves: some hundred contexts are soon known by
+    heart, and what was learned so says nothing about other texts."""
+    order = list(range(len(entries)))
+    rng.shuffle(order)
+    return entries[torch.tensor(order, dtype=torch.int64, device=entries.device)]
+
+
 def put_far(features: Tensor, rng: random.Random) -> Tensor:
     """features [n, F] with text around the leaves, none to `MOST_TOKENS`: behind the first leaf, and at the end."""
     before, after = (math.expm1(rng.random() * math.log1p(MOST_TOKENS)) for _ in range(2))

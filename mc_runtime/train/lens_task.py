@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mc_kernels import LensScoreWeights, lens_score
 
-from .lens_augment import hide_mass, put_far
+from .lens_augment import hide_mass, mix_up, put_far
 from .lens_samples import LensExample
 
 PREFIX = "lens/"
@@ -35,8 +35,9 @@ OUTLIER = 8.0
 @dataclass(frozen=True)
 class LensTaskOptions:
     """gain, cost: nats measured per nat of a gate label. scale: least nats for t. rank, balance: weights of these
-    terms. batch: contexts per micro-batch. hidden: share of them in which the mass of some leaves is not known. far:
-    share of the questions that are put far behind their text (see `lens_augment`)."""
+    terms. batch: contexts per micro-batch. mixed: share of them whose leaves are told apart by features alone; hidden:
+    in which the mass of some leaves is not known; far: of the questions, that are put far behind their text (see
+    `lens_augment`)."""
 
     gain: float = 0.21
     cost: float = 1.9
@@ -44,6 +45,7 @@ class LensTaskOptions:
     rank: float = 1.0
     balance: float = 0.1
     batch: int = 16
+    mixed: float = 0.5
     hidden: float = 0.5
     far: float = 0.7
 
@@ -76,12 +78,14 @@ class LensTask:
         return loss, {name: float(x.detach()) for name, x in figures.items()}
 
     def _varied(self, example: LensExample, rng: random.Random) -> LensExample:
-        features = example.features
+        features, entries = example.features, example.entries
+        if rng.random() < self.options.mixed:
+            entries = mix_up(entries, rng)
         if rng.random() < self.options.hidden:
             features = hide_mass(features, rng)
         if example.asks and rng.random() < self.options.far:
             features = put_far(features, rng)
-        return replace(example, features=features)
+        return replace(example, entries=entries, features=features)
 
     def terms(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """scores, labels [n, 2] -> regression, listwise and balance terms of one context."""

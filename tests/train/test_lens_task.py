@@ -20,7 +20,7 @@ from mc_runtime.lensnet import LensNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.ranks import spearman
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.lens_augment import hide_mass, put_far
+from mc_runtime.train.lens_augment import hide_mass, mix_up, put_far
 from mc_runtime.train.lens_fit import fit_lens, label_scenes, report_fit
 from mc_runtime.train.lens_questions import draw_question, read_articles
 from mc_runtime.train.lens_samples import LensExample, LensSample, SampleOptions, example_of, load_samples, save_samples
@@ -227,3 +227,11 @@ def test_hidden_mass_and_far_questions_change_nothing_else() -> None:
         assert found[:, place].min() >= 0
         assert found[:, place].max() < 1.2
         assert found.isfinite().all()
+
+
+def test_mixed_entries_are_the_same_in_another_order() -> None:
+    entries = torch.arange(40.0).view(20, 2)
+    found = mix_up(entries, random.Random(0))
+    assert not torch.equal(found, entries)
+    assert torch.equal(found[found[:, 0].argsort()], entries)
+    assert mix_up(entries[:0], random.Random(0)).shape == (0, 2)
