@@ -33,8 +33,8 @@ def hide_mass(features: Tensor, rng: random.Random) -> Tensor:
 
 
 def mix_up(entries: Tensor, rng: random.Random) -> Tensor:
-    """entries [n, E] in another order, so that they say nothing of their leaves: some hundred contexts are soon known by
-    heart, and what was learned so says nothing about other texts."""
+    """entries [n, E] in another order, so that they say nothing of their leaves: some hundred contexts are soon known
+    by heart, and what was learned so says nothing about other texts."""
     order = list(range(len(entries)))
     rng.shuffle(order)
     return entries[torch.tensor(order, dtype=torch.int64, device=entries.device)]
