@@ -45,7 +45,7 @@ class LensNetPolicy:
 
         layout = view.context.entries
         for _ in range(view.context.tree.n_levels + MORE_ROUNDS):
-            promising = (inputs.levels > 1) & (scores[:, 0] > view.context.config.focus.min_gain)
+            promising = (inputs.levels > 1) & (scores[:, 0] > 0)
             if not promising.any():
                 break
             best = np.argsort(-np.where(promising, scores[:, 0], -np.inf), kind="stable")[:LOOKED_INTO]

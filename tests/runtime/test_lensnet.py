@@ -288,7 +288,7 @@ def coarsest(session):
 def test_policy_finds_a_block_under_several_levels(session, model, block):
     view = coarsest(session)
     assert view.context.entries.levels[0] >= 3, "the block lies three levels deep"
-    policy = Fixed(lambda level, index: 1.0 if index == block // K ** (level - 1) else 0.01)
+    policy = Fixed(lambda level, index: 1.0 if index == block // K ** (level - 1) else -0.01)
     utilities = policy.utilities(view)
     level, nats = utilities[1]
     assert nats[level == block] == 1.0
@@ -304,7 +304,7 @@ def test_policy_finds_a_block_under_several_levels(session, model, block):
 
 
 def test_policy_looks_into_nothing_without_promise(session, model):
-    policy = Fixed(lambda level, index: 0.02)
+    policy = Fixed(lambda level, index: 0.0)
     utilities = policy.utilities(coarsest(session))
     assert len(policy.seen) == 1
     assert set(utilities) <= {1}
