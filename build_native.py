@@ -63,7 +63,7 @@ def _ninja() -> list[str]:
 
 
 def _level_flags(compiler: str) -> dict[str, str]:
-    """Of the levels that this compiler knows. The sources of others compile to nothing; the library does without them."""
+    """Of the levels that this compiler knows. Sources of others compile to nothing; the library does without them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {}
     probe = [*compiler.split(), "-fsyntax-only", "-x", "c++", os.devnull]

@@ -117,7 +117,7 @@ def test_setting_a_level() -> None:
     try:
         library.set_cpu_isa("scalar")
         assert library.cpu_isa() == "scalar"
-        with pytest.raises(ValueError, match=r"mc_set_cpu_isa: expected one of scalar.*got 'neon'"):
+        with pytest.raises(ValueError, match=r"mc_set_cpu_isa: expected one of .*scalar.*got 'neon'"):
             library.set_cpu_isa("neon")
         assert library.cpu_isa() == "scalar"
     finally:
