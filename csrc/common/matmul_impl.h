@@ -50,8 +50,7 @@ struct Tile {
     }
 };
 
-constexpr int64_t kAhead = 1024;  // bytes of a panel that are fetched ahead
-
+// No software prefetch: a panel is one ascending stream, which the processor sees by itself; asking for it ran slower.
 template <class Step, int kVectors, int kRows>
 void multiply_tile(const Product& p, const char* a, const char* w, float* c, int64_t n) {
     RowSteps s;
@@ -62,10 +61,7 @@ void multiply_tile(const Product& p, const char* a, const char* w, float* c, int
     }
     for (int64_t i = 0; i < p.steps; ++i, a += 4, w += p.w_step) {
         typename Step::Operand x[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            x[v] = Step::load(w + v * Vec::kWidth * 4);
-            if (Vec::kWidth == 16 || v == 0) __builtin_prefetch(w + v * Vec::kWidth * 4 + kAhead);
-        }
+        for (int v = 0; v < kVectors; ++v) x[v] = Step::load(w + v * Vec::kWidth * 4);
         tile.step(a, s, x);
     }
     for (int r = 0; r < kRows; ++r, c += p.c_step) {

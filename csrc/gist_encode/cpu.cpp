@@ -1,10 +1,10 @@
-// gist_encode on a CPU: the net of mc_kernels.h. Windows through the layers in one thread's cache, weights streamed.
+// gist_encode on a CPU: the net of mc_kernels.h. Windows go through the layers in one thread's cache, weights stream.
 //
 // Floor. A window costs 2 * K * (E Eg + layers * (4 Eg^2 + 3 Eg F)) operations at the rate of the matrix products
 // (matmul.h), a call one read of the weights. Everything between two products works on rows that are in cache, and costs
 // a few percent of them; attention within a window of 32 has 1% of the operations.
-// - Many windows: threads take batches of them. A batch goes through the layers in groups, small enough for the second
-//   level cache; each group reads all weights, at 1 byte for every 32 operations or less.
+// - Many windows: threads take batches of them. A batch goes through the layers in groups whose activations stay in
+//   cache; each group reads all weights.
 // - Few windows (decoding: one): all threads work on all of them and share the weights by columns (stages.h).
 // An element of the result is computed in the same way in either case, so that it depends on nothing but its window.
 #include <algorithm>
@@ -18,11 +18,13 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kGroupBytes = 768 << 10;  // of activations, in a cache of 1 MB or more
-constexpr int64_t kMostBatch = 16;          // windows: enough rows for one read of the output projection
-constexpr int64_t kBatchesPerThread = 4;    // evens out threads that are slowed down
-constexpr int64_t kSharedRows = 512;        // of a group that all threads work on
-constexpr int64_t kThreadWork = 1 << 20;    // multiply-adds that are worth waking a thread for
+// Of a group's activations: the most that a core's share of the caches holds. Rows share each read of the weights: with
+// 1 MB of second-level cache, 2.5 MB ran 9% faster than 0.3 MB did there.
+constexpr int64_t kGroupBytes = 5 << 19;
+constexpr int64_t kMostBatch = 16;        // windows: enough rows for one read of the output projection
+constexpr int64_t kBatchesPerThread = 4;  // evens out threads that are slowed down
+constexpr int64_t kSharedRows = 512;      // of a group that all threads work on
+constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 
 int64_t multiply_adds(const Net& net, int64_t rows) {
     return rows * net.width * (net.embed + net.layers * (4 * net.width + 3 * net.ffn));

@@ -1,7 +1,7 @@
 // The net on a batch of windows, as steps of items: a step's items can be done in any order and by several threads, once
 // all items of the step before are done.
 //
-// A batch passes through the layers in groups, whose activations stay in a core's own cache; pooled rows of all groups
+// A batch passes through the layers in groups, whose activations stay in cache; pooled rows of all groups
 // are projected back together, since a group alone has few of them for so many weights.
 #pragma once
 

@@ -394,7 +394,7 @@ typedef struct mc_gist_encode_args {
 } mc_gist_encode_args;
 
 /* n_threads: as for mc_kv_splice_cpu. A window's gists depend on neither it nor the other windows. N may be 0. Memory
- * beside packed weights: about 1 MB a thread, more for windows of more than some hundred entries. */
+ * beside packed weights: about 3 MB a thread, more for windows of more than some hundred entries. */
 MC_API int32_t mc_gist_encode_cpu(const mc_gist_encode_args* args, int32_t n_threads);
 
 #ifdef __cplusplus
