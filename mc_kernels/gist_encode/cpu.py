@@ -1,6 +1,6 @@
 """`gist_encode` on a CPU: csrc/gist_encode, a window's activations in cache, on the threads that torch is set to use.
 
-The library reads weights in a packed form, which is kept for the weights used last (KEPT of them, about as large as the
+The library reads weights in a packed form, which is kept for the weights used last (at most KEPT of them; about as large as the
 weights, twice that where products are fp32) until their memory is freed. It is made anew when a tensor's version says
 that it has changed; a write that hides from the version counter (through `.data` or numpy) is not noticed.
 """
@@ -20,7 +20,7 @@ from ..registry import register
 from .ref import gist_encode_backward_ref
 from .weights import POOLS
 
-KEPT = 4
+KEPT = 64
 
 
 def _supports(blocks: Tensor, mu: Tensor, *_: object) -> str | None:
