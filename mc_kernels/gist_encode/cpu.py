@@ -1,8 +1,8 @@
 """`gist_encode` on a CPU: csrc/gist_encode, a window's activations in cache, on the threads that torch is set to use.
 
-The library reads weights in a packed form, about as large as the weights, twice that where products are fp32. It is kept
-for the weights used last, at most KEPT of them, until their memory is freed, and made anew when a tensor's version says that
-it has changed; a write that hides from the version counter (through `.data` or numpy) is not noticed.
+The library reads weights in a packed form, about as large as the weights, twice that where products are fp32. It is
+kept for the weights used last, at most KEPT of them, until their memory is freed, and made anew when a tensor's version
+says that it has changed; a write that hides from the version counter (through `.data` or numpy) is not noticed.
 """
 
 from __future__ import annotations
