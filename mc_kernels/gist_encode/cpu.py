@@ -2,7 +2,8 @@
 
 The library reads weights in a packed form, about as large as the weights, twice that where products are fp32. It is
 kept for the weights used last, at most KEPT of them, until their memory is freed, and made anew when a tensor's version
-says that it has changed; a write that hides from the version counter (through `.data` or numpy) is not noticed.
+says that it has changed. A write that hides from the version counter (through `.data` or numpy) is not noticed, except
+in weights that require a gradient: those are packed in every call.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _PackedWeights:
     def get(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *constants: Any) -> Tensor:
         library = native.library()
         what = (dtype, library.cpu_isa(), *constants)
-        if any(x.is_inference() for x in tensors):  # no version: it may have changed since
+        # No version, or weights that are trained: checkpoints and differences are written to them through `.data`.
+        if any(x.is_inference() or x.requires_grad for x in tensors):
             return self._pack(tensors, dtype, *constants)
         memory = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
         key = (what, memory, tuple(x._version for x in tensors))

@@ -197,3 +197,15 @@ def test_weights_packed_for_products_that_are_not_there() -> None:
             library.gist_encode(packed.data_ptr(), len(packed), native.view(blocks), native.view(out), 1, 1)
     finally:
         library.set_cpu_isa(None)
+
+
+def test_weights_that_are_trained_are_packed_anew() -> None:
+    """A checkpoint or a finite difference writes to them behind the version counter."""
+    blocks, weights = GISTS.make(torch.float32)
+    trained = weights.with_tensors(*(x.requires_grad_() for x in weights.tensors()))
+    with torch.no_grad():
+        before = gist_encode(blocks, trained, backend="cpu")
+        trained.w_in.data.mul_(1.5)
+        after = gist_encode(blocks, trained, backend="cpu")
+        torch.testing.assert_close(after, gist_encode(blocks, trained, backend="ref"), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, after)
