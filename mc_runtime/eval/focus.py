@@ -33,7 +33,8 @@ ORACLE, GISTS, FULL, WINDOW = "oracle", "gists alone", "full context", "recent w
 
 @dataclass(frozen=True)
 class FocusSetting:
-    """far tokens as gists, `recent` in full, `opened` blocks chosen, NLL over the next `targets`; n contexts a text."""
+    """far tokens as gists, `recent` in full, `opened` blocks chosen, NLL over the next `targets`; n contexts a text.
+    gist_bias: log-weight of gists in attention."""
 
     far: int = 1024
     recent: int = 64
@@ -42,6 +43,7 @@ class FocusSetting:
     n: int = 100
     seed: int = 1
     batch: int = 4
+    gist_bias: float = 0.0
 
     def slots(self, size: int) -> int:
         """Beyond the first token."""
@@ -90,6 +92,7 @@ def focus_regret(
         scene = make_scene(
             model.decoder, pools, past.ids, [layout_of(opened, size)] * past.batch, past.k, past.v, setting.recent
         )
+        scene = replace(scene, gist_bias=setting.gist_bias)
         queries, answers = _queries(model, scene), [-1] * past.batch
         if asking is not None:
             scene = replace(scene, known=asking.known[rows])

@@ -21,8 +21,7 @@ class RetrievalPolicy:
     missed one costs: few and whole passages beat many single blocks. The blocks of the best passage are worth up to
     `scale` nats each, those of others in proportion to their score to the power `sharpness`: with 20 they are opened
     beside the best one where they score nearly as well, about 5/6 of it. Text of the same pattern as the answer (the
-    debts of a hundred people) distracts most: with a sharpness of 2, half of a hundred such facts were said rightly,
-    with 20 all but two of a hundred.
+    debts of a hundred people) distracts most; docs/quality.md has what other settings find.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +117,12 @@ def test_rank_correlation() -> None:
     # scipy.stats.spearmanr([1, 2, 2, 4], [1, 3, 2, 2]).statistic
     assert spearman(np.array([1.0, 2, 2, 4]), np.array([1.0, 3, 2, 2])) == pytest.approx(0.5, abs=1e-9)
     assert np.isnan(spearman(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])))
+
+
+def test_gists_are_weighed_as_the_setting_says(model: LoadedModel) -> None:
+    plain, muted = (
+        focus_regret(model, pools(model), "noise", windows(), [ByRecency()], [], replace(SETTING, gist_bias=bias))
+        for bias in (0.0, -5.0)
+    )
+    assert np.abs(np.subtract(plain.nll["gists alone"], muted.nll["gists alone"])).max() > 1e-4
+    assert plain.nll["full context"] == muted.nll["full context"]

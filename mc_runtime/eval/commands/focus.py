@@ -69,7 +69,7 @@ def focus(
     if lensnet is not None:
         selectors.insert(0, ByLensNet(LensNet.load(lensnet, loaded.decoder), loaded, net))
     rivals: list[Rival] = [SnapKV(), Recency(), BM25Append(loaded.tokenizer)]
-    setting = FocusSetting(far, recent, targets, opened, n, seed)
+    setting = FocusSetting(far, recent, targets, opened, n, seed, gist_bias=net.gist_bias)
     results: list[FocusResult] = []
     with progress_bar() as bar:
         for path, _ in files:
