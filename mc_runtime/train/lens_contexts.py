@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -118,13 +118,17 @@ def layout_of(opened: NDArray[np.bool_], size: int, groups: Sequence[int] = ()) 
 def read_scene(
     decoder: Decoder, pools: Sequence[GistPoolWeights], ids: Tensor, entries: Sequence[Entries], far: int, recent: int
 ) -> Scene:
-    """Run the far and recent tokens in full context and pool their gists. ids: [B, N]; pools: of levels 1 and 2."""
-    read = ids[:, : far + recent]
+    """Run the far tokens in full context and pool their gists. ids: [B, N]; pools: of levels 1 and 2. Far tokens that
+    all rows share are read once, and `source_k` and `source_v` are expanded views."""
+    read = ids[:, :far]
+    if (read == read[:1]).all():
+        read = read[:1]
     store = ConcatStore()
-    positions = torch.arange(read.shape[1], device=ids.device).expand(read.shape)
+    positions = torch.arange(far, device=ids.device).expand(read.shape)
     decoder(decoder.embed(read), positions, store)
-    k, v = store.keys[:, :, :, :far], store.values[:, :, :, :far]
-    return make_scene(decoder, pools, ids, entries, k, v, recent)
+    scene = make_scene(decoder, pools, ids, entries, store.keys, store.values, recent)
+    shape = (-1, len(ids), -1, -1, -1)
+    return replace(scene, source_k=scene.source_k.expand(shape), source_v=scene.source_v.expand(shape))
 
 
 @torch.no_grad()

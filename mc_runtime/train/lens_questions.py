@@ -97,6 +97,46 @@ def draw_question(
     raise InputError(f"questions: none of 1,000 drawn ones fits {far} tokens of history and {recent} of a question")
 
 
+def draw_questions(
+    rng: random.Random,
+    model: LoadedModel,
+    articles: list[Article],
+    far: int,
+    recent: int,
+    targets: int,
+    size: int,
+    most: int,
+) -> list[Asked]:
+    """One to `most` questions about one text, which is read once for all of them: their far tokens are the same. What
+    is relevant in a text then depends on the question alone. Raises InputError if no text has any."""
+    system = model.chat.system_ids(DEFAULT_SYSTEM_PROMPT)
+    end = model.chat.assistant_end_ids()[:1]
+    for _ in range(1000):
+        span = article_span(model.tokenizer, rng.choice(articles), rng, far + recent - len(system))
+        if span is None:
+            continue
+        text, found = [*system, *span[0]], span[1]
+        rng.shuffle(found)
+        drawn: list[Asked] = []
+        for question, start, _ in found:
+            block = (len(system) + start) // size
+            prompt = model.chat.user_turn_ids(question.text)
+            answer = [*model.tokenizer.encode(question.answer), *end]
+            if len(prompt) > recent or len(answer) > targets or not 0 < block < far // size:
+                continue
+            ids = np.zeros(far + recent + targets, np.int64)
+            ids[: far + recent] = [*text[: far + recent - len(prompt)], *prompt]
+            ids[far + recent : far + recent + len(answer)] = answer
+            drawn.append(Asked(ids, len(answer), block, question.text))
+            if len(drawn) == most:
+                break
+        if drawn:
+            return drawn
+    raise InputError(
+        f"questions: no question of 1,000 drawn texts fits {far} tokens of history and {recent} of its own"
+    )
+
+
 def _history(
     rng: random.Random, model: LoadedModel, article: Article, question: Question, room: int
 ) -> tuple[list[int], int] | None:

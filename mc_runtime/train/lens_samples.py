@@ -25,7 +25,7 @@ from mc_runtime.timeline import Entries
 from .corpus import Corpus
 from .lens_contexts import Scene, attention_mass, draw_groups, draw_opened, layout_of, read_scene
 from .lens_labels import gate_labels
-from .lens_questions import Article, Asked, draw_question
+from .lens_questions import Article, Asked, draw_questions
 
 # Newest tokens that a continuation is retrieved with, as while decoding.
 QUERY_TOKENS = 64
@@ -63,13 +63,17 @@ FIELDS = tuple(LensSample.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """lengths: far tokens of a scene. tokens: of one scene's sequences, about. questions: share of scenes that ask."""
+    """lengths: far tokens of a scene. tokens: of one scene's continuations, about. questions: share of scenes that ask;
+    asked: questions of such a scene at most, fewer where their histories would be longer than `asked_tokens` together.
+    """
 
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     recent: int = 64
     targets: int = 64
     tokens: int = 4096
     questions: float = 0.4
+    asked: int = 16
+    asked_tokens: int = 32768
 
 
 def observe(scene: Scene, model: LoadedModel, queries: Sequence[str], answers: Sequence[int]) -> list[LensSample]:
@@ -113,28 +117,28 @@ def draw_scene(
     """Labelled samples of one scene: continuations of the corpora's texts, or questions about articles."""
     size = net.pool_weights[0].b.shape[-1]
     far = rng.choice(options.lengths)
-    count = max(1, options.tokens // (far + options.recent))
     length = far + options.recent
-    opened = [draw_opened(rng, far // size) for _ in range(count)]
-    for one in opened:
-        one[0] = rng.random() < FIRST_OPEN
     asked: list[Asked] = []
     if articles and rng.random() < options.questions:
-        asked = [draw_question(rng, model, articles, far, options.recent, options.targets, size) for _ in range(count)]
-        ids = torch.from_numpy(np.stack([one.ids for one in asked])).to(model.decoder.device)
-        for one, question in zip(opened, asked, strict=True):
-            one[0], one[question.answer_block] = True, False  # the system prompt is in full, the answer to be found
+        most = max(1, min(options.asked, options.asked_tokens // length))
+        asked = draw_questions(rng, model, articles, far, options.recent, options.targets, size, most)
+        rows = [one.ids for one in asked]
         queries = [one.question for one in asked]
     else:
-        weights = [c.weight for c in corpora]
+        count, weights = max(1, options.tokens // length), [c.weight for c in corpora]
         rows = [rng.choices(corpora, weights)[0].sample(rng, length + options.targets) for _ in range(count)]
-        ids = torch.from_numpy(np.stack(rows)).to(model.decoder.device)
         queries = [model.tokenizer.decode(row[length - QUERY_TOKENS : length].tolist()) for row in rows]
+    opened = [draw_opened(rng, far // size) for _ in rows]
+    for one in opened:
+        one[0] = rng.random() < FIRST_OPEN
+    for one, question in zip(opened, asked, strict=False):
+        one[0], one[question.answer_block] = True, False  # the system prompt is in full, the answer to be found
     layouts = [layout_of(one, size, draw_groups(rng, one, size)) for one in opened]
+    ids = torch.from_numpy(np.stack(rows)).to(model.decoder.device)
     scene = read_scene(model.decoder, net.pool_weights, ids, layouts, far, options.recent)
     known = tuple(one.known for one in asked) if asked else None
     scene = replace(scene, known=known, gist_bias=net.gist_bias)
-    return label(scene, observe(scene, model, queries, [one.answer_block for one in asked] or [-1] * count))
+    return label(scene, observe(scene, model, queries, [one.answer_block for one in asked] or [-1] * len(rows)))
 
 
 def save_samples(samples: Sequence[LensSample], path: Path) -> None:

@@ -35,9 +35,9 @@ OUTLIER = 8.0
 @dataclass(frozen=True)
 class LensTaskOptions:
     """gain, cost: nats measured per nat of a gate label. scale: least nats for t. rank, balance: weights of these
-    terms. batch: contexts per micro-batch. mixed: share of them whose leaves are told apart by features alone; hidden:
-    in which the mass of some leaves is not known; far: of the questions, that are put far behind their text (see
-    `lens_augment`)."""
+    terms. batch: contexts per micro-batch. questions: share of them that ask, where there are both kinds. mixed: share
+    whose leaves are told apart by features alone; hidden: in which the mass of some leaves is not known; far: of the
+    questions, that are put far behind their text (see `lens_augment`)."""
 
     gain: float = 0.21
     cost: float = 1.9
@@ -45,6 +45,7 @@ class LensTaskOptions:
     rank: float = 1.0
     balance: float = 0.1
     batch: int = 16
+    questions: float = 0.5
     mixed: float = 0.5
     hidden: float = 0.5
     far: float = 0.7
@@ -58,7 +59,9 @@ class LensTask:
     ) -> None:
         if not examples:
             raise ValueError("examples: expected at least one labelled context, got none")
-        self.examples, self.options, self.n_heads = examples, options or LensTaskOptions(), weights.n_heads
+        self.options, self.n_heads = options or LensTaskOptions(), weights.n_heads
+        self._asking = [one for one in examples if one.asks]
+        self._reading = [one for one in examples if not one.asks]
         self.parameters: dict[str, Tensor] = {
             PREFIX + name: x.detach().float().clone().requires_grad_() for name, x in weights.state_dict().items()
         }
@@ -70,12 +73,17 @@ class LensTask:
 
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         weights, o = self.weights(), self.options
-        chosen = [self._varied(self.examples[rng.randrange(len(self.examples))], rng) for _ in range(o.batch)]
+        chosen = [self._varied(self._draw(rng), rng) for _ in range(o.batch)]
         terms = [self.terms(score(one, weights), one.labels) for one in chosen]
         regression, ranking, balance = (torch.stack(parts).mean() for parts in zip(*terms, strict=True))
         loss = regression + o.rank * ranking + o.balance * balance
         figures = {"loss": loss, "regression": regression, "ranking": ranking, "balance": balance}
         return loss, {name: float(x.detach()) for name, x in figures.items()}
+
+    def _draw(self, rng: random.Random) -> LensExample:
+        if not self._asking or not self._reading:
+            return rng.choice(self._asking or self._reading)
+        return rng.choice(self._asking if rng.random() < self.options.questions else self._reading)
 
     def _varied(self, example: LensExample, rng: random.Random) -> LensExample:
         features, entries = example.features, example.entries

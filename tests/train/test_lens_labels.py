@@ -53,6 +53,22 @@ def slow_nll(model: LoadedModel, scene: Scene, row: int, layout: Entries) -> flo
     return float(F.cross_entropy(logits, ids[0, -TARGETS:]))
 
 
+def test_far_tokens_that_all_rows_share_are_read_once(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, layouts = torch.Generator().manual_seed(1), (layout_of(opened(2), K), layout_of(opened(5), K))
+    ids = torch.randint(0, 200, (2, FAR + RECENT + TARGETS), generator=generator)
+    ids[1, :FAR] = ids[0, :FAR]
+    read: list[int] = []
+    embed = model.decoder.embed
+    monkeypatch.setattr(model.decoder, "embed", lambda x: read.append(x.numel()) or embed(x))
+    shared = read_scene(model.decoder, pools(model), ids, layouts, FAR, RECENT)
+    assert read == [FAR]
+    for row in range(2):
+        alone = read_scene(model.decoder, pools(model), ids[row : row + 1], layouts[row : row + 1], FAR, RECENT)
+        torch.testing.assert_close(shared.source_k[:, row], alone.source_k[:, 0])
+    labels = gate_labels(shared, [shared.leaves(row) for row in range(2)])
+    assert all(np.isfinite(x).any() for x in labels)
+
+
 @torch.no_grad()
 def test_layouts_are_what_they_say(model: LoadedModel) -> None:
     layout = layout_of(opened(2, 3), K)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from mc_runtime.ranks import spearman
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.lens_augment import hide_mass, mix_up, put_far
 from mc_runtime.train.lens_fit import fit_lens, label_scenes, report_fit
-from mc_runtime.train.lens_questions import draw_question, read_articles
+from mc_runtime.train.lens_questions import draw_question, draw_questions, read_articles
 from mc_runtime.train.lens_samples import LensExample, LensSample, SampleOptions, example_of, load_samples, save_samples
 from mc_runtime.train.lens_task import LensTask, LensTaskOptions, score
 from mc_runtime.train.trainer import Trainer, TrainOptions
@@ -34,12 +35,12 @@ SMALL = {"width": 32, "n_heads": 2, "ffn_dim": 32, "head_dim": 16}
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Articles of three paragraphs in SQuAD's format."""
+    """Articles of six paragraphs in SQuAD's format."""
     names = ["Ada", "Bob", "Cleo", "Dan", "Eve", "Fay"]
     articles = []
     for name in names:
         paragraphs = []
-        for number in range(3):
+        for number in range(6):
             context = f"{name} keeps lamp {number}. It is the {number + 3}th lamp that {name} has had in the house."
             start = context.index(f"{number + 3}th")
             answer = {"text": f"{number + 3}th", "answer_start": start}
@@ -141,6 +142,32 @@ def test_questions_end_where_the_answer_begins(model: LoadedModel, questions: Pa
         around = model.tokenizer.decode(drawn.ids[start : start + 2 * K].tolist())
         assert answer[:3] in around
         assert model.tokenizer.decode(drawn.ids[:256].tolist()).rstrip().endswith("assistant")
+
+
+def test_questions_about_one_text_share_its_far_tokens(model: LoadedModel, questions: Path) -> None:
+    articles = read_articles(questions)
+    drawn = draw_questions(random.Random(2), model, articles, 320, 64, 16, K, 8)
+    assert 1 < len(drawn) <= 8
+    assert len({one.answer_block for one in drawn}) > 1
+    for one in drawn:
+        assert (one.ids[:320] == drawn[0].ids[:320]).all()
+        answer = model.tokenizer.decode(one.ids[384 : 384 + one.known].tolist())
+        start = one.answer_block * K
+        assert answer[:3] in model.tokenizer.decode(one.ids[start : start + 2 * K].tolist())
+        assert model.tokenizer.decode(one.ids[:384].tolist()).rstrip().endswith("assistant")
+    assert len(draw_questions(random.Random(2), model, articles, 320, 64, 16, K, 1)) == 1
+    with pytest.raises(InputError, match="1,000 drawn texts"):
+        draw_questions(random.Random(2), model, articles, 4096, 64, 16, K, 1)
+
+
+def test_both_kinds_of_contexts_are_drawn_alike(model: LoadedModel) -> None:
+    lens = LensNet.untrained(model.decoder, **SMALL)
+    examples = planted(model, lens, 20)
+    examples[3] = replace(examples[3], asks=True)
+    task, rng = LensTask(lens.weights, examples, LensTaskOptions(questions=0.5)), random.Random(0)
+    assert 400 < sum(task._draw(rng).asks for _ in range(1000)) < 600
+    task = LensTask(lens.weights, examples[:3], LensTaskOptions(questions=0.5))
+    assert not any(task._draw(rng).asks for _ in range(10))
 
 
 def test_articles_of_another_format_are_refused(tmp_path: Path) -> None:
