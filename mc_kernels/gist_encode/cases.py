@@ -72,7 +72,7 @@ class Case:
 _MODELS = {"SmolLM2-135M": 576, "Llama-3.2-1B": 2048, "Llama-3-8B": 4096}
 
 CASES: tuple[Case, ...] = tuple(
-    Case(f"{model}/N{n}", n, 32, e) for model, e in _MODELS.items() for n in (1, 8, 64, 512)
+    Case(f"{model}/N{n}", n, 32, e) for model, e in _MODELS.items() for n in (1, 8, 64, 512, 4096)
 )
 # (name, N, K, E, Eg, layers, heads, F, G, pool, level): small, odd and empty, for tests.
 SMALL: tuple[Case, ...] = (

@@ -1,0 +1,90 @@
+"""`bench/gpu_check.py`: what it judges, without a GPU; and a run of it where there is one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.gpu.check import TestResult as Tests
+from bench.gpu.check import app, case_of, last_line, measure, read_tests, verdicts
+from bench.gpu.targets import ALSO, TARGETS, Measure, Target
+from bench.rows import Row
+
+SLOTS = Target("kv_splice_", "a", "triton", Measure.DEVICE, 20e-6)
+ORDERED = Target("kv_splice_", "b", "triton", Measure.LIMIT, 0.8)
+ROW = Row("kv_splice", "b", "triton", "cuda", "bfloat16", 1, 1, median_s=1e-3, fraction_of_limit=0.85, correct=True)
+PASSED = Tests(3, 0, ())
+
+
+def test_every_target_names_a_case() -> None:
+    for op, name in [(t.op, t.case) for t in TARGETS] + list(ALSO):
+        assert case_of(op, name).name == name
+
+
+def test_a_share_is_a_least_and_a_time_a_most() -> None:
+    assert ORDERED.met(0.8)
+    assert not ORDERED.met(0.79)
+    assert SLOTS.met(20e-6)
+    assert not SLOTS.met(21e-6)
+    assert not SLOTS.met(None)
+
+
+def test_a_row_gives_the_figure_of_its_target() -> None:
+    rows, device = [replace(ROW, backend="ref", fraction_of_limit=0.1), ROW], torch.device("cuda")
+    assert measure(ORDERED, rows, device) == 0.85
+    assert measure(replace(ORDERED, measure=Measure.CALL), rows, device) == 1e-3
+    assert measure(ORDERED, rows[:1], device) is None
+    assert measure(ORDERED, [replace(ROW, median_s=None, error="wrong")], device) is None
+
+
+def test_nothing_that_failed_is_passed_over() -> None:
+    assert verdicts([(ORDERED, 0.9)], PASSED, [ROW]) == []
+    assert last_line([]).startswith("Everything")
+    wrong = replace(ROW, correct=False, error="wrong: error 1")
+    failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Tests(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
+    assert len(failures) == 4
+    line = last_line(failures)
+    for part in ("FAILED (4)", "x::y", "wrong: error 1", "50%, target 80%", "not measured"):
+        assert part in line
+    assert verdicts([], Tests(0, 0, (), "no test ran"), []) == ["no test ran"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "passed", "skipped", "failed", "error"),
+    [
+        ('<testcase classname="a" name="b"/><testcase classname="a" name="c"><skipped/></testcase>', 1, 1, (), None),
+        ('<testcase classname="a" name="b"><failure/></testcase>', 0, 0, ("a::b",), None),
+        ('<testcase classname="a" name="b"><error/></testcase>', 0, 0, ("a::b",), None),
+        ('<testcase classname="a" name="b"><skipped/></testcase>', 0, 1, (), "no test ran"),
+        ("", 0, 0, (), "no test ran"),
+    ],
+)
+def test_test_reports(
+    inner: str, passed: int, skipped: int, failed: tuple[str, ...], error: str | None, tmp_path: Path
+) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>")
+    assert read_tests(report) == Tests(passed, skipped, failed, error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_short_run_on_a_device(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    result = CliRunner().invoke(app, ["--no-tests", "--minutes", "1", "--peers", "none", "--out", str(out)])
+    page = json.loads(out.read_text())
+    assert {row["op"] for row in page["report"]["rows"]} >= {"kv_splice"}
+    assert len(page["targets"]) == len(TARGETS)
+    assert result.exit_code == 1  # the tests were not run
