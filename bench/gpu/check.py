@@ -45,7 +45,7 @@ console = Console(width=190)
 
 
 @dataclass(frozen=True)
-class TestResult:
+class Outcome:
     """failed: names of failed tests. error: why there is no result, or None."""
 
     passed: int
@@ -54,7 +54,7 @@ class TestResult:
     error: str | None = None
 
 
-def run_tests(limit: float) -> TestResult:
+def run_tests(limit: float) -> Outcome:
     """`pytest -m gpu`, ended after `limit` seconds."""
     with TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
@@ -62,13 +62,13 @@ def run_tests(limit: float) -> TestResult:
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=limit, capture_output=True, text=True)
         except subprocess.TimeoutExpired:
-            return TestResult(0, 0, (), f"the tests did not end within {limit:.0f} s")
+            return Outcome(0, 0, (), f"the tests did not end within {limit:.0f} s")
         if not report.exists():
-            return TestResult(0, 0, (), f"pytest made no report: {(done.stdout + done.stderr)[-500:]}")
+            return Outcome(0, 0, (), f"pytest made no report: {(done.stdout + done.stderr)[-500:]}")
         return read_tests(report)
 
 
-def read_tests(report: Path) -> TestResult:
+def read_tests(report: Path) -> Outcome:
     """What a JUnit report says. No test at all is an error: it would look like success."""
     passed, skipped, failed = 0, 0, []
     for case in ElementTree.parse(report).iter("testcase"):
@@ -79,7 +79,7 @@ def read_tests(report: Path) -> TestResult:
         else:
             passed += 1
     error = None if passed or failed else "no test ran"
-    return TestResult(passed, skipped, tuple(failed), error)
+    return Outcome(passed, skipped, tuple(failed), error)
 
 
 def case_of(op: str, name: str) -> Any:
@@ -111,7 +111,7 @@ def measure(target: Target, rows: Sequence[Row], device: torch.device) -> float 
     return kernel_seconds(run, workload.inputs) / kernel_seconds(run, plain_inputs)
 
 
-def verdicts(measured: Sequence[tuple[Target, float | None]], tests: TestResult, rows: Sequence[Row]) -> list[str]:
+def verdicts(measured: Sequence[tuple[Target, float | None]], tests: Outcome, rows: Sequence[Row]) -> list[str]:
     """What failed, one line each; empty: nothing did."""
     out = [f"test {name}" for name in tests.failed]
     out += [tests.error] if tests.error else []
@@ -156,7 +156,7 @@ def main(
     def left() -> float:
         return 60 * minutes - (time.monotonic() - begin)
 
-    tested = run_tests(TEST_SHARE * 60 * minutes) if tests else TestResult(0, 0, (), "the tests were not run")
+    tested = run_tests(TEST_SHARE * 60 * minutes) if tests else Outcome(0, 0, (), "the tests were not run")
     console.print(
         f"tests: {tested.passed} passed, {tested.skipped} skipped, {len(tested.failed)} failed", highlight=False
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.gpu.check import TestResult as Tests
+from bench.gpu.check import Outcome as Tests
 from bench.gpu.check import app, case_of, last_line, measure, read_tests, verdicts
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
 from bench.rows import Row
