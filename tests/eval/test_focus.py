@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 from mc_kernels import GistPoolWeights
 from mc_runtime.eval.focus import FULL, GISTS, ORACLE, WINDOW, Asking, FocusResult, FocusSetting, focus_regret
+from mc_runtime.eval.focus_plot import draw_focus
 from mc_runtime.eval.focus_report import found, gain, markdown, rank, recovery, rows, share, to_dict
 from mc_runtime.eval.rivals.random_tokens import RandomTokens
 from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency
@@ -109,6 +111,8 @@ def test_figures(result: FocusResult, tmp_path: Path) -> None:
     table = markdown({"setting": asdict(SETTING), "model": "tiny", "texts": [written]})
     assert "| place | " in table
     assert f"gain {gain(result, 'place').value:.3f}" in table
+    picture = draw_focus([result, result], tmp_path / "focus.png", "two texts")
+    assert plt.imread(picture).std() > 0.05
 
 
 def test_rank_correlation() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mc_runtime.errors import InputError
 
-from .shared import Model, Out, Seed, Texts, check_at_least, out_console, progress_bar
+from .shared import Model, Out, Plot, Seed, Texts, check_at_least, out_console, progress_bar
 
 
 def focus(
@@ -31,6 +31,7 @@ def focus(
     n: Annotated[int, typer.Option("-n", help="Contexts per text.")] = 100,
     seed: Seed = 1,
     out: Out = None,
+    plot: Plot = None,
 ) -> None:
     """Open a few of many gists: what LensNet's choice gains beside attention mass, BM25, recency, chance, and the
     measured best, and beside rivals that fill as many slots with exact tokens.
@@ -112,6 +113,10 @@ def focus(
         for row in rows(result, setting, size):
             table.add_row(*row)
     out_console.print(table)
+    if plot is not None:
+        from ..focus_plot import draw_focus
+
+        draw_focus(results, plot, f"{opened} of {far // size} blocks opened, n = {n} per text; {model}")
     if out is not None:
         report: dict[str, Any] = {
             "schema": "megacontext/focus/1",
