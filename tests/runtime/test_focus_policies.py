@@ -29,7 +29,7 @@ class Watched:
     """A policy that checks what another answers, and keeps it."""
 
     def __init__(self, inner: FocusPolicy) -> None:
-        self.inner, self.needs_mass = inner, inner.needs_mass
+        self.inner, self.needs_mass, self.looks = inner, inner.needs_mass, inner.looks
         self.views: list[tuple[str, int, bool]] = []
         self.answers: list[Utilities] = []
 
@@ -91,6 +91,7 @@ class Wants:
     """Gives one node a value."""
 
     needs_mass = False
+    looks = 1
 
     def __init__(self, level: int, index: int, nats: float) -> None:
         self.answer = {level: (np.array([index]), np.array([nats]))}
