@@ -116,6 +116,55 @@ def test_a_policy_of_your_own_decides(memory: Memory) -> None:
     ahead.generate("hello", max_new_tokens=2)
 
 
+class SecondThoughts:
+    """Opens two blocks at first; then keeps the one that the prompt pays most attention to."""
+
+    needs_mass = True
+    looks = 2
+
+    def __init__(self, first: tuple[int, int]) -> None:
+        self.first, self.kept = first, -1
+        self.seen: list[int] = []
+
+    def utilities(self, view: FocusView) -> Utilities:
+        assert view.mass is not None
+        entries, (a, b) = view.context.entries, self.first
+        self.seen.append(len(entries))
+        shown = [((entries.levels == 0) & (entries.index // 8 == block)) for block in (a, b)]
+        if not all(rows.any() for rows in shown):
+            return {1: (np.array([a, b]), np.ones(2))}
+        paid = [float(view.mass[:, rows].sum()) for rows in shown]
+        assert min(paid) > 0
+        self.kept = self.first[int(np.argmax(paid))]
+        return {1: (np.array([self.kept]), np.ones(1))}
+
+
+def test_what_was_opened_for_a_prompt_is_judged_again(memory: Memory) -> None:
+    policy = SecondThoughts((20, 37))
+    session = memory(policy=policy)
+    session.ingest(words(600))
+    session.generate("hello", max_new_tokens=2)
+    assert len(policy.seen) == 2
+    assert policy.seen[1] > policy.seen[0]
+    tokens = session.context.entries.index[session.context.entries.levels == 0]
+    assert policy.kept in (20, 37)
+    assert policy.kept * 8 in tokens
+    assert (57 - policy.kept) * 8 not in tokens
+    check_session(session)
+    once = Watched(make_policy("retrieval"))
+    memory("b", policy=once).generate("hello", max_new_tokens=2)
+    assert len(once.views) == 1
+
+
+def test_nothing_is_judged_twice_that_has_not_changed(memory: Memory) -> None:
+    policy = Watched(Wants(1, 37, 0.001))
+    policy.looks = 5
+    session = memory(policy=policy)
+    session.ingest(words(600))
+    session.generate("hello", max_new_tokens=2)
+    assert len(policy.views) == 1
+
+
 def test_a_new_turn_closes_what_is_of_no_use_any_more(memory: Memory) -> None:
     """Although there is room, and although it has only just been opened."""
     session = memory(policy=Wants(1, 37, 1.0))
