@@ -180,21 +180,12 @@ class WorkingContext:
         self.clear()
         return self.relayout(expanded, mode="none")
 
-    def run(
-        self, ranks: NDArray[np.int64], *, stop_layer: int | None = None, return_mass: bool = False
-    ) -> DecoderOutput:
+    def run(self, ranks: NDArray[np.int64], *, stop_layer: int | None = None) -> DecoderOutput:
         """One forward over the entries at `ranks` (sorted), in place: their keys and values are written to their
-        slots, and each sees the whole context up to its own rank. The output's mass is by rank: [L, 1, N]."""
+        slots, and each sees the whole context up to its own rank."""
         rank = torch.from_numpy(np.asarray(ranks, np.int64)).to(self.decoder.device)
         store = self.cache.writer(self.slots[rank][None], self.used)
-        x = self._inputs(ranks)[None]
-        return self._by_rank(self.decoder(x, rank[None], store, stop_layer=stop_layer, return_mass=return_mass))
-
-    def _by_rank(self, output: DecoderOutput) -> DecoderOutput:
-        """The output with its mass, if any, in timeline order instead of by slot."""
-        if output.mass is None:
-            return output
-        return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
+        return self.decoder(self._inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
 
     def _inputs(self, ranks: NDArray[np.int64]) -> Tensor:
         """[T, E] input rows of entries: token embeddings, or the vectors of gists of kind `embedding`."""
@@ -229,7 +220,9 @@ class WorkingContext:
         x = self.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
         output = self.decoder(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
         self.extend(ids)
-        return self._by_rank(output)
+        if output.mass is None:
+            return output
+        return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
 
     def extend(self, ids: Sequence[int]) -> None:
         """Record tokens that have just been run into the slots after the used ones."""

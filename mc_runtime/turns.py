@@ -52,15 +52,8 @@ class Turn:
         self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
         hidden = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
         newest = min(len(ids), self.focus.turn_tokens)
-        for look in range(self.focus.policy.looks):
-            if look:
-                prompt = np.arange(self.context.used - newest, self.context.used)
-                self._add_mass(self.context.run(prompt, return_mass=self.focus.policy.needs_mass).mass)
-            report = self._refocus(query, newest, self.focus.config.refresh, new_turn=True)
-            hidden = hidden if report.last_hidden is None else report.last_hidden
-            if not report.edits:
-                break
-        return self._logits(hidden)
+        report = self._refocus(query, newest, self.focus.config.refresh, new_turn=True)
+        return self._logits(hidden if report.last_hidden is None else report.last_hidden)
 
     def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
         hidden = None

@@ -13,7 +13,6 @@ class AttentionPolicy:
     attention sink it would drown the rest, and it is pinned anyway."""
 
     needs_mass = True
-    looks = 1
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale

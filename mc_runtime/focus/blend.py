@@ -16,7 +16,6 @@ class BlendPolicy:
     def __init__(self, parts: Sequence[tuple[float, FocusPolicy]]) -> None:
         self.parts = tuple(parts)
         self.needs_mass = any(policy.needs_mass for weight, policy in self.parts if weight)
-        self.looks = max((policy.looks for weight, policy in self.parts if weight), default=1)
 
     @classmethod
     def default(cls) -> BlendPolicy:

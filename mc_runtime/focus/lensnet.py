@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 MOST_NATS = 1e3
 # Gists above level 1 that are looked into at once, and rounds of doing so beyond one for each level.
 LOOKED_INTO, MORE_ROUNDS = 8, 1
-# What was opened for a question is read with it and judged again by the attention that it draws: what draws none goes.
-LOOKS = 2
 
 
 class LensNetPolicy:
@@ -31,7 +29,6 @@ class LensNetPolicy:
     a gist above level 1 has none of its own, so that nothing is opened for a promise that its children do not keep."""
 
     needs_mass = True
-    looks = LOOKS
 
     def __init__(self, net: LensNet) -> None:
         self.net = net

@@ -17,7 +17,6 @@ class OraclePolicy:
     the pinned ends are not measured. One forward per node: for measurements, not for use."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, targets: Sequence[int]) -> None:
         if len(targets) < 2:

@@ -12,7 +12,6 @@ class RecencyPolicy:
     many as the budget could hold twice, are given a value."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, scale: float = 1.0, half_life: float = 16.0) -> None:
         self.scale, self.half_life = scale, half_life

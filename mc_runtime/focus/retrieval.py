@@ -27,7 +27,6 @@ class RetrievalPolicy:
     """
 
     needs_mass = False
-    looks = 1
 
     def __init__(
         self, scale: float = 1.0, passages: int = 4, before: int = 1, after: int = 1, sharpness: float = 20.0

@@ -41,12 +41,10 @@ class FocusView:
 class FocusPolicy(Protocol):
     """Says what having a node expanded is worth.
 
-    `needs_mass`: whether the view must bring attention mass, which costs a summation in every forward. `looks`: how
-    often, at most, a new turn's prompt is read and the focus decided, each time on what the time before has opened.
+    `needs_mass`: whether the view must bring attention mass, which costs a summation in every forward.
     """
 
     needs_mass: bool
-    looks: int
 
     def utilities(self, view: FocusView) -> Utilities: ...
 

@@ -31,8 +31,6 @@ from .lens_questions import Article, Asked, draw_questions
 QUERY_TOKENS = 64
 # Share of continuations whose first block is in full; the others keep its first token alone.
 FIRST_OPEN = 0.5
-# Share of questions whose answer stands in full already: keeping it is worth much then, opening more is worth little.
-ANSWER_OPEN = 0.35
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ def draw_scene(
     for one in opened:
         one[0] = rng.random() < FIRST_OPEN
     for one, question in zip(opened, asked, strict=False):
-        one[0] = True  # the system prompt
-        one[question.answer_block] = rng.random() < ANSWER_OPEN
+        one[0], one[question.answer_block] = True, False  # the system prompt is in full, the answer to be found
     layouts = [layout_of(one, size, draw_groups(rng, one, size)) for one in opened]
     ids = torch.from_numpy(np.stack(rows)).to(model.decoder.device)
     scene = read_scene(model.decoder, net.pool_weights, ids, layouts, far, options.recent)

@@ -49,7 +49,6 @@ class Nothing:
     """Opens nothing for its own sake."""
 
     needs_mass = False
-    looks = 1
 
     def utilities(self, view: FocusView) -> Utilities:
         return {}
@@ -235,7 +234,6 @@ class Best:
     """Opens the one block whose opening makes known targets likeliest, by trying each."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, targets: list[int]) -> None:
         self.targets, self.gain = targets, 0.0

@@ -29,7 +29,7 @@ class Watched:
     """A policy that checks what another answers, and keeps it."""
 
     def __init__(self, inner: FocusPolicy) -> None:
-        self.inner, self.needs_mass, self.looks = inner, inner.needs_mass, inner.looks
+        self.inner, self.needs_mass = inner, inner.needs_mass
         self.views: list[tuple[str, int, bool]] = []
         self.answers: list[Utilities] = []
 
@@ -91,7 +91,6 @@ class Wants:
     """Gives one node a value."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, level: int, index: int, nats: float) -> None:
         self.answer = {level: (np.array([index]), np.array([nats]))}
@@ -114,55 +113,6 @@ def test_a_policy_of_your_own_decides(memory: Memory) -> None:
     assert not set(range(37 * 8, 38 * 8)) & set(tokens.tolist())
     ahead = memory("ahead", policy=Wants(3, 10**6, 1.0))  # a node that does not exist
     ahead.generate("hello", max_new_tokens=2)
-
-
-class SecondThoughts:
-    """Opens two blocks at first; then keeps the one that the prompt pays most attention to."""
-
-    needs_mass = True
-    looks = 2
-
-    def __init__(self, first: tuple[int, int]) -> None:
-        self.first, self.kept = first, -1
-        self.seen: list[int] = []
-
-    def utilities(self, view: FocusView) -> Utilities:
-        assert view.mass is not None
-        entries, (a, b) = view.context.entries, self.first
-        self.seen.append(len(entries))
-        shown = [((entries.levels == 0) & (entries.index // 8 == block)) for block in (a, b)]
-        if not all(rows.any() for rows in shown):
-            return {1: (np.array([a, b]), np.ones(2))}
-        paid = [float(view.mass[:, rows].sum()) for rows in shown]
-        assert min(paid) > 0
-        self.kept = self.first[int(np.argmax(paid))]
-        return {1: (np.array([self.kept]), np.ones(1))}
-
-
-def test_what_was_opened_for_a_prompt_is_judged_again(memory: Memory) -> None:
-    policy = SecondThoughts((20, 37))
-    session = memory(policy=policy)
-    session.ingest(words(600))
-    session.generate("hello", max_new_tokens=2)
-    assert len(policy.seen) == 2
-    assert policy.seen[1] > policy.seen[0]
-    tokens = session.context.entries.index[session.context.entries.levels == 0]
-    assert policy.kept in (20, 37)
-    assert policy.kept * 8 in tokens
-    assert (57 - policy.kept) * 8 not in tokens
-    check_session(session)
-    once = Watched(make_policy("retrieval"))
-    memory("b", policy=once).generate("hello", max_new_tokens=2)
-    assert len(once.views) == 1
-
-
-def test_nothing_is_judged_twice_that_has_not_changed(memory: Memory) -> None:
-    policy = Watched(Wants(1, 37, 0.001))
-    policy.looks = 5
-    session = memory(policy=policy)
-    session.ingest(words(600))
-    session.generate("hello", max_new_tokens=2)
-    assert len(policy.views) <= 2, "the first may have edited what reading had left; the second finds nothing to do"
 
 
 def test_a_new_turn_closes_what_is_of_no_use_any_more(memory: Memory) -> None:

@@ -14,7 +14,6 @@ class EvidencePolicy:
     """Opens the blocks that hold given token spans, `scale` nats each, and nothing else."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, spans: Sequence[tuple[int, int]], scale: float = 1.0) -> None:
         self.spans, self.scale = list(spans), scale
@@ -31,7 +30,6 @@ class RandomPolicy:
     """Opens `passages` runs of `blocks` neighbouring blocks, drawn by the question: as many as retrieval opens."""
 
     needs_mass = False
-    looks = 1
 
     def __init__(self, passages: int = 4, blocks: int = 2, scale: float = 1.0) -> None:
         self.passages, self.blocks, self.scale = passages, blocks, scale
