@@ -122,7 +122,8 @@ class FocusController:
                 self.retrieval.update()
             with timed("score"):
                 recent = self._recent_start(context.length)
-                view = FocusView(context, expanded, query, mass, self.retrieval, recent)
+                asked = self.turn_start is not None
+                view = FocusView(context, expanded, query, mass, self.retrieval, recent, asked)
                 self.utility = self._in_tree(context, self.policy.utilities(view))
             start = self._useful(context, expanded) if new_turn else expanded
             target = self._allocate(context, start, reserve).expanded

@@ -41,7 +41,9 @@ FEATURES: tuple[str, ...] = (
     "log_rank_distance_over_8",  # 1 + entries between its end and the newest
     "place",  # its start as a share of the history
     "is_first",  # holds the attention sink
+    "asked",  # a question is to be answered: what matters is worth far more than to text that goes on
     "retrieval",  # BM25 of its best block, over that of the tree's best
+    "retrieval_sharp",  # the fourth power of that: nearly the best, or not
     "retrieval_sure",  # s / (s + HALF_SCORE) of the same score s
     "has_retrieval",  # 0: nothing was asked, or nothing matches it
     "has_mass",  # 0: the mass is not known, and all columns of it are 0
@@ -109,7 +111,7 @@ def lens_inputs(
     mass = view.mass if layout is None or view.mass is None else _carried(view.mass, entries, layout)
     leaves = find_leaves(shown, context.tree.count(1), context.length)
     scores = view.retrieval.scores(view.query)[: view.recent_start // context.config.block_size]
-    features = feature_rows(leaves, mass, scores if view.query.strip() else None)
+    features = feature_rows(leaves, mass, scores if view.query.strip() else None, view.asked)
     device = context.decoder.device
     with torch.no_grad():
         rows = _summaries(context, np.maximum(leaves.levels, 1), leaves.index)
@@ -128,16 +130,18 @@ def _carried(mass: Floats, old: Entries, new: Entries) -> Floats:
     return result
 
 
-def feature_rows(leaves: Leaves, mass: Floats | None, block_scores: Floats | None) -> NDArray[np.float32]:
+def feature_rows(leaves: Leaves, mass: Floats | None, block_scores: Floats | None, asked: bool) -> NDArray[np.float32]:
     """[n, F], columns as `FEATURES` names them.
 
     mass: [L, entries] attention that the newest tokens paid to each entry of the layout, by rank, or None; NaN in all
         layers for an entry of which it is not known.
     block_scores: BM25 of the history's blocks, from the first to the last that is not recent text, or None.
+    asked: a user's turn is under way.
     """
     columns = {name: np.zeros(len(leaves)) for name in FEATURES}
     if len(leaves):
         _place_columns(columns, leaves)
+        columns["asked"] = np.full(len(leaves), float(asked))
         if block_scores is not None:
             _retrieval_columns(columns, leaves, block_scores)
         if mass is not None:
@@ -167,6 +171,7 @@ def _retrieval_columns(columns: dict[str, Floats], leaves: Leaves, scores: Float
     padded[: len(scores)] = scores
     best = np.maximum.reduceat(padded, np.stack((first, stop), axis=1).ravel())[::2]
     columns["retrieval"] = best / top
+    columns["retrieval_sharp"] = (best / top) ** 4
     columns["retrieval_sure"] = best / (best + HALF_SCORE)
     columns["has_retrieval"] = np.ones(len(best))
 

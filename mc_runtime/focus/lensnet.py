@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MOST_NATS = 1e3
 # Gists above level 1 that are looked into at once, and rounds of doing so beyond one for each level.
 LOOKED_INTO, MORE_ROUNDS = 8, 1
+# An answer stands in one place, and text like it that is opened beside it misleads more than a passage missed costs.
+NEARLY = 0.3
 
 
 class LensNetPolicy:
@@ -30,8 +32,9 @@ class LensNetPolicy:
 
     needs_mass = True
 
-    def __init__(self, net: LensNet) -> None:
-        self.net = net
+    def __init__(self, net: LensNet, *, nearly: float = NEARLY) -> None:
+        """nearly: for a question, gists that promise less than this share of the best one's gain stay closed."""
+        self.net, self.nearly = net, nearly
 
     @torch.inference_mode()
     def utilities(self, view: FocusView) -> Utilities:
@@ -53,7 +56,10 @@ class LensNetPolicy:
             inputs = lens_inputs(view, self.net.mu, layout=layout)
             scores = self._scores(inputs)
         first = inputs.levels == 1
-        gains = inputs.levels[first], inputs.index[first], scores[first, 0]
+        gain = scores[first, 0]
+        if view.asked and len(gain):
+            gain = np.where(gain >= self.nearly * gain.max(), gain, np.minimum(gain, 0.0))
+        gains = inputs.levels[first], inputs.index[first], gain
         level, index, nats = (np.concatenate(pair) for pair in zip(gains, costs, strict=True))
         return utilities_of(level, index, nats)
 

@@ -28,6 +28,7 @@ class FocusView:
     mass: [L, N] attention that the newest tokens paid to each entry, by rank, summed over heads and queries; or None.
     retrieval: BM25 over the tree's blocks.
     recent_start: first token of the recent text, the present turn included, that is at full detail whatever is decided.
+    asked: a user's turn is under way.
     """
 
     context: WorkingContext
@@ -36,6 +37,7 @@ class FocusView:
     mass: Floats | None
     retrieval: BlockIndex
     recent_start: int
+    asked: bool = False
 
 
 class FocusPolicy(Protocol):

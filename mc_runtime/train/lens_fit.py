@@ -21,6 +21,7 @@ from mc_runtime.ranks import spearman
 from .corpus import Corpus
 from .lens_questions import Article
 from .lens_samples import LensExample, SampleOptions, draw_scene, example_of, load_samples, save_samples
+from .lens_start import fit_head
 from .lens_task import LensTask, LensTaskOptions, score
 from .trainer import Trainer, TrainOptions
 
@@ -73,13 +74,17 @@ def fit_lens(
     task_options: LensTaskOptions,
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> tuple[LensNet, list[LensExample]]:
-    """Train on the labels in `run`; returns the moving average of the net and the contexts that it has not seen."""
+    """Train on the labels in `run`, an untrained net from a head that is fitted to the features; returns the moving
+    average of the net and the contexts that it has not seen."""
     paths = sorted((run / "labels").glob("*.safetensors"))
     if len(paths) < 2:
         raise InputError(f"{run}: expected at least two labelled scenes, found {len(paths)}")
     apart = paths[:: max(2, min(HELD_OUT, len(paths)))]
     train = [path for path in paths if path not in set(apart)]
-    task = LensTask(lensnet.weights, list(examples_of(train, model, net, lensnet)), task_options)
+    examples, weights = list(examples_of(train, model, net, lensnet)), lensnet.weights
+    if not weights.head_out.any():
+        weights = fit_head(weights, examples, task_options, options.seed)
+    task = LensTask(weights, examples, task_options)
     trainer = Trainer(task, run, options)
     trainer.run(on_step)
     fitted = LensNet(task.weights(trainer.averaged()), lensnet.mu)

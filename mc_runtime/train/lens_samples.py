@@ -31,6 +31,8 @@ from .lens_questions import Article, Asked, draw_questions
 QUERY_TOKENS = 64
 # Share of continuations whose first block is in full; the others keep its first token alone.
 FIRST_OPEN = 0.5
+# Share of questions whose answer stands in full already: keeping it is worth much then, opening more is worth little.
+ANSWER_OPEN = 0.35
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def draw_scene(
     for one in opened:
         one[0] = rng.random() < FIRST_OPEN
     for one, question in zip(opened, asked, strict=False):
-        one[0], one[question.answer_block] = True, False  # the system prompt is in full, the answer to be found
+        one[0] = True  # the system prompt
+        one[question.answer_block] = rng.random() < ANSWER_OPEN
     layouts = [layout_of(one, size, draw_groups(rng, one, size)) for one in opened]
     ids = torch.from_numpy(np.stack(rows)).to(model.decoder.device)
     scene = read_scene(model.decoder, net.pool_weights, ids, layouts, far, options.recent)
@@ -178,7 +181,7 @@ class LensExample:
 def example_of(sample: LensSample, model: LoadedModel, net: GistNet, mu: Tensor) -> LensExample:
     """The inputs that the runtime would give the net in the sample's place."""
     decoder, size = model.decoder, net.pool_weights[0].b.shape[-1]
-    leaves = sample.leaves(size)
+    leaves, asks = sample.leaves(size), int(sample.answer[0]) >= 0
     whole = len(sample.ids) // size * size
     embeddings = decoder.embed(torch.from_numpy(sample.ids[None].astype(np.int64)).to(decoder.device))[0]
     summaries = [net.encode(embeddings[:whole].unflatten(0, (-1, size))).to(decoder.dtype)]
@@ -197,7 +200,7 @@ def example_of(sample: LensSample, model: LoadedModel, net: GistNet, mu: Tensor)
     gists = [*summaries[0][-2:].float(), *(x for level in summaries[1:] for x in level[-1:].float())]
     queries = query_rows(embeddings[-256:].float(), asked, gists, mu).to(rows)
     features = torch.from_numpy(
-        feature_rows(leaves, sample.mass.astype(np.float64), sample.scores.astype(np.float64))
+        feature_rows(leaves, sample.mass.astype(np.float64), sample.scores.astype(np.float64), asks)
     ).to(decoder.device)
     labels = torch.from_numpy(sample.labels).to(decoder.device)
-    return LensExample(rows, features, queries, labels, int(sample.answer[0]) >= 0)
+    return LensExample(rows, features, queries, labels, asks)

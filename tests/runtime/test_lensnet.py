@@ -19,6 +19,7 @@ from mc_runtime.errors import InputError, ModelError
 from mc_runtime.focus import LensNetPolicy, RetrievalPolicy, make_policy
 from mc_runtime.focus.allocator import layout_entries
 from mc_runtime.focus.features import FEATURES, FEATURES_HASH, lens_inputs
+from mc_runtime.focus.lensnet import NEARLY
 from mc_runtime.focus.view import FocusView
 from mc_runtime.lensnet import LensNet
 from mc_runtime.timeline import Entries
@@ -119,7 +120,12 @@ def slow_rows(view, pinned=()):
             "is_first": float(start == 0),
         }
         if scores.max() > 0:
-            f |= {"retrieval": best / scores.max(), "retrieval_sure": best / (best + 2), "has_retrieval": 1.0}
+            f |= {
+                "retrieval": best / scores.max(),
+                "retrieval_sharp": (best / scores.max()) ** 4,
+                "retrieval_sure": best / (best + 2),
+                "has_retrieval": 1.0,
+            }
         if view.mass is not None:
             layers = len(view.mass)
             own = [density(row, layer) for layer in range(layers)]
@@ -249,6 +255,7 @@ class Fixed(LensNetPolicy):
 
     def __init__(self, gain):
         self.gain, self.seen = gain, []
+        self.nearly = NEARLY
         self.net = type("Net", (), {"mu": torch.zeros(32)})
 
     def _scores(self, inputs):
@@ -301,6 +308,30 @@ def test_policy_finds_a_block_under_several_levels(session, model, block):
     for inputs in policy.seen:
         of = zip(inputs.levels.tolist(), inputs.index.tolist(), inputs.features[:, known].tolist(), strict=True)
         assert all(((level, index) in held) == bool(has) for level, index, has in of if level > 0)
+
+
+def test_a_question_opens_what_promises_nearly_as_much_as_the_best(session, model):
+    view = coarsest(session)
+
+    def promise(level, index):
+        return {0: 1.0, 1: 0.31, 2: 0.29}.get(index // K ** (level - 1) if level > 1 else index, -0.01)
+
+    opened = {}
+    for asked in (False, True):
+        level, nats = Fixed(promise).utilities(replace(view, asked=asked))[1]
+        opened[asked] = level[nats >= 0.02].tolist()
+    assert opened == {False: [0, 1, 2], True: [0, 1]}
+    strict = Fixed(promise)
+    strict.nearly = 0.5
+    level, nats = strict.utilities(replace(view, asked=True))[1]
+    assert level[nats >= 0.02].tolist() == [0]
+
+
+def test_a_turn_under_way_is_seen(session, model):
+    view, column = view_of(session, 2), FEATURES.index("asked")
+    for asked in (False, True):
+        inputs = lens_inputs(replace(view, asked=asked), untrained(model).mu)
+        assert (inputs.features[:, column] == float(asked)).all()
 
 
 def test_policy_looks_into_nothing_without_promise(session, model):

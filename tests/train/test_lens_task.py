@@ -25,6 +25,7 @@ from mc_runtime.train.lens_augment import hide_mass, mix_up, put_far
 from mc_runtime.train.lens_fit import fit_lens, label_scenes, report_fit
 from mc_runtime.train.lens_questions import draw_question, draw_questions, read_articles
 from mc_runtime.train.lens_samples import LensExample, LensSample, SampleOptions, example_of, load_samples, save_samples
+from mc_runtime.train.lens_start import fit_head
 from mc_runtime.train.lens_task import LensTask, LensTaskOptions, score
 from mc_runtime.train.trainer import Trainer, TrainOptions
 
@@ -194,14 +195,34 @@ def planted(model: LoadedModel, lens: LensNet, count: int = 44) -> list[LensExam
 def test_the_net_learns_a_planted_rule(model: LoadedModel, tmp_path: Path) -> None:
     lens = LensNet.untrained(model.decoder, **SMALL)
     train, held_out = planted(model, lens)[:40], planted(model, lens)[40:]
-    task = LensTask(lens.weights, train, LensTaskOptions(gain=1.0, batch=3))
+    task = LensTask(lens.weights, train, LensTaskOptions(gain=1.0, scale=0.01, rank=0.0, batch=3))
     before = task.loss(random.Random(0))[0].item()
-    trainer = Trainer(task, tmp_path / "run", TrainOptions(steps=60, lr=2e-2, accumulate=1, ema=0.9))
+    trainer = Trainer(task, tmp_path / "run", TrainOptions(steps=120, lr=2e-2, accumulate=1, ema=0.9))
     trainer.run()
     assert task.loss(random.Random(0))[0].item() < 0.5 * before
     net = LensNet(task.weights(trainer.averaged()), lens.mu)
     found = [spearman(score(e, net.weights)[:, 0].numpy(), e.labels[:, 0].numpy()) for e in held_out]
     assert np.mean(found) > 0.8
+
+
+def test_the_head_alone_learns_what_features_tell(model: LoadedModel) -> None:
+    lens, options = LensNet.untrained(model.decoder, **SMALL), LensTaskOptions(gain=1.0)
+    train, held_out = planted(model, lens)[:40], planted(model, lens)[40:]
+    fitted = fit_head(lens.weights, train, options)
+    for example in held_out:
+        found, wanted = score(example, fitted)[:, 0], example.labels[:, 0]
+        assert spearman(found.numpy(), wanted.numpy()) > 0.8
+        assert (found - wanted).abs().mean() < 0.3 * wanted.abs().mean(), "nats, not an order alone"
+    again = fit_head(lens.weights, train, options)
+    assert all(torch.equal(a, b) for a, b in zip(fitted.tensors(), again.tensors(), strict=True))
+    assert torch.equal(fitted.read_q, lens.weights.read_q)
+
+
+def test_answers_promise_no_more_nats_than_there_are() -> None:
+    options = LensTaskOptions(gain=0.5, cost=2.0, most=3.0)
+    nats = options.nats(torch.tensor([[100.0, -100.0], [1.0, 1.0], [float("nan"), 0.0]]))
+    assert nats[:2].tolist() == [[3.0, -3.0], [0.5, 2.0]]
+    assert nats[2].isnan().tolist() == [True, False]
 
 
 def test_unknown_labels_move_nothing(model: LoadedModel) -> None:
