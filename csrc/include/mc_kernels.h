@@ -224,7 +224,9 @@ typedef struct mc_gist_pool_args {
     mc_tensor k_gist, v_gist;
 } mc_gist_pool_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. R, Hkv or N may be 0. */
+/* Sums are fp32. Where data and weights are bf16 and the instruction set level multiplies bf16, an entry's weight and what is
+ * multiplied with M may be rounded to it (and subnormal numbers taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. R, Hkv or N may be 0. */
 MC_API int32_t mc_gist_pool_cpu(const mc_gist_pool_args* args, int32_t n_threads);
 
 /* Entries of a cache are pooled, as by mc_gist_pool_cpu, and gists take their place, in all layers, sequences and heads:
