@@ -107,7 +107,7 @@ def address(x: Tensor | None) -> int:
 
 # Slowest first; the flag: whether it differs from the one before it in more than matrix products.
 _LEVELS = {
-    "amx-emulated": False, "scalar": True, "avx2": True, "avx512": True, "avx512bf16": False, "amx": False,
+    "amx-emulated": False, "scalar": True, "avx2": True, "avx512": True, "avx512bf16": True, "amx": False,
 }  # fmt: skip
 
 

@@ -73,12 +73,12 @@ constexpr int kLevels = 6;
 const IsaLevel* levels() {
     static const Features have = detect();
     static const IsaLevel table[kLevels] = {
-        {"amx-emulated", rows_scalar(), matmul_emulated(), true, true},
-        {"scalar", rows_scalar(), matmul_scalar(), true, false},
-        {"avx2", rows_avx2(), matmul_avx2(), have.avx2, false},
-        {"avx512", rows_avx512(), matmul_avx512(), have.avx512, false},
-        {"avx512bf16", rows_avx512(), matmul_avx512bf16(), have.avx512bf16, false},
-        {"amx", rows_avx512(), matmul_amx(), have.amx, false},
+        {"amx-emulated", rows_scalar(), matmul_emulated(), true, true, "scalar"},
+        {"scalar", rows_scalar(), matmul_scalar(), true, false, "scalar"},
+        {"avx2", rows_avx2(), matmul_avx2(), have.avx2, false, "avx2"},
+        {"avx512", rows_avx512(), matmul_avx512(), have.avx512, false, "avx512"},
+        {"avx512bf16", rows_avx512(), matmul_avx512bf16(), have.avx512bf16, false, "avx512bf16"},
+        {"amx", rows_avx512(), matmul_amx(), have.amx, false, "avx512bf16"},
     };
     return table;
 }

@@ -15,6 +15,7 @@ struct IsaLevel {
     const RowOps* rows;  // its name says which unit of rows this is: several levels share the best one
     const MatmulOps* matmul;
     bool here, only_by_name;
+    const char* unit;  // of an op's own primitives: where the op has none of this name, those beside `rows` serve
 };
 
 // The level in use. Throws Error(MC_UNAVAILABLE) if MC_CPU_ISA names one that cannot serve.
@@ -30,6 +31,15 @@ const Ops& ops_beside(const RowOps& rows, const char* op, std::initializer_list<
         if (ops && !std::strcmp(ops->name, rows.name)) return *ops;
     }
     throw Error(MC_UNAVAILABLE, std::string(op) + " has no instruction set level " + rows.name);
+}
+
+// As above, for an op that may have primitives of the level's own.
+template <class Ops>
+const Ops& ops_of(const IsaLevel& level, const char* op, std::initializer_list<const Ops*> tables) {
+    for (const Ops* ops : tables) {
+        if (ops && !std::strcmp(ops->name, level.unit)) return *ops;
+    }
+    return ops_beside(*level.rows, op, tables);
 }
 
 }  // namespace mc

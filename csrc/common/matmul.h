@@ -41,6 +41,9 @@ struct Product {
     float* c;
     int64_t c_step, n;  // floats from row to row; columns
     bool add;           // to what C holds; else C is not read
+    // What is read afterwards: a level may fetch next_step bytes of it a step, for each tile of a few rows anew.
+    const char* next = nullptr;
+    int64_t next_step = 0;
 };
 
 struct MatmulOps {

@@ -25,32 +25,42 @@ namespace mc {
 namespace {
 
 constexpr int64_t kGroup = 12;             // blocks that go through M together: tiles of kTileRows
+// Up to here M is multiplied in bf16. Above, one block a head, which is bound by the read of M, ran 5 to 10% slower so.
+// Not by the number of blocks: a gist does not depend on what is pooled beside it.
+constexpr int64_t kMostPairDims = 64;
 constexpr int64_t kThreadBytes = 1 << 18;  // read, that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 
-const GistOps& gist_ops(const RowOps& rows) {
-    return ops_beside(rows, "gist_pool", {gist_avx512(), gist_avx2(), gist_scalar()});
+const GistOps& gist_ops() {
+    return ops_of(isa_level(), "gist_pool", {gist_avx512bf16(), gist_avx512(), gist_avx2(), gist_scalar()});
 }
 
 // What a task needs beside its arguments: weights of the head at hand and a group of gists.
 class Worker {
 public:
     Worker(const Pooling& x, const GistOps& ops, int64_t k_step, int64_t v_step)
-        : x_(x), ops_(ops), k_step_(k_step), v_step_(v_step), step_(gist_step(x.dims)) {
+        : x_(x),
+          ops_(ops),
+          in_pairs_(ops.pool_pairs && x.dtype == kBF16 && x.weights_dtype == kBF16 && x.dims % kPairDims == 0),
+          k_step_(k_step),
+          v_step_(v_step),
+          step_(gist_step(x.dims)) {
         const int64_t entries = padded(x.count), part = 2 * padded(x.dims);
-        const int64_t sizes[6] = {x.gists * part, x.gists * entries, padded(x.width()), (x.gists + 1) * entries,
-                                  kGroup * x.gists * step_, kGroup * x.gists * step_};
+        const int64_t sizes[7] = {x.gists * part, x.gists * entries, padded(x.width()), (x.gists + 1) * entries,
+                                  kGroup * x.gists * step_, kGroup * x.gists * step_,
+                                  in_pairs_ ? kGroup * x.gists * step_ / 2 : 0};
         int64_t total = 0;
         for (int64_t n : sizes) total += n;
         memory_.assign(static_cast<size_t>(total), 0.0f);
-        float* parts[6] = {memory_.data()};
-        for (int i = 1; i < 6; ++i) parts[i] = parts[i - 1] + sizes[i - 1];
+        float* parts[7] = {memory_.data()};
+        for (int i = 1; i < 7; ++i) parts[i] = parts[i - 1] + sizes[i - 1];
         w_ = parts[0];
         b_ = parts[1];
         c_ = parts[2];
         scores_ = parts[3];
         y_ = parts[4];
         out_ = parts[5];
+        pairs_ = reinterpret_cast<uint16_t*>(parts[6]);
     }
 
     void select(int64_t layer, int64_t head) {
@@ -60,15 +70,18 @@ public:
         const auto widen = ops_.widen[x_.weights_dtype];
         const int64_t entries = padded(x_.count), part = padded(x_.dims);
         for (int64_t g = 0; g < x_.gists; ++g) {
-            widen(x_.w + layer * x_.w_stride[0] + head * x_.w_stride[1] + g * x_.w_stride[2], x_.width(), out_);
-            ops_.arrange[x_.dtype](out_, x_.dims, w_ + g * 2 * part);
-            ops_.arrange[x_.dtype](out_ + x_.dims, x_.dims, w_ + g * 2 * part + part);
             float* b = b_ + g * entries;
             widen(x_.b + layer * x_.b_stride[0] + head * x_.b_stride[1] + g * x_.b_stride[2], x_.count, b);
             std::fill(b + x_.count, b + entries, -std::numeric_limits<float>::infinity());
+            if (in_pairs_) continue;
+            widen(x_.w + layer * x_.w_stride[0] + head * x_.w_stride[1] + g * x_.w_stride[2], x_.width(), out_);
+            ops_.arrange[x_.dtype](out_, x_.dims, w_ + g * 2 * part);
+            ops_.arrange[x_.dtype](out_ + x_.dims, x_.dims, w_ + g * 2 * part + part);
         }
         widen(x_.c + layer * x_.c_stride[0] + head * x_.c_stride[1], x_.width(), c_);
         m_ = x_.m + layer * x_.m_stride[0] + head * x_.m_stride[1];
+        w_pairs_ = x_.w + layer * x_.w_stride[0] + head * x_.w_stride[1];
+        fresh_ = true;
     }
 
     // Gists of n <= kGroup blocks with the selected weights. at(i): block i's rows, i <= n; those of n are what comes
@@ -79,10 +92,15 @@ public:
         for (int64_t i = 0; i < n; ++i) {
             const BlockRows rows = next;
             next = at(i + 1);
-            ops_.pool[x_.dtype]({rows, next, k_step_, v_step_, x_.count, x_.dims, x_.gists, w_, b_, scores_,
-                                 y_ + i * x_.gists * step_});
+            const PoolBlock block{rows,     next, k_step_, v_step_, x_.count, x_.dims,
+                                  x_.gists, w_,   b_,      scores_, y_ + i * x_.gists * step_,
+                                  w_pairs_, x_.w_stride[2]};
+            (in_pairs_ ? ops_.pool_pairs : ops_.pool[x_.dtype])(block);
         }
-        ops_.residual[x_.weights_dtype]({y_, m_, x_.m_stride[2], c_, n * x_.gists, x_.width(), step_, out_});
+        const Residual all{y_, m_, x_.m_stride[2], c_, n * x_.gists, x_.width(), step_, out_, fresh_, pairs_};
+        const bool narrow = in_pairs_ && x_.dims <= kMostPairDims;
+        (narrow ? ops_.residual_pairs : ops_.residual[x_.weights_dtype])(all);
+        fresh_ = false;
     }
 
     // Gist i of the group, counted over its blocks, to a key and a value.
@@ -94,10 +112,12 @@ public:
 private:
     const Pooling& x_;
     const GistOps& ops_;
+    bool in_pairs_, fresh_ = false;
     int64_t k_step_, v_step_, step_, layer_ = -1, head_ = -1;
     std::vector<float> memory_;
     float *w_, *b_, *c_, *scores_, *y_, *out_;
-    const char* m_ = nullptr;
+    uint16_t* pairs_;
+    const char *m_ = nullptr, *w_pairs_ = nullptr;
 };
 
 // run(worker, first, end) over runs of `units` pieces of work that read `bytes` altogether. Workers are made before
@@ -121,7 +141,7 @@ int64_t read_bytes(const Pooling& x, int64_t blocks) {
 }
 
 void gist_pool(const mc_gist_pool_args& a, int n_threads) {
-    const GistOps& ops = gist_ops(row_ops());
+    const GistOps& ops = gist_ops();
     const Pooling x = check_gist_pool(a);
     const int64_t batch = a.k.size[0] / x.layers, blocks = a.k.size[2], per_head = batch * blocks;
     if (per_head == 0 || x.heads == 0) return;
@@ -189,7 +209,7 @@ struct Collapser {
 };
 
 void collapse(const mc_collapse_args& a, int n_threads) {
-    const GistOps& ops = gist_ops(row_ops());
+    const GistOps& ops = gist_ops();
     const Pooling x = check_collapse(a);
     const int64_t batch = a.k.size[1], lanes = x.layers * x.heads * batch, row = x.row_bytes();
     if (lanes == 0 || (a.n_blocks == 0 && a.n_segments == 0)) return;

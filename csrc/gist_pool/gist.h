@@ -32,6 +32,8 @@ struct PoolBlock {
     const float* b;  // [gists, padded(count)], -infinity in the padding
     float* scores;   // scratch [gists + 1, padded(count)]
     float* y;        // [gists, gist_step(dims)] in order
+    const char* w_pairs;  // for bf16 products: [gists, 2 * dims] of bf16 as the caller has them, w_step bytes apart
+    int64_t w_step;
 };
 
 // out = y + y m + c for n pooled vectors of `width` = 2 * dims floats, in order; rows of y and out are `step` floats
@@ -43,6 +45,8 @@ struct Residual {
     const float* c;  // in order, padded(width)
     int64_t n, width, step;
     float* out;
+    bool fetch;       // whether m comes from memory: rows are fetched before they are read, m's and what follows it
+    uint16_t* pairs;  // for bf16 products: scratch [n, step]
 };
 
 struct GistOps {
@@ -54,11 +58,18 @@ struct GistOps {
     // [weights' dtype]
     void (*residual[kDtypes])(const Residual&);
     void (*widen[kDtypes])(const char* src, int64_t n, float* dst);
+    // With bf16 products, NULL where the level has none: for data and weights of bf16, dims a multiple of kPairDims. p,
+    // and of the residual's product y, are rounded to bf16.
+    void (*pool_pairs)(const PoolBlock&);
+    void (*residual_pairs)(const Residual&);
 };
+
+constexpr int64_t kPairDims = 32;
 
 // nullptr where the build has no such level.
 const GistOps* gist_scalar();
 const GistOps* gist_avx2();
 const GistOps* gist_avx512();
+const GistOps* gist_avx512bf16();
 
 }  // namespace mc

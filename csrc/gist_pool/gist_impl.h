@@ -140,6 +140,14 @@ inline void gather_part(const PoolBlock& a, const Part& x, const float* p, float
     }
 }
 
+// Of all entries: x . x becomes 1 / rms(x).
+inline void rms_to_inverse(const PoolBlock& a, float* x) {
+    const float share = 1.0f / static_cast<float>(2 * a.dims);
+    for (int64_t e = 0; e < (a.count + kWidth - 1) / kWidth * kWidth; ++e) {
+        x[e] = 1.0f / __builtin_sqrtf(x[e] * share + kRmsEps);
+    }
+}
+
 template <class T>
 void pool(const PoolBlock& a) {
     const int64_t entries = padded(a.count), part = padded(a.dims), y_step = gist_step(a.dims);
@@ -151,10 +159,7 @@ void pool(const PoolBlock& a) {
             scores<T, false>(a, a.w + g * 2 * part, p + g * entries, nullptr);
         }
     }
-    const float share = 1.0f / static_cast<float>(2 * a.dims);
-    for (int64_t e = 0; e < (a.count + kWidth - 1) / kWidth * kWidth; ++e) {
-        inv_rms[e] = 1.0f / __builtin_sqrtf(inv_rms[e] * share + kRmsEps);
-    }
+    rms_to_inverse(a, inv_rms);
     Part keys{a.rows.k, a.k_step, a.next.k, a.next.slots}, values{a.rows.v, a.v_step, a.next.v, a.next.slots};
     for (int64_t g = 0; g < a.gists; ++g, p += entries) {
         const float total = soften(p, inv_rms, a.b + g * entries, (a.count + kWidth - 1) / kWidth * kWidth);
@@ -163,6 +168,14 @@ void pool(const PoolBlock& a) {
         gather_part<T>(a, values, p, 1.0f / total, y + a.dims);
         keys.next = values.next = nullptr;
     }
+}
+
+// out[i, at ..] = product + y[i, at ..] + c[at ..]
+inline void add_rest(const Residual& a, Pair product, int64_t i, int64_t at) {
+    const float* from = a.y + i * a.step + at;
+    float* to = a.out + i * a.step + at;
+    store(to, add(add(product.first, load(from)), load(a.c + at)));
+    store(to + kWidth, add(add(product.second, load(from + kWidth)), load(a.c + at + kWidth)));
 }
 
 // Rows [i, i + kRows) and kPairs pairs of columns from e on.
@@ -187,12 +200,7 @@ inline void product(const Residual& a, int64_t i, int64_t e) {
     }
     for (int r = 0; r < kRows; ++r) {
         for (int x = 0; x < kPairs; ++x) {
-            const Pair sum = in_order(T{}, acc[r][x]);
-            const int64_t at = e + x * kPair;
-            const float* from = y + r * a.step + at;
-            float* to = a.out + (i + r) * a.step + at;
-            store(to, add(add(sum.first, load(from)), load(a.c + at)));
-            store(to + kWidth, add(add(sum.second, load(from + kWidth)), load(a.c + at + kWidth)));
+            add_rest(a, in_order(T{}, acc[r][x]), i + r, e + x * kPair);
         }
     }
 }
@@ -255,13 +263,15 @@ void widen(const char* src, int64_t n, float* dst) {
     }
 }
 
-GistOps gist_table(const char* name) {
+[[maybe_unused]] GistOps gist_table(const char* name) {
     return {name,
             {pool<F32>, pool<F16>, pool<BF16>},
             {arrange<F32>, arrange<F16>, arrange<BF16>},
             {store_row<F32>, store_row<F16>, store_row<BF16>},
             {residual<F32>, residual<F16>, residual<BF16>},
-            {widen<F32>, widen<F16>, widen<BF16>}};
+            {widen<F32>, widen<F16>, widen<BF16>},
+            nullptr,
+            nullptr};
 }
 
 }  // namespace

@@ -224,7 +224,9 @@ typedef struct mc_gist_pool_args {
     mc_tensor k_gist, v_gist;
 } mc_gist_pool_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. R, Hkv or N may be 0. */
+/* Sums are fp32. Where data and weights are bf16 and the instruction set level multiplies bf16, an entry's weight and what is
+ * multiplied with M may be rounded to it (and subnormal numbers taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. R, Hkv or N may be 0. */
 MC_API int32_t mc_gist_pool_cpu(const mc_gist_pool_args* args, int32_t n_threads);
 
 /* Entries of a cache are pooled, as by mc_gist_pool_cpu, and gists take their place, in all layers, sequences and heads:
@@ -333,7 +335,10 @@ typedef struct mc_lens_score_args {
     mc_tensor out;
 } mc_lens_score_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. N = 0 writes nothing. */
+/* Sums are fp32. So is what entries are multiplied with, unless entries and weights are bf16 and the instruction set level
+ * multiplies bf16: then the vectors that meet the entries, and the entries' weights in a read pass, are rounded to it (and
+ * subnormal ones taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. N = 0 writes nothing. */
 MC_API int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_threads);
 
 /* A small transformer compresses windows of K embeddings into G gists (GistNet). With

@@ -2,9 +2,10 @@
 // mc_kernels.h.
 //
 // Floors. A pass reads N * E elements; a read pass multiplies and adds 2 * N * E * H * Q times, a score pass
-// N * E * (H * Q + J) times. At 16 fp32 multiply-adds a cycle the arithmetic outweighs the read of bf16 entries from
-// H * Q of about 10 on, so the passes are register-tiled products over tiles of entries in the cache (product_impl.h),
-// and each entry comes from memory once a pass. Weights are read once; absorbing them costs Q multiply-adds an element.
+// N * E * (H * Q + J) times. At 16 fp32 multiply-adds a cycle, or 32 of bf16, the arithmetic outweighs the read of bf16
+// entries from H * Q of about 10 or 20 on, so the passes are register-tiled products over tiles of entries in the cache
+// (product_impl.h, pairs_impl.h), and each entry comes from memory once a pass. Weights are read once; absorbing them
+// costs Q multiply-adds an element.
 //
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): log2 e is in the absorbed vectors.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
@@ -12,10 +13,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "arrays.h"
 #include "check.h"
 #include "isa.h"
 #include "lens.h"
+#include "net.h"
 #include "pool.h"
 
 namespace mc {
@@ -26,16 +27,9 @@ constexpr int64_t kMostRuns = 32;         // bounds the memory of partial sums
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;    // evens out threads that are slowed down
 constexpr double kLog2E = 1.44269504088896340736;
-constexpr double kRmsEps = 1e-12;
 
 const LensOps& lens_ops(const RowOps& rows) {
     return ops_beside(rows, "lens_score", {lens_avx512(), lens_avx2(), lens_scalar()});
-}
-
-double inverse_rms(const float* x, int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
-    return 1.0 / std::sqrt(sum / static_cast<double>(n) + kRmsEps);
 }
 
 class Call {
@@ -43,12 +37,16 @@ public:
     Call(const mc_lens_score_args& a, int n_threads)
         : a_(a),
           x_(check_lens_score(a)),
-          ops_(lens_ops(row_ops())),
+          level_(isa_level()),
+          ops_(lens_ops(*level_.rows)),
+          matmul_(x_.dtype == kBF16 && x_.weight_dtype == kBF16 && level_.matmul->multiply[kBF16] ? level_.matmul
+                                                                                                  : nullptr),
           threads_(default_threads(n_threads)),
           columns_(round_up(x_.vectors(), kPad)),
           sums_step_(round_up(x_.dims, kStrip) + kPad),
           run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
-          runs_((x_.entries + run_ - 1) / run_) {}
+          runs_((x_.entries + run_ - 1) / run_),
+          inverse_(x_.entries, false) {}
 
     void run() {
         if (x_.entries == 0) return;
@@ -98,25 +96,15 @@ private:
         return out;
     }
 
-    // gain: NULL for none.
-    static Rows normed(const Rows& x, const float* gain) {
-        Rows out(x.count, x.size);
-        for (int64_t m = 0; m < x.count; ++m) {
-            const float by = static_cast<float>(inverse_rms(x.at(m), x.size));
-            for (int64_t i = 0; i < x.size; ++i) out.at(m)[i] = x.at(m)[i] * by * (gain ? gain[i] : 1.0f);
-        }
-        return out;
-    }
-
     Rows normed(const Rows& x, const mc_tensor& gains, int64_t pass) const {
         Rows gain(1, x.size);
         const int64_t skip = gains.ndim == 2 ? pass * bytes_to(gains, 0) : 0;
         ops_.widen[x_.weight_dtype](static_cast<const char*>(gains.data) + skip, x.size, gain.at(0));
-        return normed(x, gain.at(0));
+        return mc::normed(x, gain.at(0));
     }
 
     void bring_in(const Rows& z) const {
-        linear(normed(widened(a_.queries, x_.dtype, x_.queries, x_.dims), nullptr), matrix(a_.w_in), x_.width, z);
+        linear(mc::normed(widened(a_.queries, x_.dtype, x_.queries, x_.dims), nullptr), matrix(a_.w_in), x_.width, z);
     }
 
     // The vectors [H * Q, E] that meet the entries: those of head h are w[h]^T q[h] / sqrt(d/H), in units of log 2.
@@ -141,22 +129,19 @@ private:
         });
     }
 
-    // Rows become the columns of a panel [E, columns].
+    // What the entries meet: rows that become the columns of a panel, [E, columns] in fp32 or packed in bf16.
     Buffer panel_of(const Rows& rows, int64_t columns) const {
-        Buffer panel(x_.dims * columns);
-        split(x_.dims, kPad, rows.count * x_.dims, [&](int64_t first, int64_t end) {
-            for (int64_t at = first; at < end; at += kPad) {
-                const int64_t last = std::min(at + kPad, end);
-                for (int64_t j = 0; j < rows.count; ++j) {
-                    const float* from = rows.at(j);
-                    for (int64_t e = at; e < last; ++e) panel.get()[e * columns + j] = from[e];
-                }
-            }
-        });
+        const int64_t panels = panels_of(rows.count), work = rows.count * x_.dims;
+        Buffer panel(matmul_ ? panels * panel_bytes(kBF16, x_.dims) / 4 : x_.dims * columns);
+        if (matmul_) {
+            split(panels, 1, work, [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
+        } else {
+            split(x_.dims, kPad, work, [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
+        }
         return panel;
     }
 
-    Stream stream(const Buffer& panel, int64_t columns, int64_t run, float* scratch) const {
+    Stream stream(const Buffer& panel, int64_t columns, int64_t run, float* scratch, bool first_pass) const {
         const Matrix entries = matrix(a_.entries);
         const int64_t first = run * run_;
         return {entries.row(first),
@@ -165,7 +150,11 @@ private:
                 x_.dims,
                 panel.get(),
                 columns,
-                scratch};
+                scratch,
+                inverse_.get() + first,
+                first_pass,
+                matmul_,
+                matmul_ ? reinterpret_cast<const char*>(panel.get()) : nullptr};
     }
 
     // body(run, scratch) for every run, with so many floats of scratch.
@@ -188,7 +177,7 @@ private:
         const Buffer sums(runs_ * x_.vectors() * sums_step_, false), top(runs_ * columns_), total(runs_ * columns_);
         const int64_t work = 2 * x_.entries * x_.dims * x_.vectors();
         each_run(stream_floats(columns_), work, [&](int64_t r, float* scratch) {
-            const ReadRun one{stream(panel, columns_, r, scratch),
+            const ReadRun one{stream(panel, columns_, r, scratch, pass == 0),
                               x_.vectors(),
                               top.get() + r * columns_,
                               total.get() + r * columns_,
@@ -212,7 +201,7 @@ private:
         for (int64_t r = 0; r < runs_; ++r, sums += x_.vectors() * sums_step_) {
             const float weight = std::exp2(top[r * columns_] - most);
             all += weight * total[r * columns_];
-            for (int64_t e = 0; e < x_.dims; ++e) out[e] += weight * sums[e];
+            ops_.accumulate(sums, weight, x_.dims, out);
         }
         for (int64_t e = 0; e < x_.dims; ++e) out[e] /= all;
     }
@@ -271,7 +260,7 @@ private:
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
         each_run(score_floats(head, columns), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;
-            const ScoreRun one{stream(panel, columns, r, scratch),
+            const ScoreRun one{stream(panel, columns, r, scratch, x_.passes == 0),
                                &head,
                                matrix(a_.features).row(first),
                                bytes_to(a_.features, 0),
@@ -284,9 +273,12 @@ private:
 
     const mc_lens_score_args& a_;
     const Lens x_;
+    const IsaLevel& level_;
     const LensOps& ops_;
+    const MatmulOps* const matmul_;  // NULL: no bf16 products
     const int threads_;
     const int64_t columns_, sums_step_, run_, runs_;
+    const Buffer inverse_;  // [N] 1 / rms of the entries
 };
 
 }  // namespace

@@ -2,11 +2,13 @@
 // them per instruction set; [dtype] is that of the entries or of the weights.
 //
 // Entries are looked at a tile at a time. A tile is widened to fp32, a span of its dimensions at a time, where later
-// steps find it in the core's own caches, whatever the entries' stride.
+// steps find it in the core's own caches, whatever the entries' stride. Where entries and weights are bf16 and the level
+// multiplies that, a tile stays as it is and what it meets is rounded: the vectors, and in a read pass its weights.
 #pragma once
 
 #include <cstdint>
 
+#include "matmul.h"
 #include "rows.h"
 
 namespace mc {
@@ -19,6 +21,8 @@ constexpr int64_t kMostQueries = 16, kMostDirect = 16;
 constexpr int64_t kSpan = 768;
 // Rows of floats an odd number of cache lines apart: a column of them does not crowd into few sets of a cache.
 constexpr int64_t kSpanStep = kSpan + 16;
+constexpr int64_t kSpanBytes = kSpan * 2 + 64;    // of bf16
+constexpr int64_t kWeightBytes = kTile * 2 + 64;  // of a tile's weights in bf16
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -31,10 +35,14 @@ struct Stream {
     const float* panel;
     int64_t columns;
     float* scratch;  // stream_floats(columns), or for a score pass score_floats
+    float* inverse;  // [count] 1 / rms(x), which the first pass over entries writes
+    bool first_pass;
+    const MatmulOps* matmul;  // NULL: products are fp32
+    const char* pairs;        // the panel in bf16, as pack_panel packs it
 };
 
 static inline int64_t stream_floats(int64_t columns) {
-    return kTile * kSpanStep + kTile * columns + columns + 2 * kTile;
+    return kTile * kSpanStep + columns * (kWeightBytes / 4) + kTile * columns + columns;
 }
 
 // A read pass over a run: with s = <x, panel column j> / rms(x) (in units of log 2) and p = 2^(s - top[j]),
@@ -102,6 +110,8 @@ struct LensOps {
     void (*linear[kDtypes])(const Linear&);
     void (*absorb[kDtypes])(const Absorb&);
     void (*widen[kDtypes])(const char* src, int64_t n, float* dst);
+    void (*narrow)(const float* src, int64_t n, char* dst);                     // to bf16
+    void (*accumulate)(const float* src, float weight, int64_t n, float* dst);  // dst += weight src
 };
 
 // nullptr where the build has no such level.

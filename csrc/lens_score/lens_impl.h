@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "net_impl.h"
+#include "pairs_impl.h"
 #include "product_impl.h"
 
 namespace mc {
@@ -17,25 +18,36 @@ constexpr float kRmsEps = 1e-12f;
 
 // Where a pass keeps what belongs to one tile.
 struct Tile {
-    float *widened, *products, *scale, *inverse, *rest;
+    float *widened, *weights, *products, *scale, *rest;
 
     explicit Tile(const Stream& s)
         : widened(s.scratch),
-          products(widened + kTile * kSpanStep),
+          weights(widened + kTile * kSpanStep),
+          products(weights + s.columns * (kWeightBytes / 4)),
           scale(products + kTile * s.columns),
-          inverse(scale + s.columns),
-          rest(inverse + 2 * kTile) {}
+          rest(scale + s.columns) {}
+
+    char* copied() const { return reinterpret_cast<char*>(widened); }
 };
 
-// Products of the tile that begins at entry `first` with the panel, and 1 / rms of its `count` entries. A tile of one
-// span stays widened.
+// Products of the tile that begins at entry `first` with the panel, and in the first pass 1 / rms of its `count`
+// entries. A tile of one span stays widened.
 template <class T>
 void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
-    float squares[kTile * Vec::kWidth] = {};
+    float sums[kTile * Vec::kWidth] = {};
+    float* squares = s.first_pass ? sums : nullptr;
     const char* row = s.entries + first * s.step;
     const int64_t after = s.count - first - kTile;
+    Ahead ahead = ahead_of(s, row + kTile * s.step, after < kTile ? after : kTile,
+                           parts_of(count) * panels_of(s.columns));
     for (int64_t at = 0; at < s.dims; at += kSpan) {
         const int64_t end = at + kSpan < s.dims ? at + kSpan : s.dims;
+        if (s.pairs) {
+            const TileRows x = lay_out(s, first, count, at, end - at, tile.copied());
+            if (squares) add_squares(x, count, end - at, squares);
+            multiply_span(s, x, count, at, end - at, tile.products, ahead);
+            continue;
+        }
         for (int64_t i = at; i < end; i += kStrip) {
             widen_strip<T>(row, s.step, count, i, s.dims, tile.widened + i - at, kSpanStep, squares);
         }
@@ -53,21 +65,22 @@ void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
         m.next_count = after > 0 ? after : 0;
         in_vectors(s.columns, m);
     }
-    for (int64_t n = 0; n < count; ++n) {
+    for (int64_t n = 0; squares && n < count; ++n) {
         const float mean = sum(load(squares + n * Vec::kWidth)) / static_cast<float>(s.dims);
-        tile.inverse[n] = 1.0f / __builtin_sqrtf(mean + kRmsEps);
+        s.inverse[first + n] = 1.0f / __builtin_sqrtf(mean + kRmsEps);
     }
 }
 
 // Products from logits to p / rms, with what that means for the running sums: `scale` is what those shrink by.
-inline void soften(const ReadRun& a, int64_t count, const Tile& tile) {
+inline void soften(const ReadRun& a, int64_t first, int64_t count, const Tile& tile) {
     const int64_t columns = a.stream.columns;
+    const float* inverse = a.stream.inverse + first;
     for (int64_t j = 0; j < columns; j += Vec::kWidth) {
         float* p = tile.products + j;
         const Vec before = load(a.top + j);
         Vec top = before;
         for (int64_t n = 0; n < count; ++n) {
-            const Vec x = mul(load(p + n * columns), Vec::all(tile.inverse[n]));
+            const Vec x = mul(load(p + n * columns), Vec::all(inverse[n]));
             store(p + n * columns, x);
             top = greater(top, x);  // a NaN, which may get lost here, is in the total in any case
         }
@@ -75,12 +88,28 @@ inline void soften(const ReadRun& a, int64_t count, const Tile& tile) {
         Vec total = mul(load(a.total + j), shrink);
         for (int64_t n = 0; n < count; ++n) {
             const Vec x = exp2(sub(load(p + n * columns), top));
-            store(p + n * columns, mul(x, Vec::all(tile.inverse[n])));
+            store(p + n * columns, mul(x, Vec::all(inverse[n])));
             total = add(total, x);
         }
         store(a.top + j, top);
         store(a.total + j, total);
         store(tile.scale + j, shrink);
+    }
+}
+
+// The weighted sums of a tile with bf16 products.
+inline void gather_pairs(const ReadRun& a, int64_t first, int64_t count, const Tile& tile) {
+    const Stream& s = a.stream;
+    const int64_t rows = whole_rows(count);
+    char* weights = reinterpret_cast<char*>(tile.weights);
+    pair_weights(tile.products, s.columns, count, rows, weights);
+    if (first > 0) rescale(a, tile.scale);
+    for (int64_t at = 0; at < s.dims; at += kSpan) {
+        const int64_t dims = s.dims - at < kSpan ? s.dims - at : kSpan;
+        const bool copied = s.dims <= kSpan && !lie_well(s, count);
+        const TileRows x =
+            copied ? TileRows{tile.copied(), kSpanBytes} : lay_out(s, first, count, at, dims, tile.copied());
+        gather_span(a, x, weights, rows, at, dims, first > 0);
     }
 }
 
@@ -92,11 +121,15 @@ void read(const ReadRun& a) {
         a.top[j] = kMinusInfinity;
         a.total[j] = 0.0f;
     }
-    for (int64_t i = 0; i < a.vectors * a.sums_step; ++i) a.sums[i] = 0.0f;
+    for (int64_t i = 0; !s.pairs && i < a.vectors * a.sums_step; ++i) a.sums[i] = 0.0f;
     for (int64_t first = 0; first < s.count; first += kTile) {
         const int64_t count = s.count - first < kTile ? s.count - first : kTile;
         meet<T>(s, first, count, tile);
-        soften(a, count, tile);
+        soften(a, first, count, tile);
+        if (s.pairs) {
+            gather_pairs(a, first, count, tile);
+            continue;
+        }
         for (int64_t at = 0; at < s.dims; at += kStrip) {
             float* x = tile.widened + (s.dims > kSpan ? 0 : at);
             if (s.dims > kSpan) {
@@ -107,12 +140,15 @@ void read(const ReadRun& a) {
             gather(a.vectors);
         }
     }
+    if (s.pairs && s.matmul->finish) s.matmul->finish();
 }
 
 // The columns of a tile's products become rows [column, kTile], each entry's divided by its rms.
-inline void turn_over(const Stream& s, int64_t used, const Tile& tile, float* out) {
+inline void turn_over(const Stream& s, int64_t first, int64_t count, int64_t used, const Tile& tile, float* out) {
+    const float* inverse = s.inverse + first;
     for (int64_t j = 0; j < used; ++j) {
-        for (int64_t n = 0; n < kTile; ++n) out[j * kTile + n] = tile.products[n * s.columns + j] * tile.inverse[n];
+        for (int64_t n = 0; n < count; ++n) out[j * kTile + n] = tile.products[n * s.columns + j] * inverse[n];
+        for (int64_t n = count; n < kTile; ++n) out[j * kTile + n] = 0.0f;
     }
 }
 
@@ -175,12 +211,10 @@ void score(const ScoreRun& a) {
     for (int64_t first = 0; first < s.count; first += kTile) {
         const int64_t count = s.count - first < kTile ? s.count - first : kTile;
         for (int64_t n = count; n < kTile; ++n) {  // what does not exist is zero
-            tile.inverse[n] = 0.0f;
-            for (int64_t j = 0; j < s.columns; ++j) tile.products[n * s.columns + j] = 0.0f;
             for (int64_t f = 0; f < h.features; ++f) features[f * kTile + n] = 0.0f;
         }
         meet<T>(s, first, count, tile);
-        turn_over(s, used, tile, turned);
+        turn_over(s, first, count, used, tile, turned);
         for (int64_t i = 0; i < h.heads; ++i) {
             attend(h, turned + i * h.queries * kTile, inputs + i * h.head_values * kTile,
                    h.values + i * h.head_values * h.queries, match + i * kTile, scratch);
@@ -197,6 +231,7 @@ void score(const ScoreRun& a) {
         last_layer(2);
         write_scores(a, first, count, scores);
     }
+    if (s.pairs && s.matmul->finish) s.matmul->finish();
 }
 
 LensOps lens_table(const char* name) {
@@ -205,7 +240,9 @@ LensOps lens_table(const char* name) {
             {score<F32>, score<F16>, score<BF16>},
             {linear<F32>, linear<F16>, linear<BF16>},
             {absorb<F32>, absorb<F16>, absorb<BF16>},
-            {widen<F32>, widen<F16>, widen<BF16>}};
+            {widen<F32>, widen<F16>, widen<BF16>},
+            narrow,
+            accumulate};
 }
 
 }  // namespace

@@ -41,8 +41,14 @@ template <class T, int kRows, int kOutputs>
 inline void dots(const Linear& a, int64_t m, int64_t o) {
     DotTile<T, kRows, kOutputs> tile{a.x + m * a.x_step, a.x_step, a.w + o * a.w_step, a.w_step, {}};
     for (Vec& one : tile.acc) one = Vec::all(0.0f);
+    // Outputs that come next, in the order of memory; the first rows fetch them for all.
+    const char* ahead = m == 0 ? tile.w + kOutputs * a.w_step : nullptr;
+    constexpr int64_t kBytes = kOutputs * Vec::kWidth * T::kBytes;
     int64_t k = 0;
-    for (; k + Vec::kWidth <= a.inputs; k += Vec::kWidth) tile.template add<false>(k, 0);
+    for (; k + Vec::kWidth <= a.inputs; k += Vec::kWidth) {
+        for (int64_t i = 0; ahead && i < kBytes; i += 64) __builtin_prefetch(ahead + k * kOutputs * T::kBytes + i, 0, 2);
+        tile.template add<false>(k, 0);
+    }
     if (k < a.inputs) tile.template add<true>(k, static_cast<int>(a.inputs - k));
     float total[Vec::kWidth];
     store(total, sums(tile.acc));
@@ -64,9 +70,9 @@ struct Dots {
 
 template <class T>
 void linear(const Linear& a) {
-    constexpr int kOutputs = kWide ? 4 : 2;
+    constexpr int kOutputs = 2, kRows = kWide ? 8 : 4;
     int64_t o = 0;
-    for (; o + kOutputs <= a.outputs; o += kOutputs) in_rows<4>(0, a.rows, Dots<T, kOutputs>{a, o});
+    for (; o + kOutputs <= a.outputs; o += kOutputs) in_rows<kRows>(0, a.rows, Dots<T, kOutputs>{a, o});
     for (; o < a.outputs; ++o) in_rows<4>(0, a.rows, Dots<T, 1>{a, o});
 }
 
@@ -92,6 +98,22 @@ void widen(const char* src, int64_t n, float* dst) {
     if (i == n) return;
     const int part = static_cast<int>(n - i);
     Vec::store_part(F32{}, reinterpret_cast<char*>(dst + i), part, Vec::load_part(T{}, src + i * T::kBytes, part));
+}
+
+void narrow(const float* src, int64_t n, char* dst) {
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::store(BF16{}, dst + i * BF16::kBytes, load(src + i));
+    if (i == n) return;
+    const int part = static_cast<int>(n - i);
+    const Vec last = Vec::load_part(F32{}, reinterpret_cast<const char*>(src + i), part);
+    Vec::store_part(BF16{}, dst + i * BF16::kBytes, part, last);
+}
+
+void accumulate(const float* src, float weight, int64_t n, float* dst) {
+    const Vec by = Vec::all(weight);
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(dst + i, fmadd(by, load(src + i), load(dst + i)));
+    for (; i < n; ++i) dst[i] += weight * src[i];
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ def _views(*weights: Tensor) -> list[Tensor]:
 
 @register("gist_pool", "cpu", available=native.available, supports=_supports)
 def gist_pool_cpu(k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """See `ref.gist_pool_ref`. Sums are fp32, whatever the inputs."""
+    """See `ref.gist_pool_ref`. Sums are fp32, whatever the inputs; with bf16 data and weights, on a processor that
+    multiplies bf16, p and what meets M are rounded to it."""
     r, h, n, _, d = k.shape
     shape = (r, h, n, w.shape[2], d)
     k_gist, v_gist = torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=k.dtype)

@@ -27,7 +27,8 @@ def lens_score_cpu(
     score_q: Tensor, score_k: Tensor, score_v: Tensor, direct: Tensor, head_in: Tensor, head_bias: Tensor,
     head_out: Tensor, head_out_bias: Tensor, legal: Tensor | None, n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """See `ref.lens_score_ref`. Sums are fp32, whatever the inputs."""
+    """See `ref.lens_score_ref`. Sums are fp32, whatever the inputs; what entries are multiplied with is rounded to bf16
+    where entries and weights are, if the processor multiplies it."""
     out = torch.empty(entries.shape[0], 2, dtype=torch.float32)
     # Held in names: the library gets addresses.
     weights = [

@@ -22,9 +22,14 @@ from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poi
 LEVELS = [f"cpu-{level}" for level in native.isa_levels()]
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")
 each_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
+# Levels that round what bf16 entries meet to bf16, where the weights are bf16 too.
+PAIRS = ("amx-emulated", "avx512bf16", "amx")
 # More than one tile, run and span of dimensions; none of them whole.
 LONG = Case("long", 1100, 72, 8, 5, 32, 4, 1, 24, 4, 8, 16)
 BROAD = Case("broad", 130, 1601, 8, 3, 32, 2, 1, 24, 4, 8, 16)
+# Whole steps of a bf16 product: rows that are multiplied where they lie, and rows too many cache lines apart for that.
+WHOLE = Case("whole", 600, 96, 6, 4, 32, 4, 1, 24, 4, 8, 16)
+CROWDED = Case("crowded", 200, 2048, 8, 3, 32, 2, 1, 24, 4, 8, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +51,13 @@ def call(weights: LensScoreWeights, legal: Tensor | None, inputs: tuple[Tensor, 
         return lens_score(entries, features, queries, weights.with_tensors(*rest), legal=legal, backend=backend)
 
 
+def rounds(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and native.library().cpu_isa() in PAIRS
+
+
 @each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*SMALL, LONG, BROAD], ids=ids)
+@pytest.mark.parametrize("case", [*SMALL, LONG, BROAD, WHOLE, CROWDED], ids=ids)
 def test_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
     # fp32 against fp32 compares two roundings; several draws together make that a comparison of sizes, not of luck.
     drawn = []
@@ -68,7 +77,8 @@ def test_narrow_inputs_are_widened_exactly(backend: str) -> None:
     for narrow in (torch.bfloat16, torch.float16):
         weights, legal, (entries, features, queries, *rest) = make(LONG, narrow)
         wide = call(weights, legal, tuple(x.float() for x in (entries, features, queries, *rest)), backend)
-        assert same_bits(call(weights, legal, (entries, features, queries, *rest), backend), wide)
+        if not rounds(narrow):
+            assert same_bits(call(weights, legal, (entries, features, queries, *rest), backend), wide)
         widened = [x.float() for x in rest]
         assert same_bits(call(weights, legal, (entries, features, queries, *widened), backend), wide)
         assert same_bits(call(weights, legal, (entries.float(), features, queries.float(), *rest), backend), wide)
@@ -96,7 +106,8 @@ def test_drawn_calls(drawn: tuple[Case, int], dtype: torch.dtype, masked: bool, 
     out = call(weights, legal if masked else None, args, backend)
     exact = exactly(weights, legal if masked else None, inputs)
     scale = float(exact.abs().max()) if exact.numel() else 0.0
-    assert max_error(out, exact) <= 1e-5 + 1e-5 * scale
+    share = 2**-6 if rounds(dtype) else 1e-5
+    assert max_error(out, exact) <= share + share * scale
     if masked:
         assert (out[~legal] == 0).all()
     for guard in guards:
