@@ -116,7 +116,7 @@ def _turn_lane(
 @triton.jit
 def _copy_lane(
     base, new, segments, n_segments, inserts, n_inserts, head, columns, columns_ok, table, table_p, stride_b, stride_h,
-    stride_s, new_h, new_m, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
+    stride_s, new_h, new_m, scaling, SCALED: tl.constexpr, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Values, and dimensions of keys that do not rotate: bits are moved."""
     heads = head + tl.zeros([1], tl.int64)
@@ -138,7 +138,7 @@ def _copy_lane(
     for i in range(tl.cdiv(n_inserts, ENTRIES)):
         insert_plain(
             base, new, inserts, i * ENTRIES, n_inserts, heads, heads >= 0, columns, columns_ok, table, table_p,
-            stride_b, stride_h, stride_s, new_h, new_m, PAGE, ENTRIES,
+            stride_b, stride_h, stride_s, new_h, new_m, scaling, SCALED, PAGE, ENTRIES,
         )  # fmt: skip
 
 
@@ -191,12 +191,13 @@ def splice_ordered(
                 columns = 2 * HALF + part * COLUMNS + tl.arange(0, COLUMNS)
                 _copy_lane(
                     row_base(k, row, batch, k_l, k_b, PAGE), k_new + row * kn_r, segments, n_segments, inserts,
-                    n_inserts, group, columns, columns < DIM, table, table_p, k_b, k_h, k_s, kn_h, kn_m, PAGE,
-                    COPY_ENTRIES,
+                    n_inserts, group, columns, columns < DIM, table, table_p, k_b, k_h, k_s, kn_h, kn_m,
+                    scaling, inv_freq is not None, PAGE, COPY_ENTRIES,
                 )  # fmt: skip
         else:
             columns = part * COLUMNS + tl.arange(0, COLUMNS)
             _copy_lane(
                 row_base(v, row, batch, v_l, v_b, PAGE), v_new + row * vn_r, segments, n_segments, inserts, n_inserts,
-                group, columns, columns < DIM, table, table_p, v_b, v_h, v_s, vn_h, vn_m, PAGE, COPY_ENTRIES,
+                group, columns, columns < DIM, table, table_p, v_b, v_h, v_s, vn_h, vn_m, scaling, False, PAGE,
+                COPY_ENTRIES,
             )  # fmt: skip

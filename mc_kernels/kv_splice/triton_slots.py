@@ -41,7 +41,7 @@ def _entries(moves, first, count, ENTRIES: tl.constexpr):
 @triton.jit
 def _copy_entries(
     base, new, moves, n_moves, inserts, n_inserts, tile, heads, heads_ok, columns, columns_ok, table, table_p, stride_b,
-    stride_h, stride_s, new_h, new_m, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
+    stride_h, stride_s, new_h, new_m, scaling, SCALED: tl.constexpr, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     move_tiles = tl.cdiv(n_moves, ENTRIES)
     if tile < move_tiles:
@@ -54,7 +54,7 @@ def _copy_entries(
     elif (tile - move_tiles) * ENTRIES < n_inserts:
         insert_plain(
             base, new, inserts, (tile - move_tiles) * ENTRIES, n_inserts, heads, heads_ok, columns, columns_ok, table,
-            table_p, stride_b, stride_h, stride_s, new_h, new_m, PAGE, ENTRIES,
+            table_p, stride_b, stride_h, stride_s, new_h, new_m, scaling, SCALED, PAGE, ENTRIES,
         )  # fmt: skip
 
 
@@ -121,12 +121,12 @@ def splice_slots(
                 _copy_entries(
                     row_base(k, row, batch, k_l, k_b, PAGE), k_new + row * kn_r, moves, n_entries - n_stays, inserts,
                     n_inserts, tile, every, heads_ok, columns, columns < DIM, table, table_p, k_b, k_h, k_s, kn_h, kn_m,
-                    PAGE, ENTRIES,
+                    scaling, inv_freq is not None, PAGE, ENTRIES,
                 )  # fmt: skip
         else:
             columns = (part - turn_parts - key_parts) * COLUMNS + tl.arange(0, COLUMNS)
             _copy_entries(
                 row_base(v, row, batch, v_l, v_b, PAGE), v_new + row * vn_r, moves, n_entries - n_stays, inserts,
                 n_inserts, tile, every, heads_ok, columns, columns < DIM, table, table_p, v_b, v_h, v_s, vn_h, vn_m,
-                PAGE, ENTRIES,
+                scaling, False, PAGE, ENTRIES,
             )  # fmt: skip

@@ -164,13 +164,16 @@ def insert_pairs(
 @triton.jit
 def insert_plain(
     base, new, inserts, first_insert, n_inserts, heads, heads_ok, columns, columns_ok, table, table_p, stride_b,
-    stride_h, stride_s, new_h, new_m, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
+    stride_h, stride_s, new_h, new_m, scaling,
+    SCALED: tl.constexpr, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Inserted values (or dimensions of keys that do not rotate), copied."""
+    """Inserted values, copied, or those dimensions of keys that do not rotate: SCALED with the rest of the key."""
     j = first_insert + tl.arange(0, ENTRIES).to(tl.int64)
     some = j < n_inserts
     slots = tl.load(inserts + j, mask=some, other=0)
     ok = some[:, None, None] & heads_ok[None, :, None] & columns_ok[None, None, :]
     x = tl.load(new + j[:, None, None] * new_m + heads[None, :, None] * new_h + columns[None, None, :], mask=ok)
+    if SCALED:
+        x = (x.to(tl.float32) * scaling).to(x.dtype)
     target = slot_pointers(base, slots, some, heads, table, table_p, stride_b, stride_h, stride_s, PAGE)
     tl.store(target + columns[None, None, :], x, mask=ok)
