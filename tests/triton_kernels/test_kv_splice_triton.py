@@ -27,7 +27,9 @@ from splice_model import DTYPES, calls, drawn_call, normal, plain_turn, same_bit
 
 R, H, S, D = 2, 2, 24, 16
 EDITS = [Edit(2, 6, 1), Edit(9, 1, 4), Edit(13, 0, 2), Edit(15, 2, 1)]  # shifts -5, -2, 0, -1
-MIXED = [Edit(1, 4, 1), Edit(7, 1, 6), Edit(12, 3, 1)]  # shifts -3, +2, 0
+MIXED = [Edit(0, 3, 1), Edit(9, 1, 5), Edit(19, 1, 1)]  # shifts -2 and +2
+# Shifts -6 and +6: segments of several tiles of 4 that overlap their destinations by more than the tile loaded ahead.
+FAR = [Edit(0, 7, 1), Edit(20, 1, 13), Edit(39, 1, 1)]
 
 
 @pytest.fixture
@@ -122,12 +124,13 @@ def test_no_race(
     """Left and right moves that overlap, of several tiles, and an insertion into slots that are sources."""
     if device != "cpu":
         pytest.skip("the trace is of the interpreter")
-    p = SplicePlan.from_edits(20, MIXED, capacity=S, discipline=discipline)
+    edits = FAR if discipline == "ordered" else [Edit(0, 7, 1), Edit(20, 9, 3)]
+    p = SplicePlan.from_edits(40, edits, capacity=48, discipline=discipline)
     if discipline == "ordered":
         shifts = {d - s for s, d in p.moves.tolist()}
         assert min(shifts) < 0 < max(shifts)
         assert set(p.moves[:, 0].tolist()) & set(p.insert_slots.tolist())
-    k, v, k_new, v_new = (normal(R, H, n, D, seed=i) for i, n in enumerate((S, S, p.n_insert, p.n_insert)))
+    k, v, k_new, v_new = (normal(R, H, n, D, seed=i) for i, n in enumerate((48, 48, p.n_insert, p.n_insert)))
     old_v = v.clone()
     trace = RaceTrace(monkeypatch, [k, v])
     kv_splice_(k, v, k_new, v_new, p, rope, backend="triton")
@@ -186,7 +189,7 @@ def test_equals_a_fresh_rotation(discipline: str, name: str, device: str, small_
 @pytest.mark.parametrize("discipline", ["ordered", "slots"])
 def test_zero_delta_keeps_the_bits(discipline: str, dtype: torch.dtype, device: str, small_tiles: None) -> None:
     """Positions move with the entries: every bit pattern (NaN payloads, -0, subnormals) comes through."""
-    p = SplicePlan.from_edits(20, MIXED, capacity=S, discipline=discipline)
+    p = SplicePlan.from_edits(20, MIXED if discipline == "ordered" else EDITS, capacity=S, discipline=discipline)
     old = random_bits(dtype, R, H, S, D)
     positions = torch.arange(100, 120)
     kept = p.rank_map >= 0
@@ -235,6 +238,8 @@ def test_far_positions_and_every_quadrant(dtype: torch.dtype, interleaved: bool,
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_number_is_rounded_to_nearest_even(scaling: float, dtype: torch.dtype, device: str) -> None:
     """All 65,536 values, scaled (rotated by nothing: frequency 0): subnormals, halves, overflow, infinities, NaN."""
+    if device == "cpu" and dtype == torch.bfloat16 and scaling != 1:
+        pytest.skip("the interpreter truncates to bf16")
     new = torch.zeros(1, 1, 65_536, 2, dtype=dtype)
     new[..., 0] = torch.arange(-32_768, 32_768).to(torch.int16).view(dtype)
     n = new.shape[2]
