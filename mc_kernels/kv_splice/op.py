@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..library import define_op
 from ..rope import RopeSpec
+from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
 from .checks import check_cache, check_pages, check_plans, check_positions, check_rope
@@ -27,6 +28,16 @@ def _fake(*_: object) -> None:
 
 
 _op = define_op("kv_splice_", _SCHEMA, _fake)
+
+
+def _triton_supports(
+    k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, table: Tensor | None, *rest: object
+) -> str | None:
+    """The plan stays on the CPU and `inv_freq` may be fp64, so not `refuse`."""
+    return refuse_device((k, v, k_new, v_new, table)) or refuse_fp64((k,))
+
+
+register_triton("kv_splice_", "mc_kernels.kv_splice.triton_kernel", "kv_splice_triton", _triton_supports)
 
 
 class PackedPlans(NamedTuple):

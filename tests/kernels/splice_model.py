@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mc_kernels import Edit, RopeSpec, SplicePlan, native
+from mc_kernels import Edit, PageTable, RopeSpec, SplicePlan, kv_splice_, native
 from mc_kernels.registry import IMPLS
+from mc_kernels.testing import Guarded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Implementations that take CPU tensors here, `cpu` once per instruction set level of this machine.
@@ -95,3 +97,123 @@ def plans(draw: st.DrawFn, discipline: str) -> SplicePlan:
     return SplicePlan.from_edits(
         length, draw(edits_of(length, capacity)), capacity=capacity, discipline=discipline, slots=slots
     )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    """A call on drawn plans, sizes and positions; without its dtype and its tensors' memory."""
+    discipline = draw(st.sampled_from(["ordered", "slots"]))
+    drawn = draw(st.lists(plans(discipline), min_size=1, max_size=3))
+    capacity = max(p.capacity for p in drawn)
+    layers, batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    dim = draw(st.sampled_from([1, 2, 5, 8, 14, 20, 33, 64, 80]))
+    rows = layers * batch
+    out: dict[str, Any] = {
+        "size": (rows, heads, capacity, dim), "layers": layers, "seed": draw(st.integers(0, 99)),
+        "gap": draw(st.sampled_from([0, 3])), "nhd": draw(st.booleans()), "plan": drawn[0], "rope": None,
+        "page_size": draw(st.sampled_from([0, 0, 1, 3, 8])), "more_heads": draw(st.integers(0, 1)),
+    }  # fmt: skip
+    if len(drawn) > 1:
+        out["plan"] = drawn
+        out["rows"] = draw(st.lists(st.integers(-1, len(drawn) - 1), min_size=rows, max_size=rows))
+    if draw(st.booleans()):
+        half = draw(st.integers(0, dim // 2))
+        freq = torch.rand((rows, half) if draw(st.booleans()) else (half,), generator=seeded(out["seed"]))
+        out["rope"] = RopeSpec(freq, draw(st.booleans()), draw(st.sampled_from([1.0, 1.25])))
+        for name, lengths in (
+            ("positions", [p.length for p in drawn]), ("new_positions", [p.new_length for p in drawn]),
+        ):  # fmt: skip
+            # Runs of one delta, deltas that differ from entry to entry, deltas of zero, far positions.
+            kind = draw(st.sampled_from(["none", "packed", "drawn", "far"]))
+            if kind != "none":
+                given_ = [positions(kind, n, out["seed"]) for n in lengths]
+                out[name] = given_ if len(drawn) > 1 else given_[0]
+    return out
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def positions(kind: str, n: int, seed: int) -> Tensor:
+    if kind == "packed":
+        return torch.arange(n)
+    return torch.randint(0, 4 if kind == "drawn" else 10**9, (n,), generator=seeded(seed))
+
+
+def memory(call: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """k, v as [L, B, Hkv, S, D] and k_new, v_new of the call; unused slots, removed entries and padding hold NaN."""
+    rows, heads, capacity, dim = call["size"]
+    several = call["plan"] if isinstance(call["plan"], list) else [call["plan"]]
+    rows_of = call.get("rows", [0] * rows)
+    most = max(p.n_insert for p in several)
+    cache = [torch.full((rows, heads, capacity, dim), float("nan")) for _ in range(2)]
+    fresh = [torch.full((rows, heads, most, dim), float("nan")) for _ in range(2)]
+    for i, (x, new) in enumerate(zip(cache, fresh, strict=True)):
+        for r, index in enumerate(rows_of):
+            if index < 0:
+                continue
+            p = several[index]
+            kept = p.slots[p.rank_map >= 0]
+            x[r][:, kept] = normal(heads, len(kept), dim, seed=call["seed"] + i)
+            new[r, :, : p.n_insert] = normal(heads, p.n_insert, dim, seed=call["seed"] + i + 2)
+    five = [x.view(call["layers"], rows // call["layers"], *x.shape[1:]).to(dtype) for x in cache]
+    return five, [x.to(dtype) for x in fresh]
+
+
+class _Elsewhere:
+    """A guarded tensor on another device: `view` there, `check()` after copying everything back."""
+
+    def __init__(self, source: Tensor, gap: int, device: str) -> None:
+        self.guarded = Guarded(source, gap=gap)
+        self.bytes = self.guarded.bytes.to(device)
+        here = self.guarded.view
+        self.view = self.bytes.view(here.dtype).as_strided(here.shape, here.stride(), here.storage_offset())
+
+    def check(self) -> None:
+        self.guarded.bytes.copy_(self.bytes)
+        self.guarded.check()
+
+
+def drawn_call(
+    call: dict[str, Any], dtype: torch.dtype, backend: str, *, in_dtype: torch.dtype | None = None, device: str = "cpu"
+) -> list[Tensor]:
+    """Run a call of `calls()` in guarded memory. Returns k and v afterwards, [L, B, Hkv, S, D]; the paged form is taken
+    apart again. in_dtype: what numbers of `dtype` are widened to first."""
+    cache, fresh = ([x.to(in_dtype or dtype) for x in part] for part in memory(call, dtype))
+    kwargs = {name: call[name] for name in ("rows", "positions", "new_positions") if name in call}
+    page = call["page_size"]
+    capacity, batch = call["size"][2], cache[0].shape[1]
+    table = None
+    if page:
+        per_row = max(-(-capacity // page), 1)
+        table = torch.randperm(batch * per_row + 1, generator=seeded(5))[:-1].view(batch, per_row)
+        kwargs["pages"] = PageTable(table.to(device), page)
+        cache = [to_pages(x, table, page) for x in cache]
+    heads = cache[0].shape[2]
+    whole = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, call["more_heads"]), value=7.0) for x in cache]
+    guarded = [_Elsewhere(x.transpose(2, 3) if call["nhd"] else x, call["gap"], device) for x in whole]
+    new = [_Elsewhere(x, call["gap"], device) for x in fresh]
+    wide = [g.view.transpose(2, 3) if call["nhd"] else g.view for g in guarded]
+    views = [x[:, :, :heads] for x in wide]
+    kv_splice_(*views, *(g.view for g in new), call["plan"], call["rope"], backend=backend, **kwargs)
+    for g, x in zip(guarded + new, cache + fresh, strict=True):
+        g.check()
+        if x is fresh[0] or x is fresh[1]:
+            assert same_bits(g.view.cpu(), x)
+    assert all((x[:, :, heads:] == 7).all() for x in wide)
+    views = [x.cpu() for x in views]
+    if table is None:
+        return [x.clone() for x in views]
+    return [x[:, table].movedim(2, 3).flatten(3, 4)[:, :, :, :capacity] for x in views]
+
+
+def to_pages(x: Tensor, table: Tensor, page: int) -> Tensor:
+    pool = torch.full((x.shape[0], table.numel() + 1, x.shape[2], page, x.shape[4]), float("nan"), dtype=x.dtype)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, table.shape[1] * page - x.shape[3]), value=float("nan"))
+    pool[:, table] = padded.unflatten(3, (table.shape[1], page)).movedim(3, 2)
+    return pool
