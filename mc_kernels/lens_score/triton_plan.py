@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -43,26 +44,30 @@ class Tiles:
     sum_stages: int
 
 
-def choose_tiles(n: int, e: int, count: int, hidden: int, half: bool) -> Tiles:
-    """For N entries of width E, `count` vectors and a head of `hidden`; half: operands of 16 bits.
+def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = False, hidden: int = 16) -> Tiles:
+    """For N entries of width E, `count` vectors and a head of `hidden`; half: operands of 16 bits, else fp32.
 
     Blocks of 64 entries make 128 programs of N = 8192; larger ones read the vectors less often and are for when there
-    are enough of them. Three or four stages keep 48 KB of entries in flight per SM, what 4 TB/s at 800 ns ask for. fp32
+    are enough of them. Three stages keep 48 KB of entries in flight per SM, what 4 TB/s at 800 ns ask for. Exact fp32
     operands live in registers (no tensor cores), so their tiles are small.
     """
-    wide, c = e >= 2048, pad(count, 16, 128 if half else 32)
-    widest = pad(max(count, hidden))
+    wide, many, widest = e >= 2048, n >= 16384, pad(max(count, hidden))
     if half:
-        block = 128 if n >= 16384 and c <= 64 else 64
+        c = pad(count, 16, 128)
+        block = 128 if many and c <= 64 else 64
         score = max(16, min(block, 8192 // widest))
         span = 256 if wide and c <= 64 else 64
         warps, score_warps = (8 if size > 64 * 64 else 4 for size in (c * block, widest * score))
-        cut = (128 if wide else 64, c, span, score), (warps, score_warps, span // 32 if wide else 4, 3, 3)
+        sum_warps = 8 if c * span > 64 * 64 else 4
+        cut = (128 if wide else 64, c, span, score), (warps, score_warps, sum_warps, 3, 2 if block == 128 else 3)
+    elif precision == "tf32":
+        block, c = 64, pad(count, 16, 64)
+        cut = (64, c, 128 if wide else 64, 16), (4, 4, 8 if wide else 4, 3, 3)
     else:
-        block = 32
-        cut = (32, c, 64, max(16, min(32, 2048 // widest))), (4, 4, 4, 2, 2)
+        block, c = 32, pad(count, 16, 32)
+        cut = (32, c, 64, 16), (4, 8, 4, 2, 2)
     programs = triton.cdiv(e, cut[0][2]) * triton.cdiv(count, c)
-    splits = min(pad(triton.cdiv(_PROGRAMS, programs)), pad(triton.cdiv(n, block)), 32)
+    splits = min(pad(triton.cdiv(_PROGRAMS, programs)), pad(triton.cdiv(n, block)), 16)
     return Tiles(block, *cut[0], splits, *cut[1])
 
 
@@ -72,7 +77,13 @@ def rows(x: Tensor) -> Tensor:
 
 
 def operand_dtype(entries: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the tensor cores' operands in a forward."""
     return entries.dtype if entries.dtype == weight.dtype else torch.float32
+
+
+def precision_of(operand: torch.dtype) -> str:
+    """Of products of fp32 operands: TF32 keeps what 16-bit data have, anything else is exact."""
+    return "ieee" if operand == torch.float32 else "tf32"
 
 
 def launch_products(
@@ -114,25 +125,29 @@ def launch_weighted_sum(
     )  # fmt: skip
 
 
-def forward_launches(arena: Arena, out: Tensor, *args: Tensor | int | None) -> Iterator[Launch]:
-    """The launches of a forward, in order; their buffers are taken from `arena` before the first one."""
+def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
+    """The launches of a forward, in order; their buffers are taken from `arena` before the first one.
+
+    args: those of `ref.lens_score_ref`.
+    """
     *given, legal, n_heads = args
     (
         entries, features, queries, w_in, read_norm, read_q, read_k, read_v, read_out, mlp_norm, mlp_gate_up, mlp_down,
         score_norm, score_q, score_k, score_v, direct, head_in, head_bias, head_out, head_out_bias,
     ) = (rows(x) for x in given)  # fmt: skip
     (n, e), q, (passes, d, f), hidden = entries.shape, queries.shape[0], mlp_down.shape, head_in.shape[0]
-    head_dim, value_dim, n_direct, n_features = d // n_heads, score_v.shape[0] // n_heads, direct.shape[0], features.shape[1]
+    head_dim, value_dim = d // n_heads, score_v.shape[0] // n_heads
     h_pad = pad(n_heads)
     q_pad = pad(q, _ROWS // min(h_pad, _ROWS))
     count, hid = h_pad * q_pad, pad(hidden, _ROWS)
     operand = operand_dtype(entries, w_in)
-    precision = "ieee" if operand == torch.float32 else "tf32"
-    tiles = choose_tiles(n, e, count, hid, operand != torch.float32)
+    precision = precision_of(operand)
+    half = operand != torch.float32
+    tiles = choose_tiles(n, e, count, precision, half=half, hidden=hid)
     n_blocks, splits = triton.cdiv(n, tiles.n), tiles.splits
 
     # Products on the side of the queries: steps over the inner dimension, splits of E, rows of a head at a time.
-    step_e, step_d, step_f = pad(e, 16, 128), pad(d, 16, 128), pad(f, 16, 128)
+    step_e, step_d, step_f = (pad(size, 16, 64) for size in (e, d, f))
     span_e, rows_d = pad(e, 16, 256 if e >= 2048 else 64), pad(head_dim, 16, 64)
     chunk_in = step_e * triton.cdiv(e, 4 * step_e)
     chunk_read = step_e * triton.cdiv(e, 16 * step_e)
@@ -179,7 +194,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Tensor | int | None) -> I
          "query_row": queries.stride(0), "w_row": w_in.stride(0), "chunk": chunk_in},
         {"BLOCK_J": 16, "BLOCK_K": step_e, "PRECISION": precision},
         4,
-        3,
+        3 if half else 2,
     )  # fmt: skip
     for i in range(passes):
         yield absorb(read_norm[i], read_q[i], read_k[i], 0 if i else parts_in, False)
@@ -214,12 +229,12 @@ def forward_launches(arena: Arena, out: Tensor, *args: Tensor | int | None) -> I
         {"x": entries, "features": features, "vectors": vectors, "folded": folded, "direct": direct,
          "head_in": head_in, "head_bias": head_bias, "head_out": head_out, "out_bias": head_out_bias,
          "legal": None if legal is None else legal.view(torch.uint8), "out": out, "n": n, "e": e, "n_queries": q,
-         "n_heads": n_heads, "n_direct": n_direct, "n_features": n_features, "hidden": hidden,
+         "n_heads": n_heads, "n_direct": direct.shape[0], "n_features": features.shape[1], "hidden": hidden,
          "before_match": score_v.shape[0], "x_row": entries.stride(0), "features_row": features.stride(0),
          "direct_row": direct.stride(0), "in_row": head_in.stride(0), "out_weight_row": head_out.stride(0),
          "legal_row": 0 if legal is None else legal.stride(0), "legal_column": 0 if legal is None else legal.stride(1),
          "log_queries": math.log(q)},
-        {"H_PAD": h_pad, "Q_PAD": q_pad, "DIRECT": n_direct > 0, "MASKED": legal is not None,
+        {"H_PAD": h_pad, "Q_PAD": q_pad, "DIRECT": direct.shape[0] > 0, "MASKED": legal is not None,
          "BLOCK_N": tiles.score_n, "BLOCK_K": tiles.k, "BLOCK_HID": hid, "BLOCK_X": 16, "PRECISION": precision},
         tiles.score_warps,
         tiles.stages,

@@ -1,8 +1,8 @@
 """Triton kernels of `lens_score` on the side of the queries: at most 16 rows against weight matrices.
 
-The work is a chain of products [16, k] x [k, n] whose weights (19 MB in bf16 at E = 4096, d = f = 512) are read once: floor
-4.5 us at 4.2 TB/s, but each link waits for the one before, so its launch counts more than its bytes. Hence few, fused
-links, each cut into about as many programs as a GPU has SMs:
+The work is a chain of products [16, k] x [k, n] whose weights (19 MB in bf16 at E = 4096, d = f = 512) are read once:
+floor 4.5 us at 4.2 TB/s, but each link waits for the one before, so its launch counts more than its bytes. Hence few,
+fused links, each cut into about as many programs as a GPU has SMs:
 
     project_queries    split over E: parts of W_in query_m and of |query_m|^2
     absorb             norm, read_q and the absorption of read_k in one (also score_k with score_q); the score pass's
@@ -15,6 +15,8 @@ links, each cut into about as many programs as a GPU has SMs:
 Residual stream z [16, d] fp32, rows from Q on are zero. PRECISION is "ieee" where anything is fp32, else "tf32", which
 takes the weights' 16 bits exactly and rounds the other operand to 11. No program writes what another one reads.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -139,7 +141,7 @@ def absorb(
             total = tl.dot(q * scale, keys, total, input_precision=PRECISION)
         at = vectors + row[:, None] * e + columns[None, :]
         tl.store(at, total.to(vectors.dtype.element_ty), mask=(m < Q_PAD)[:, None] & (columns < e)[None, :])
-    if SCORE:
+    if SCORE:  # noqa: SIM102 a constexpr prunes only by itself
         if tile == tiles:
             hid = tl.arange(0, BLOCK_HID)
             total = tl.zeros((ROWS, BLOCK_HID), dtype=tl.float32)
@@ -162,7 +164,10 @@ def attended_values(
     sums, maxima, totals, w_v, parts, n_queries, n_rows, e, d, head_dim, v_row, chunk, tiles, SPLITS: tl.constexpr,
     Q_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, m, j] = w_v[j, chunk s] c[h, m, chunk s], c the N splits put together. Grid: (heads x tiles of d/H, S)."""
+    """parts[s, m, j] = w_v[j, chunk s] c[h, m, chunk s], c the splits of N put together.
+
+    Grid: (heads x tiles of d/H, S).
+    """
     h, split = tl.program_id(0) // tiles, tl.program_id(1)
     m = tl.arange(0, ROWS)
     row, used = h * Q_PAD + m, m < n_queries
@@ -212,7 +217,7 @@ def linear(
 def swiglu(
     z, gain, weight, out, d, width, w_row, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[m, j] = silu(gate) * up, gate and up the rows j and width + j of weight norm(z_m, gain). Grid: (tiles of f)."""
+    """out[m, j] = silu(gate) up, of rows j and width + j of weight norm(z_m, gain). Grid: (tiles of width)."""
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     one = tl.full((ROWS,), 1.0, dtype=tl.float32)

@@ -1,6 +1,6 @@
 """Triton kernels of `lens_score` that stream over the entries: N x E numbers against a few dozen vectors of width E.
 
-    products        y[c, n] = x_n . v_c / rms(x_n), or exp of it with the statistics of a softmax over the block's entries
+    products        y[c, n] = x_n . v_c / rms(x_n), or exp of it with the statistics of a softmax over each block
     weighted_sum    sum_n w[c, n] x_n over a split of N, by an online softmax over the blocks or plain
     score_entries   the whole score pass: products with the absorbed queries and the direct rows, softmax over the
                     queries, match, the head's MLP, legality
@@ -9,6 +9,8 @@ x [N, E] is raw; its RMS is found in the stream that multiplies it. Blocks and s
 program owns what it writes, so results repeat bit for bit. Operands are of the dtype of v or w (16 bits: tensor cores
 at full rate), sums are fp32; PRECISION is for fp32 operands.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -86,8 +88,8 @@ def weighted_sum(
 ):  # fmt: skip
     """sums[s, c] = sum over the split of weights[c, n] x_n. Grid: (tiles of E, splits, tiles of the `count` rows).
 
-    SOFTMAX: `products` gave weights, maxima and totals for the same blocks; sums are relative to split_maxima[s, c], and
-    split_totals[s, c] is the softmax's denominator relative to it.
+    SOFTMAX: `products` gave weights, maxima and totals for the same blocks; sums are relative to split_maxima[s, c],
+    and so is the softmax's denominator split_totals[s, c].
     """
     split = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -114,7 +116,7 @@ def weighted_sum(
             total = multiply(w, tile.to(w.dtype), total, PRECISION)
     at = sums + (split * count + c).to(tl.int64)[:, None] * e + columns[None, :]
     tl.store(at, total, mask=used[:, None] & (columns < e)[None, :])
-    if SOFTMAX:
+    if SOFTMAX:  # noqa: SIM102 a constexpr prunes only by itself
         if tl.program_id(0) == 0:
             tl.store(split_maxima + split * count + c, top, mask=used)
             tl.store(split_totals + split * count + c, mass, mask=used)
