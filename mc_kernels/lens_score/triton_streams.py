@@ -108,8 +108,8 @@ def weighted_sum(
             block_mass = tl.load(totals + block * count + c, mask=used, other=0.0)
             new = tl.maximum(top, block_top)
             before, now = tl.exp(top - new), tl.exp(block_top - new)
-            part = multiply(w, tile.to(w.dtype), tl.zeros((BLOCK_C, BLOCK_E), dtype=tl.float32), PRECISION)
-            total = total * before[:, None] + part * now[:, None]
+            w = (w.to(tl.float32) * now[:, None]).to(weights.dtype.element_ty)  # one accumulator: two would spill
+            total = multiply(w, tile.to(w.dtype), total * before[:, None], PRECISION)
             mass = mass * before + block_mass * now
             top = new
         else:
