@@ -18,6 +18,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from ..triton_backend import refuse, register_triton
 from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, LensScoreWeights
@@ -56,6 +57,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_autograd("lens_score", _backward, _setup_context)
+
+
+def _triton_supports(*args: Any) -> str | None:
+    """The score pass holds all logits of a block of entries and the head's hidden layer in registers."""
+    named = dict(zip(("entries", "features", "queries", *SHAPES), args, strict=False))
+    heads, queries, hidden = (
+        1 << (size - 1).bit_length() for size in (args[-1], len(named["queries"]), len(named["head_in"]) or 1)
+    )
+    if heads * queries > 512:
+        return f"expected at most 512 vectors, heads times queries as powers of two, got {heads} x {queries}"
+    if hidden > 256:
+        return f"expected a head of at most 256 hidden units, got {len(named['head_in'])}"
+    return refuse(*args)
+
+
+register_triton("lens_score", "mc_kernels.lens_score.triton_kernel", "lens_score_triton", _triton_supports)
+register_triton("lens_score_backward", "mc_kernels.lens_score.triton_backward", "lens_score_backward_triton")
 
 
 def lens_score(

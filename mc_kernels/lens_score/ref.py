@@ -58,26 +58,46 @@ def _absorb(q: Tensor, weight: Tensor, n_heads: int) -> Tensor:
     return per_head @ weight.unflatten(0, (n_heads, head_dim)) * head_dim**-0.5
 
 
-def score_formula(tensors: Sequence[Tensor], legal: Tensor | None, n_heads: int) -> Tensor:
-    """The formula in the dtype of `tensors` (entries, features, queries and the 18 weights) -> scores [N,2]."""
+class EntryStream:
+    """The two ways in which the formula reads the entries; a backend may put its own in their place."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self._entries, self._inverse = entries, _inverse_rms(entries)
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """x_n . vectors_c: [N,C] of vectors [C,E]."""
+        return (self._entries @ vectors.T) * self._inverse
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """sum_n weights[n,c] x_n: [C,E] of weights [N,C]."""
+        return (weights * self._inverse).T @ self._entries
+
+
+def score_formula(
+    tensors: Sequence[Tensor], legal: Tensor | None, n_heads: int, stream: EntryStream | None = None
+) -> Tensor:
+    """The formula in the dtype of `tensors` (entries, features, queries and the 18 weights) -> scores [N,2].
+
+    stream: reads the entries instead of torch's products.
+    """
     (
         entries, features, queries, w_in, read_norm, read_q, read_k, read_v, read_out, mlp_norm, mlp_gate_up, mlp_down,
         score_norm, score_q, score_k, score_v, direct, head_in, head_bias, head_out, head_out_bias,
     ) = tensors  # fmt: skip
     n, q, width = entries.shape[0], queries.shape[0], w_in.shape[0]
-    inv = _inverse_rms(entries)  # [N,1]
+    stream = stream or EntryStream(entries)
     z = (queries * _inverse_rms(queries)) @ w_in.T
     for i in range(read_q.shape[0]):
         absorbed = _absorb(_norm(z, read_norm[i]) @ read_q[i].T, read_k[i], n_heads).flatten(0, 1)  # [H*Q,E]
-        p = torch.softmax((entries @ absorbed.T) * inv, dim=0)
-        context = ((p * inv).T @ entries).unflatten(0, (n_heads, q))  # [H,Q,E]
+        p = torch.softmax(stream.products(absorbed), dim=0)
+        context = stream.sums(p).unflatten(0, (n_heads, q))  # [H,Q,E]
         values = context @ read_v[i].unflatten(0, (n_heads, width // n_heads)).transpose(1, 2)  # [H,Q,d/H]
         z = z + values.transpose(0, 1).flatten(1) @ read_out[i].T
         gate, up = (_norm(z, mlp_norm[i]) @ mlp_gate_up[i].T).chunk(2, dim=-1)
         z = z + (F.silu(gate) * up) @ mlp_down[i].T
     s = _norm(z, score_norm)
     absorbed = _absorb(s @ score_k.T, score_q, n_heads).flatten(0, 1)
-    products = (entries @ torch.cat((absorbed, direct)).T) * inv  # [N, H*Q+J]
+    products = stream.products(torch.cat((absorbed, direct)))  # [N, H*Q+J]
     logits = products[:, : n_heads * q].unflatten(1, (n_heads, q))  # [N,H,Q]
     values = (s @ score_v.T).unflatten(1, (n_heads, -1 if score_v.shape[0] else 0))  # [Q,H,dv]
     attended = torch.einsum("nhq,qhv->nhv", torch.softmax(logits, dim=-1), values).flatten(1)

@@ -1,0 +1,75 @@
+"""How a launch of a Triton kernel is written down before it happens: run it, or compile it ahead of time.
+
+The host code of `lens_score` lists its launches from the shapes, dtypes and strides of its arguments alone. On real
+tensors they run; on meta tensors they say what has to be compiled, so the resource report cannot drift from what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..triton_report import Compilation
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+_ALIGNMENT = 256  # of every buffer in a workspace, as torch's allocator aligns
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch. arguments: tensors, ints and floats by name (None: not given); constants: the constexprs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        if 0 not in self.grid:
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def compilation(self, shape: str) -> Compilation:
+        """What Triton would compile for these arguments, with its specialisation of 1 and of multiples of 16."""
+        signature, values, aligned = {}, dict(self.constants), []
+        for name, x in self.arguments.items():
+            if isinstance(x, Tensor):
+                signature[name] = _TYPES[x.dtype]
+                aligned.append(name)
+            elif isinstance(x, float):
+                signature[name] = "fp32"
+            elif x is None or x == 1:
+                values[name] = x
+            else:
+                signature[name] = "i32" if x < 2**31 else "i64"
+                if x % 16 == 0:
+                    aligned.append(name)
+        signature |= dict.fromkeys(values, "constexpr")
+        return Compilation(shape, self.kernel, signature, values, self.num_warps, self.num_stages, tuple(aligned))
+
+
+class Arena:
+    """Takes buffers one after the other out of a workspace of bytes; without one it only counts them (meta tensors)."""
+
+    def __init__(self, workspace: Tensor | None) -> None:
+        self.bytes = 0
+        self._workspace = workspace
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        start = self.bytes
+        size = math.prod(shape) * dtype.itemsize
+        self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+        if self._workspace is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return self._workspace[start : start + size].view(dtype).view(shape)
