@@ -197,7 +197,7 @@ def test_the_net_learns_a_planted_rule(model: LoadedModel, tmp_path: Path) -> No
     train, held_out = planted(model, lens)[:40], planted(model, lens)[40:]
     task = LensTask(lens.weights, train, LensTaskOptions(gain=1.0, scale=0.01, rank=0.0, batch=3))
     before = task.loss(random.Random(0))[0].item()
-    trainer = Trainer(task, tmp_path / "run", TrainOptions(steps=120, lr=2e-2, accumulate=1, ema=0.9))
+    trainer = Trainer(task, tmp_path / "run", TrainOptions(steps=120, lr=1e-2, accumulate=1, ema=0.9))
     trainer.run()
     assert task.loss(random.Random(0))[0].item() < 0.5 * before
     net = LensNet(task.weights(trainer.averaged()), lens.mu)
