@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .triton_grad import delta_kernel, grad_keys_kernel, grad_queries_kernel, sum_heads_kernel
-from .triton_launch import LOG2_E, Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides
+from .triton_launch import Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides
 from .triton_rotate import rotated
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -62,7 +62,7 @@ def context_attention_backward_triton(
     lse = lse.contiguous()
     heads = Heads.of(q, k, inv_freq, interleaved)
     scratch = carve(_scratch(q, k, kv_bias, heads), workspace, q.device)
-    scale_log2 = scale * attention_scaling**2 * LOG2_E if inv_freq is not None else scale * LOG2_E
+    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         args = {
@@ -86,7 +86,7 @@ def context_attention_backward_triton(
             "grad_out": grad_out, "lse": lse, "delta": scratch["delta"],
             **strides(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs"), grad=(grad_out, "bht"), bias=(kv_bias, "bs")),
             **strides(q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs")), "kv_heads": hkv, "T": t, "S": s,
-            "scale": scale_log2,
+            "scale": scale,
         }  # fmt: skip
         programs = b * hkv * math.ceil(heads.group * t / block_m)
         launch(grad_queries_kernel, programs, {**args, "grad_q": grad_q}, constants, warps)

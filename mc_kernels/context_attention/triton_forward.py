@@ -2,7 +2,7 @@
 """Forward kernels of `context_attention`: attention over a range of slots, and what joins several ranges.
 
 The G query heads of a KV head are packed: row m of its T * G rows is head m % G of query m // G, so that a key is read,
-and rotated, once for all of them. Online softmax in fp32, logits in units of log 2. Sums over slots are in a fixed
+and rotated, once for all of them. Online softmax in fp32, natural logarithms. Sums over slots are in a fixed
 order: results do not depend on the order of the blocks.
 """
 
@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
-    LN_2,
-    LOG2_E,
     band_steps,
     cos_sin,
     damping,
@@ -47,9 +45,9 @@ def attend_kernel(
     HALF_ROT: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, SKIP_FUTURE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one KV head over `chunk` slots. scale: of <q, k>, magnitude of the rotation and log2 e
+    """One block of rows of one KV head over `chunk` slots. scale: of <q, k>, magnitude of the rotation
     included. ROTATE: q and k, else they are taken as they lie. Results go to out and lse, or with several splits to
-    partial_out [splits, all_rows = B Hq T, D] and partial_lse, in units of log 2. logits [B, Hq, T, S] are stored if
+    partial_out [splits, all_rows = B Hq T, D] and partial_lse. logits [B, Hq, T, S] are stored if
     given."""
     rows = T * G
     m_blocks = tl.cdiv(rows, BLOCK_M)
@@ -96,14 +94,14 @@ def attend_kernel(
         x = pair_products(q1, q2, k1, k2) * scale
         if kv_bias is not None:
             bias = tl.load(kv_bias + b * bias_b + s.to(tl.int64) * bias_s, mask=s_ok, other=0.0)
-            x += (bias.to(tl.float32) * LOG2_E)[None, :]
+            x += bias.to(tl.float32)[None, :]
         x = tl.where(since[None, :] <= q_at[:, None], x, float("-inf"))
         if logits is not None:
             tl.store(logits + row[:, None] * S + s[None, :], x, mask=row_ok[:, None] & s_ok[None, :])
         new_top = tl.maximum(top, tl.max(x, 1))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(x - anchor[:, None])
-        shrink = tl.exp2(top - anchor)
+        p = tl.exp(x - anchor[:, None])
+        shrink = tl.exp(top - anchor)
         total = total * shrink + tl.sum(p, 1)
         values = v + b * v_b + h * v_h + s.to(tl.int64)[:, None] * v_s + d[None, :]
         v_tile = tl.load(values, mask=s_ok[:, None] & (d < D)[None, :], other=0.0)
@@ -112,12 +110,12 @@ def attend_kernel(
 
     total = tl.where(total > 0, total, 1.0)
     acc /= total[:, None]
-    row_lse = top + tl.log2(total)  # nothing seen: -inf
+    row_lse = top + tl.log(total)  # nothing seen: -inf
     stored = row_ok[:, None] & (d < D)[None, :]
     if partial_out is None:
         target = out + b * out_b + q_head[:, None] * out_h + t[:, None] * out_t + d[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=stored)
-        tl.store(lse + row, row_lse * LN_2, mask=row_ok)
+        tl.store(lse + row, row_lse, mask=row_ok)
     else:
         slot = split.to(tl.int64) * all_rows + row
         tl.store(partial_out + slot[:, None] * D + d[None, :], acc, mask=stored)
@@ -137,11 +135,11 @@ def combine_kernel(
     parts = tl.load(partial_lse + i * rows + row, mask=i < splits, other=float("-inf"))
     top = tl.max(parts, 0)
     anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(parts - anchor), 0)
+    total = tl.sum(tl.exp(parts - anchor), 0)
     acc = tl.zeros((D_PAD,), tl.float32)
     for start in tl.range(0, splits, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        weight = tl.exp2(tl.load(partial_lse + j * rows + row, mask=j < splits, other=float("-inf")) - anchor)
+        weight = tl.exp(tl.load(partial_lse + j * rows + row, mask=j < splits, other=float("-inf")) - anchor)
         ok = (j < splits)[:, None] & (d < D)[None, :]
         part = tl.load(partial_out + (j * rows + row)[:, None] * D + d[None, :], mask=ok, other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
@@ -149,4 +147,4 @@ def combine_kernel(
     acc /= total
     b, h, t = row // T // heads, row // T % heads, row % T
     tl.store(out + b * out_b + h * out_h + t * out_t + d, acc.to(out.dtype.element_ty), mask=d < D)
-    tl.store(lse + row, (top + tl.log2(total)) * LN_2)
+    tl.store(lse + row, top + tl.log(total))

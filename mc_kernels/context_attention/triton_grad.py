@@ -18,7 +18,6 @@ import triton.language as tl
 from .triton_forward import end_of_past
 from .triton_mass import load_lse
 from .triton_tiles import (
-    LOG2_E,
     band_steps,
     cos_sin,
     damping,
@@ -68,7 +67,7 @@ def grad_keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, Hkv, S, D] and the bias' gradient by KV head [B, Hkv, S] (if asked) of a block of slots. q and k are
-    rotated already; HALF_ROT, INTERLEAVED and ROTATE say how dk is turned back. scale: of logits in units of log 2."""
+    rotated already; HALF_ROT, INTERLEAVED and ROTATE say how dk is turned back. scale: as in the forward."""
     s_blocks = tl.cdiv(S, BLOCK_S)
     b = (tl.program_id(0) // s_blocks // kv_heads).to(tl.int64)
     h = (tl.program_id(0) // s_blocks % kv_heads).to(tl.int64)
@@ -83,7 +82,7 @@ def grad_keys_kernel(
     v_tile = tl.load(v + b * v_b + h * v_h + s[:, None] * v_s + d[None, :], mask=v_ok, other=0.0)
     bias = tl.zeros((BLOCK_S,), tl.float32)
     if kv_bias is not None:
-        bias += tl.load(kv_bias + b * bias_b + s * bias_s, mask=s_ok, other=0.0).to(tl.float32) * LOG2_E
+        bias += tl.load(kv_bias + b * bias_b + s * bias_s, mask=s_ok, other=0.0).to(tl.float32)
 
     dk1 = tl.zeros((BLOCK_S, HALF), tl.float32)
     dk2 = tl.zeros((BLOCK_S, HALF), tl.float32)
@@ -103,7 +102,7 @@ def grad_keys_kernel(
         do = tl.load(do_rows + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
         x = pair_products(k1, k2, q1, q2) * scale + bias[:, None]
         x = tl.where(since[:, None] <= q_at[None, :], x, float("-inf"))
-        p = tl.exp2(x - load_lse(lse, row, row_ok)[None, :])
+        p = tl.exp(x - load_lse(lse, row, row_ok)[None, :])
         dv = dot(p.to(do.dtype), do, dv)
         dp = dot(v_tile, tl.trans(do))
         ds = p * (dp - tl.load(delta + row, mask=row_ok, other=0.0)[None, :])
@@ -112,8 +111,8 @@ def grad_keys_kernel(
         dk1 = dot(ds, q1, dk1)
         dk2 = dot(ds, q2, dk2)
 
-    dk1 *= scale / LOG2_E
-    dk2 *= scale / LOG2_E
+    dk1 *= scale
+    dk2 *= scale
     if ROTATE:
         freq, step = band_steps(inv_freq, HALF, HALF_ROT)
         cos, sin = cos_sin(at, step)
@@ -170,15 +169,15 @@ def grad_queries_kernel(
         x = pair_products(q1, q2, k1, k2) * scale
         if kv_bias is not None:
             bias = tl.load(kv_bias + b * bias_b + s * bias_s, mask=s_ok, other=0.0)
-            x += (bias.to(tl.float32) * LOG2_E)[None, :]
+            x += bias.to(tl.float32)[None, :]
         x = tl.where(since[None, :] <= q_at[:, None], x, float("-inf"))
         dp = dot(do, tl.trans(v_tile))
-        ds = (tl.exp2(x - row_lse[:, None]) * (dp - row_delta[:, None])).to(k1.dtype)
+        ds = (tl.exp(x - row_lse[:, None]) * (dp - row_delta[:, None])).to(k1.dtype)
         dq1 = dot(ds, k1, dq1)
         dq2 = dot(ds, k2, dq2)
 
-    dq1 *= scale / LOG2_E
-    dq2 *= scale / LOG2_E
+    dq1 *= scale
+    dq2 *= scale
     if ROTATE:
         _, step = band_steps(inv_freq, HALF, HALF_ROT)
         cos, sin = cos_sin(q_at, step)

@@ -39,7 +39,6 @@ from .cases import MODELS
 from .triton_backward import context_attention_backward_triton
 from .triton_forward import attend_kernel, combine_kernel
 from .triton_launch import (
-    LOG2_E,
     Heads,
     Scratch,
     Tiles,
@@ -108,7 +107,7 @@ def context_attention_triton(
     heads = Heads.of(q, k, inv_freq, interleaved)
     tiles = forward_tiles(q, k, heads)
     scratch = carve(_scratch(q, k, heads, tiles, return_mass), workspace, q.device)
-    scale_log2 = scale * attention_scaling**2 * LOG2_E if inv_freq is not None else scale * LOG2_E
+    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         if inv_freq is not None and not tiles.rotate_on_read:
@@ -120,7 +119,7 @@ def context_attention_triton(
         common = {
             "q_pos": q_pos, "kv_pos": kv_pos, "kv_bias": kv_bias,
             **strides(q=(q, "bht"), k=(k, "bhs"), q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs"), bias=(kv_bias, "bs")),
-            "kv_heads": hkv, "T": t, "S": s, "scale": scale_log2,
+            "kv_heads": hkv, "T": t, "S": s, "scale": scale,
         }  # fmt: skip
         args = {
             **common, "q": q, "k": k, "v": v, "inv_freq": inv_freq, "sigma": sigma, "out": result, "lse": lse,

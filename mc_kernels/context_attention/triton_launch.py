@@ -22,7 +22,6 @@ from ..triton_report import Compilation
 # What the interpreter pretends to run on, so that short test inputs are split too; and a GPU not to be asked (meta).
 INTERPRETER_MULTIPROCESSORS = 8
 H100_MULTIPROCESSORS = 132
-LOG2_E = math.log2(math.e)
 FEW_ROWS = 64
 LEAST_SPLIT = 128
 MOST_SPLITS = 128

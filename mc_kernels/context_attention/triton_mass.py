@@ -11,14 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import LOG2_E, load_key_positions, load_pairs, pair_products, row_of_query
+from .triton_tiles import load_key_positions, load_pairs, pair_products, row_of_query
 
 
 @triton.jit
 def load_lse(lse, rows, valid):
-    """In units of log 2; inf where a query sees nothing, which makes its probabilities 0."""
+    """inf where a query sees nothing, which makes its probabilities 0."""
     x = tl.load(lse + rows, mask=valid, other=float("inf"))
-    return tl.where(x == float("-inf"), float("inf"), x) * LOG2_E
+    return tl.where(x == float("-inf"), float("inf"), x)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def mass_of_logits_kernel(logits, lse, mass, rows, S, BLOCK_R: tl.constexpr, BLO
         row = b * rows + r
         ok = (r < rows)[:, None] & (s < S)[None, :]
         x = tl.load(logits + row[:, None] * S + s[None, :], mask=ok, other=float("-inf"))
-        total += tl.sum(tl.exp2(x - load_lse(lse, row, r < rows)[:, None]), 0)
+        total += tl.sum(tl.exp(x - load_lse(lse, row, r < rows)[:, None]), 0)
     tl.store(mass + b * S + s, total, mask=s < S)
 
 
@@ -52,7 +52,7 @@ def mass_kernel(
     _, since = load_key_positions(kv_pos + b * kv_pos_b, kv_pos_s, s, s_ok)
     bias = tl.zeros((BLOCK_S,), tl.float32)
     if kv_bias is not None:
-        bias += tl.load(kv_bias + b * bias_b + s.to(tl.int64) * bias_s, mask=s_ok, other=0.0).to(tl.float32) * LOG2_E
+        bias += tl.load(kv_bias + b * bias_b + s.to(tl.int64) * bias_s, mask=s_ok, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     for h in tl.range(0, kv_heads):
         key_rows = k + b * k_b + tl.cast(h, tl.int64) * k_h + s.to(tl.int64) * k_s
@@ -65,5 +65,5 @@ def mass_kernel(
             q1, q2 = load_pairs(q + b * q_b + q_head * q_h + t * q_t, row_ok, BLOCK_M, HALF, 0, QK_D, False)
             x = pair_products(k1, k2, q1, q2) * scale + bias[:, None]
             x = tl.where(since[:, None] <= q_at[None, :], x, float("-inf"))
-            total += tl.sum(tl.exp2(x - load_lse(lse, b * kv_heads * rows + row, row_ok)[None, :]), 1)
+            total += tl.sum(tl.exp(x - load_lse(lse, b * kv_heads * rows + row, row_ok)[None, :]), 1)
     tl.store(mass + b * S + s, total, mask=s_ok)

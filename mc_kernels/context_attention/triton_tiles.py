@@ -20,8 +20,6 @@ import triton.language as tl
 from ..triton_backend import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
 WHOLE_TURN = tl.constexpr(18446744073709551616.0)  # 2**64
 NEVER = tl.constexpr(9223372036854775807)  # the position of an empty slot, past every query
@@ -58,7 +56,7 @@ def cos_sin(positions, step):
 def damping(sigma, freq):
     """exp(-(freq sigma)^2 / 2) [N, HALF]; exactly 1 where either is 0."""
     spread = sigma[:, None] * freq[None, :]
-    return tl.exp2(spread * spread * (-0.5 * LOG2_E))
+    return tl.exp(spread * spread * -0.5)
 
 
 @triton.jit
