@@ -25,6 +25,22 @@ def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scra
     return found
 
 
+def _blocks_of_queries(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_S and warps: the largest blocks that spill no registers."""
+    if dtype == torch.float32 or heads.padded > 128:
+        return 32, 32, 8 if heads.padded > 64 else 4
+    return (64, 32, 8) if heads.padded > 64 else (64, 64, 4)
+
+
+def _blocks_of_keys(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
+    """As above; this kernel holds two gradients of its block."""
+    if dtype == torch.float32:
+        return 16, 32, 8
+    if heads.padded > 64:
+        return (64, 32, 8) if heads.padded <= 128 else (32, 32, 8)
+    return 64, 64, 8
+
+
 def context_attention_backward_workspace(q: Tensor, k: Tensor, inv_freq: Tensor | None, kv_bias: Tensor | None) -> int:
     """Bytes of workspace that `context_attention_backward_triton` needs for these (only shapes and dtype matter)."""
     if q.numel() == 0 or k.numel() == 0:
@@ -73,13 +89,10 @@ def context_attention_backward_triton(
         if inv_freq is not None:
             q = rotated(q, q_pos, inv_freq, None, heads, scratch["q"])
             k = rotated(k, kv_pos, inv_freq, sigma, heads, scratch["k"])
-        block_m, block_s, warps = 64, 64, 8 if heads.padded > 64 else 4
-        if q.dtype == torch.float32 or heads.padded > 128:
-            block_m, block_s = 32, 32
         constants = {
             "G": heads.group, "D": d, "D_PAD": heads.padded, "QK_D": q.shape[-1], "HALF": heads.padded // 2,
             "HALF_ROT": heads.half_rot, "INTERLEAVED": heads.interleaved, "ROTATE": inv_freq is not None,
-            "SKIP_FUTURE": skips_future(t, s), "BLOCK_M": block_m, "BLOCK_S": block_s,
+            "SKIP_FUTURE": skips_future(t, s),
         }  # fmt: skip
         args = {
             "q": q, "k": k, "v": v, "q_pos": q_pos, "kv_pos": kv_pos, "inv_freq": inv_freq, "kv_bias": kv_bias,
@@ -88,8 +101,12 @@ def context_attention_backward_triton(
             **strides(q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs")), "kv_heads": hkv, "T": t, "S": s,
             "scale": scale,
         }  # fmt: skip
+        block_m, block_s, warps = _blocks_of_queries(q.dtype, heads)
+        constants |= {"BLOCK_M": block_m, "BLOCK_S": block_s}
         programs = b * hkv * math.ceil(heads.group * t / block_m)
         launch(grad_queries_kernel, programs, {**args, "grad_q": grad_q}, constants, warps)
+        block_m, block_s, warps = _blocks_of_keys(q.dtype, heads)
+        constants |= {"BLOCK_M": block_m, "BLOCK_S": block_s}
         args |= {
             "sigma": sigma, **strides(sigma=(sigma, "bs")), "grad_k": grad_k, "grad_v": grad_v,
             "grad_bias": scratch.get("bias"),

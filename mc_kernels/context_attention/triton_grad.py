@@ -111,6 +111,10 @@ def grad_keys_kernel(
         dk1 = dot(ds, q1, dk1)
         dk2 = dot(ds, q2, dk2)
 
+    grad_row = (b * kv_heads + h) * S + s
+    tl.store(grad_v + grad_row[:, None] * D + d[None, :], dv.to(grad_v.dtype.element_ty), mask=v_ok)
+    if grad_bias is not None:
+        tl.store(grad_bias + grad_row, dbias, mask=s_ok)
     dk1 *= scale
     dk2 *= scale
     if ROTATE:
@@ -120,11 +124,7 @@ def grad_keys_kernel(
             damp = damping(tl.load(sigma + b * sigma_b + s * sigma_s, mask=s_ok, other=0.0).to(tl.float32), freq)
             cos, sin = cos * damp, sin * damp
         dk1, dk2 = rotate(dk1, dk2, cos, -sin)
-    grad_row = (b * kv_heads + h) * S + s
     store_pairs(grad_k + grad_row * D, s_ok, dk1, dk2, BLOCK_S, HALF, HALF_ROT, D, INTERLEAVED)
-    tl.store(grad_v + grad_row[:, None] * D + d[None, :], dv.to(grad_v.dtype.element_ty), mask=v_ok)
-    if grad_bias is not None:
-        tl.store(grad_bias + grad_row, dbias, mask=s_ok)
 
 
 @triton.jit

@@ -80,14 +80,14 @@ def forward_tiles(q: Tensor, k: Tensor, heads: Heads) -> Tiles:
     batch, kv_heads, queries, slots = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     rows = heads.group * queries
     few = rows <= FEW_ROWS
-    block_m, block_s, warps, stages = 128, 64, 8 if heads.padded > 64 else 4, 3
+    block_m, block_s, warps, stages = 128, 64, 8, 3
     if few:
         block_m, warps = max(16, triton.next_power_of_2(rows)), 4
         block_s = 128 if heads.padded <= 64 and block_m <= 32 else 64
     if heads.padded > 128:
         block_m, block_s, stages = min(block_m, 64), 32, 2
     if q.dtype == torch.float32:  # no tensor cores: operands of a product lie in registers
-        block_m, block_s, warps, stages = 16 if few else 32, 32, 8 if heads.padded > 64 else 4, 2
+        block_m, block_s, stages = (16, 32 if heads.padded <= 64 else 16, 2) if few else (32, 32, 2)
     programs = batch * kv_heads * math.ceil(rows / block_m)
     splits = max(1, min(2 * multiprocessors(q.device) // programs, slots // LEAST_SPLIT, MOST_SPLITS))
     chunk = math.ceil(math.ceil(slots / splits) / block_s) * block_s
