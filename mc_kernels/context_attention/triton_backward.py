@@ -38,7 +38,7 @@ def _blocks_of_keys(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
         return 16, 32, 8
     if heads.padded > 64:
         return (64, 32, 8) if heads.padded <= 128 else (32, 32, 8)
-    return 64, 64, 8
+    return 32, 64, 4
 
 
 def context_attention_backward_workspace(q: Tensor, k: Tensor, inv_freq: Tensor | None, kv_bias: Tensor | None) -> int:

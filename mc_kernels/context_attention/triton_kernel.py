@@ -147,8 +147,9 @@ def context_attention_triton(
             args = {"logits": scratch["logits"], "lse": lse, "mass": mass, "rows": hq * t, "S": s}
             launch(mass_of_logits_kernel, b * math.ceil(s / 128), args, {"BLOCK_R": 16, "BLOCK_S": 128})
         elif return_mass:
-            fp32 = q.dtype == torch.float32
-            block_m, block_s = (32, 32) if fp32 or heads.padded > 128 else (64, 64)
+            block_m, block_s = (32, 64) if heads.padded <= 128 else (32, 32)
+            if q.dtype == torch.float32:
+                block_m, block_s = 16, 32
             args = {**common, "q": q, "k": k, "lse": lse, "mass": mass}
             constants = {
                 "G": heads.group, "QK_D": q.shape[-1], "HALF": half, "BLOCK_M": block_m, "BLOCK_S": block_s,
