@@ -20,6 +20,7 @@ from ..checks import (
 )
 from ..library import define_op, register_autograd
 from ..rope import RopeSpec
+from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
 
@@ -44,6 +45,29 @@ def _fake_backward(
     bias = kv_bias.new_empty(kv_bias.shape) if kv_bias is not None else q.new_empty(0, dtype=accumulate_dtype(q.dtype))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
+
+MOST_TRITON_DIMS = 256
+
+
+def _refuse_triton(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, *_: object,
+) -> str | None:  # fmt: skip
+    """Frequencies may be fp64; a head has to fit into a block's shared memory."""
+    if q.shape[-1] > MOST_TRITON_DIMS:
+        return f"expected at most {MOST_TRITON_DIMS} dimensions a head, got D={q.shape[-1]}"
+    return refuse_device((q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias)) or refuse_fp64((q, k, v, sigma, kv_bias))
+
+
+register_triton(
+    "context_attention", "mc_kernels.context_attention.triton_kernel", "context_attention_triton", _refuse_triton
+)
+register_triton(
+    "context_attention_backward",
+    "mc_kernels.context_attention.triton_backward",
+    "context_attention_backward_triton",
+    lambda grad_out, *args: _refuse_triton(*args),
+)
 
 _op = define_op(
     "context_attention",
