@@ -4,7 +4,7 @@ Recomputes the forward with its own kernels, keeps for each layer the residual s
 output (3 Eg numbers a row), and makes queries, keys, values and gates anew on the way back. The products are torch's
 (cuBLAS), on operands in the forward's compute dtype with fp32 sums; norms, attention, SwiGLU, pooling and the RMS match
 are kernels of `triton_gradients`. Deterministic as far as torch's products are. N = 0 gives zeros.
-At its largest a row takes (3 layers + 9) Eg + 3 F + E numbers of memory: 18 KB for the default net in bf16.
+At its largest a row takes (3 layers + 4) Eg + 4 F numbers of memory: 25 KB for the default net in bf16.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from .triton_gradients import (
     norm_backward_kernel,
     norm_kernel,
     pool_backward_kernel,
+    rotate_kernel,
     swiglu_backward_kernel,
 )
-from .triton_kernel import Buffers, Net, compute_dtype, layer_launches, plan_of, pool_launches
+from .triton_kernel import layer_launches, plan_of, pool_launches
+from .triton_net import Buffers, Net, compute_dtype
 from .triton_plan import Launch, power
 
 Run = Callable[[Launch], None]
-_SWIGLU_BLOCK = 1024
+_ELEMENTS = 1024  # of a program that goes element by element
 _PARTS = 512  # programs of a norm's backward, each with its part of the gain's gradient
 
 
@@ -68,9 +70,9 @@ def backward(grad: Tensor, blocks: Tensor, net: Net, run: Run) -> tuple[Tensor, 
             "dy": activation,
             "n_numbers": rows * net.ffn,
             "FFN": net.ffn,
-            "BLOCK": _SWIGLU_BLOCK,
+            "BLOCK": _ELEMENTS,
         }
-        run(Launch(swiglu_backward_kernel, triton.cdiv(rows * net.ffn, _SWIGLU_BLOCK), args))
+        run(Launch(swiglu_backward_kernel, triton.cdiv(rows * net.ffn, _ELEMENTS), args))
         _product(dh.t(), activation, grads["down"][i])
         _product(gate_up.t(), normed, grads["gate_up"][i])
         _norm_backward(middle, net.ffn_norm[i], gate_up @ gate_up_w[i], dh, grads["ffn_norm"][i], run)
@@ -78,7 +80,7 @@ def backward(grad: Tensor, blocks: Tensor, net: Net, run: Run) -> tuple[Tensor, 
         _product(dh.t(), attention.view(rows, width), grads["attn_out"][i])
         normed = _norm(before, net.attn_norm[i], rows, width, run)
         qkv = normed @ qkv_w[i].t()
-        run(_attention(qkv, dh @ out_w[i], saved.phases, net, net.rows(k)))
+        _attention(qkv, dh @ out_w[i], saved.phases, net, net.rows(k), run)
         _product(qkv.t(), normed, grads["qkv"][i])
         _norm_backward(before, net.attn_norm[i], qkv @ qkv_w[i], dh, grads["attn_norm"][i], run)
 
@@ -147,16 +149,19 @@ def _norm_backward(x: Tensor, gain: Tensor, dy: Tensor, dh: Tensor, d_gain: Tens
     d_gain.copy_(parts.sum(0))
 
 
-def _attention(qkv: Tensor, d_out: Tensor, phases: Tensor, net: Net, rows: int) -> Launch:
+def _attention(qkv: Tensor, d_out: Tensor, phases: Tensor, net: Net, rows: int, run: Run) -> None:
+    """qkv becomes its gradient."""
     head, block = net.width // net.n_heads, power(rows)
-    group = block // rows
+    group, numbers = block // rows, qkv.shape[0] * net.width
+    common = {"qkv": qkv, "phases": phases, "ROWS": rows, "WIDTH": net.width, "HEAD_DIM": head}
+    rotated = common | {"n_numbers": numbers, "BLOCK": _ELEMENTS}
+    run(Launch(rotate_kernel, triton.cdiv(numbers, _ELEMENTS), rotated))
     args = {
-        "qkv": qkv, "d_out": d_out, "phases": phases, "n_rows": qkv.shape[0], "ROWS": rows, "WIDTH": net.width,
-        "HEAD_DIM": head, "GROUP": group, "BLOCK_M": block, "BLOCK_Q": min(block, 32), "HALF_BLOCK": power(head // 2),
-        "HEAD_BLOCK": power(head),
+        "d_out": d_out, "n_rows": qkv.shape[0], "GROUP": group, "BLOCK_M": block, "BLOCK_Q": min(block, 32),
+        "HALF_BLOCK": power(head // 2), "HEAD_BLOCK": power(head),
     }  # fmt: skip
     grid = triton.cdiv(qkv.shape[0], group * rows) * net.n_heads
-    return Launch(attention_backward_kernel, grid, args, 8 if block * power(head) > 32 * 64 else 4)
+    run(Launch(attention_backward_kernel, grid, common | args, 8 if block * power(head) > 32 * 64 else 4))
 
 
 def _pool(d_pooled: Tensor, net: Net, saved: Buffers, n: int, rows: int, grads: dict[str, Tensor], run: Run) -> Tensor:

@@ -2,13 +2,13 @@
 """Kernels of `gist_encode`'s backward: what surrounds its matrix products, which are torch's.
 
     norm_kernel:                 y = x / rms(x) * gain, the operand of a product that was fused in the forward
-    norm_backward_kernel:        dx = add + inv (dy gain - n mean(dy gain n)), n = x inv, inv = 1 / rms(x); dgain += dy n
+    norm_backward_kernel:        dx = add + inv (dy gain - n mean(dy gain n)) with n = x inv; dgain += dy n
     swiglu_backward_kernel:      gate, up, dy -> dgate, dup and y = silu(gate) up, in place
-    attention_backward_kernel:   q, k, v (not rotated), do -> dq, dk, dv, in place
+    rotate_kernel, attention_backward_kernel:  q, k, v; do -> dq, dk, dv, in place
     pool_backward_kernel, match_backward_kernel: of triton_pool's
 
-Sums are fp32. Sums over rows or windows (gains, queries of the pooling) are written in parts, one for each program or window, and added by
-torch in a fixed order: no atomics. In-place kernels read and write the same elements in the same program.
+Sums are fp32. Sums over rows or windows (gains, queries of the pooling) are written in parts, one for each program or
+window, and added by torch in a fixed order: no atomics. In-place kernels read and write the same elements in the same program.
 """
 
 from __future__ import annotations
@@ -87,22 +87,43 @@ def swiglu_backward_kernel(gate_up, dy, n_numbers, FFN: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _rotated(x, row, turn, live, phases, STRIDE: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, b):
-    """The two halves of a head, rotated, in x's dtype; with the phases."""
-    inside = live[:, None] & (b < HALF)[None, :]
-    at = x + row[:, None] * STRIDE + b[None, :]
-    one = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(phases + turn[:, None] * HALF + b[None, :], mask=inside, other=0.0)
-    sin = tl.load(phases + (ROWS + turn)[:, None] * HALF + b[None, :], mask=inside, other=0.0)
-    dtype = x.dtype.element_ty
-    return (one * cos - two * sin).to(dtype), (two * cos + one * sin).to(dtype), cos, sin
+def _phases(phases, r, inside, b, ROWS: tl.constexpr, HALF: tl.constexpr):
+    at = phases + ((r % ROWS)[:, None] * HALF + b[None, :])
+    return tl.load(at, mask=inside, other=0.0), tl.load(at + ROWS * HALF, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_unrotated(x, d1, d2, cos, sin, row, live, STRIDE: tl.constexpr, HALF: tl.constexpr, b):
-    inside = live[:, None] & (b < HALF)[None, :]
-    at = x + row[:, None] * STRIDE + b[None, :]
+def rotate_kernel(
+    qkv, phases, n_numbers,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rotates queries and keys of qkv [n_rows, 3 WIDTH] in place; n_numbers = n_rows * WIDTH pairs. Apart from
+    attention's backward, where the compiler would rotate once for each layout that a product wants, and spill."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < n_numbers
+    row, pair = at // WIDTH, at % WIDTH  # WIDTH / 2 pairs of queries, as many of keys
+    phase = phases + (row % ROWS) * HALF + pair % HALF
+    cos = tl.load(phase, mask=keep, other=0.0)
+    sin = tl.load(phase + ROWS * HALF, mask=keep, other=0.0)
+    to = qkv + row * (3 * WIDTH) + (pair // HALF) * HEAD_DIM + pair % HALF
+    one = tl.load(to, mask=keep, other=0.0).to(tl.float32)
+    two = tl.load(to + HALF, mask=keep, other=0.0).to(tl.float32)
+    tl.store(to, (one * cos - two * sin).to(qkv.dtype.element_ty), mask=keep)
+    tl.store(to + HALF, (two * cos + one * sin).to(qkv.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _half(x, r, n_live, b, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    inside = (r < n_live)[:, None] & (b < HALF)[None, :]
+    return tl.load(x + (r[:, None] * (3 * WIDTH) + b[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_unrotated(x, phases, d1, d2, r, n_live, b, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    inside = (r < n_live)[:, None] & (b < HALF)[None, :]
+    at = x + (r[:, None] * (3 * WIDTH) + b[None, :])
+    cos, sin = _phases(phases, r, inside, b, ROWS, HALF)
     tl.store(at, (d1 * cos + d2 * sin).to(x.dtype.element_ty), mask=inside)
     tl.store(at + HALF, (d2 * cos - d1 * sin).to(x.dtype.element_ty), mask=inside)
 
@@ -113,33 +134,33 @@ def attention_backward_kernel(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, HALF_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """qkv [n_rows, 3 WIDTH] becomes its gradient; d_out [n_rows, WIDTH]. One program per group of windows and head; it
-    goes through its queries BLOCK_Q at a time, to stay within the registers."""
+    """qkv [n_rows, 3 WIDTH], rotated, becomes its gradient before rotation; d_out [n_rows, WIDTH]. One program
+    per group of windows and head; it goes through its queries BLOCK_Q at a time, to stay within the registers."""
     dtype = qkv.dtype.element_ty
     heads: tl.constexpr = WIDTH // HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
     scale: tl.constexpr = HEAD_DIM**-0.5
     pid = tl.program_id(0)
-    base = qkv + (pid % heads) * HEAD_DIM
-    group = (pid // heads).to(tl.int64) * (GROUP * ROWS)
+    first = (pid // heads).to(tl.int64) * (GROUP * ROWS)  # row; offsets from it fit 32 bits and half the registers
+    base = qkv + first * (3 * WIDTH) + (pid % heads) * HEAD_DIM
+    d_base = d_out + first * WIDTH + (pid % heads) * HEAD_DIM
+    n_live = tl.minimum(n_rows - first, GROUP * ROWS).to(tl.int32)
     b, d = tl.arange(0, HALF_BLOCK), tl.arange(0, HEAD_BLOCK)
     r = tl.arange(0, BLOCK_M)
-    row = group + r
-    live = (r < GROUP * ROWS) & (row < n_rows)
-    whole = live[:, None] & (d < HEAD_DIM)[None, :]
-    k1, k2, cos_k, sin_k = _rotated(base + WIDTH, row, r % ROWS, live, phases, 3 * WIDTH, ROWS, HALF, b)
-    v_at = base + 2 * WIDTH + row[:, None] * (3 * WIDTH) + d[None, :]
+    whole = (r < n_live)[:, None] & (d < HEAD_DIM)[None, :]
+    k1 = _half(base + WIDTH, r, n_live, b, WIDTH, HALF)
+    k2 = _half(base + WIDTH + HALF, r, n_live, b, WIDTH, HALF)
+    v_at = base + 2 * WIDTH + (r[:, None] * (3 * WIDTH) + d[None, :])
     v = tl.load(v_at, mask=whole, other=0.0)
     dk1 = tl.zeros([BLOCK_M, HALF_BLOCK], tl.float32)
     dk2 = tl.zeros([BLOCK_M, HALF_BLOCK], tl.float32)
     dv = tl.zeros([BLOCK_M, HEAD_BLOCK], tl.float32)
     for start in range(0, BLOCK_M, BLOCK_Q):
         q_r = start + tl.arange(0, BLOCK_Q)
-        q_row = group + q_r
-        q_live = (q_r < GROUP * ROWS) & (q_row < n_rows)
-        q1, q2, cos, sin = _rotated(base, q_row, q_r % ROWS, q_live, phases, 3 * WIDTH, ROWS, HALF, b)
-        at = d_out + (pid % heads) * HEAD_DIM + q_row[:, None] * WIDTH + d[None, :]
-        do = tl.load(at, mask=q_live[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        q1 = _half(base, q_r, n_live, b, WIDTH, HALF)
+        q2 = _half(base + HALF, q_r, n_live, b, WIDTH, HALF)
+        at = d_base + (q_r[:, None] * WIDTH + d[None, :])
+        do = tl.load(at, mask=(q_r < n_live)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         zero = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
         s = product(q2, tl.trans(k2), product(q1, tl.trans(k1), zero)) * scale
         s = tl.where((q_r // ROWS)[:, None] == (r // ROWS)[None, :], s, float("-inf"))
@@ -150,9 +171,9 @@ def attention_backward_kernel(
         ds = (p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale).to(dtype)
         zero_half = tl.zeros([BLOCK_Q, HALF_BLOCK], tl.float32)
         dq1, dq2 = product(ds, k1, zero_half), product(ds, k2, zero_half)
-        _store_unrotated(base, dq1, dq2, cos, sin, q_row, q_live, 3 * WIDTH, HALF, b)
+        _store_unrotated(base, phases, dq1, dq2, q_r, n_live, b, ROWS, WIDTH, HALF)
         dk1, dk2 = product(tl.trans(ds), q1, dk1), product(tl.trans(ds), q2, dk2)
-    _store_unrotated(base + WIDTH, dk1, dk2, cos_k, sin_k, row, live, 3 * WIDTH, HALF, b)
+    _store_unrotated(base + WIDTH, phases, dk1, dk2, r, n_live, b, ROWS, WIDTH, HALF)
     tl.store(v_at, dv.to(dtype), mask=whole)
 
 
@@ -165,8 +186,8 @@ def pool_backward_kernel(
     """One program per window: d_pooled [N * GISTS, WIDTH] -> dh [N * ROWS, WIDTH] and the window's parts of d_norm
     [N, WIDTH] and d_query [N, GISTS, WIDTH] (written for softmax only).
 
-    With s = n * final_norm, ds_j = sum_g p_gj dpooled_g + dl_gj q_g / sqrt(Eg) and l_gj = q_g . s_j / sqrt(Eg), the norm's
-    ds_j . s_j is sum_g p_gj dp_gj + dl_gj l_gj: no pass of its own.
+    With s = n * final_norm, ds_j = sum_g p_gj dpooled_g + dl_gj q_g / sqrt(Eg) and l_gj = q_g . s_j / sqrt(Eg), the
+    norm's ds_j . s_j is sum_g p_gj dp_gj + dl_gj l_gj: no pass of its own.
     """
     dtype = h.dtype.element_ty
     window = tl.program_id(0).to(tl.int64)

@@ -104,7 +104,7 @@ class Launch:
         aligned = []
         for parameter in self.kernel.params:
             name, value = parameter.name, self.args[parameter.name]
-            if parameter.is_constexpr or (type(value) is int and value == 1):
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[name], constexprs[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + _TRITON_NAMES[value.dtype]

@@ -1,7 +1,8 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The end of GistNet in Triton: pooling, output projection, RMS match.
 
-    pool_kernel:     s = norm(h, final_norm); pooled_g = sum_j p_gj s_j (softmax of s_j . pool_q_g / sqrt(Eg), mean, last)
+    pool_kernel:     s = norm(h, final_norm); pooled_g = sum_j p_gj s_j
+                     (p: softmax of s_j . pool_q_g / sqrt(Eg), mean, or the last row)
                      centred = mean_j x_j - mu (level 1) or mean_j x_j
     project_kernel:  y = W_out pooled
     match_kernel:    z = centred / rms(centred) * target_rms + y;  gist = z / rms(z) * gain * target_rms
