@@ -5,9 +5,9 @@
     att = softmax(q k^T / sqrt(HEAD_DIM)) v inside each window
 
 h [n_rows, WIDTH], n_rows = N * ROWS, contiguous; qkv weights [3 WIDTH, WIDTH], last dimension contiguous; phases fp32
-[2, ROWS, HALF], cos then sin -> att [n_rows, WIDTH] in h's dtype. A program takes GROUP windows, as many as fit BLOCK_M rows; keys of other
-windows are masked, which at 128 rows of 32-row windows is 4x the FLOPs of scores that are 2% of the layer's. Queries
-and keys are made as two halves of a head each, so that rotation pairs registers of the same thread.
+[2, ROWS, HALF], cos then sin -> att [n_rows, WIDTH] in h's dtype. A program takes GROUP windows, as many as fit BLOCK_M
+rows; keys of other windows are masked, which at 128 rows of 32-row windows is 4x the FLOPs of scores that are 2% of the
+layer's. Queries and keys are made as two halves of a head each, so that rotation pairs registers of the same thread.
 A window that holds NaN or infinity spoils no other: masked probabilities are zero and values that meet them finite.
 """
 

@@ -8,7 +8,8 @@
     pool_backward_kernel, match_backward_kernel: of triton_pool's
 
 Sums are fp32. Sums over rows or windows (gains, queries of the pooling) are written in parts, one for each program or
-window, and added by torch in a fixed order: no atomics. In-place kernels read and write the same elements in the same program.
+window, and added by torch in a fixed order: no atomics. In-place kernels read and write the same elements in the same
+program.
 """
 
 from __future__ import annotations

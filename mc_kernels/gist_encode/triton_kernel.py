@@ -17,7 +17,8 @@ A whole layer in one program, its rows' activations on chip, reads all 7.6 MB of
 fp32 residual rows alone take 128 registers a thread at 64 rows of 512 (8 warps), and attention's accumulators come
 beside them (238 registers at 128 rows, docs/triton_resources.md), so that a group is 64 rows at most: 64 FLOPs for each
 byte out of L2, about 350 TFLOP/s at 5.5 TB/s, below what separate products are meant to reach; and one window would be
-one SM that reads all weights, 140 us. Hence the pieces, fused up to where a product needs all columns of what precedes it.
+one SM that reads all weights, 140 us. Hence the pieces, fused up to where a product needs all columns of what precedes
+it.
 """
 
 from __future__ import annotations
