@@ -7,7 +7,7 @@ ones spread the weights over all SMs (latency).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ def heuristics(
         fits = (t for t in tiles if triton.cdiv(m, t.m) * triton.cdiv(n, t.n) >= SMS)
         return next(fits, tiles[-1])
 
+    swiglu = largest(rows, 2 * ffn)  # gate and up: twice the columns, two accumulators
+
     head = power(width // n_heads)
     window = power(rows_per_window)
     block = window
@@ -78,7 +80,7 @@ def heuristics(
         attention=attention,
         group=block // rows_per_window,
         attention_out=largest(rows, width),
-        swiglu=largest(rows, ffn),
+        swiglu=replace(swiglu, n=max(16, swiglu.n // 2)),
         down=largest(rows, width),
         project=largest(gists, embed),
     )
