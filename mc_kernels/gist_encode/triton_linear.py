@@ -34,7 +34,7 @@ def product(a, b, acc):
 @triton.jit
 def inverse_rms(squares, WIDTH: tl.constexpr):
     """1 / rms from a sum of WIDTH squares."""
-    return 1.0 / tl.sqrt_rn(squares / WIDTH + RMS_EPS)
+    return tl.rsqrt(squares / WIDTH + RMS_EPS)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ ones spread the weights over all SMs (latency).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class Tile:
 # Largest first. fp32 products run on the FMA units (TF32 would break the error rule).
 _HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3), Tile(16, 16, 64, 4, 3))
+# With two accumulators: half as wide. The largest takes k = 32, at 64 it spills on sm_80.
+_HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
+_FLOAT_PAIR = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,11 @@ def heuristics(
     rows: int, rows_per_window: int, gists: int, embed: int, width: int, ffn: int, n_heads: int, half: bool
 ) -> Plan:
     """rows: of all windows together. gists: rows after pooling. half: products of 16-bit numbers."""
-    tiles = _HALF if half else _FLOAT
+    single, pair = (_HALF, _HALF_PAIR) if half else (_FLOAT, _FLOAT_PAIR)
 
-    def largest(m: int, n: int) -> Tile:
+    def largest(m: int, n: int, tiles: tuple[Tile, ...] = single) -> Tile:
         fits = (t for t in tiles if triton.cdiv(m, t.m) * triton.cdiv(n, t.n) >= SMS)
         return next(fits, tiles[-1])
-
-    swiglu = largest(rows, 2 * ffn)  # gate and up: twice the columns, two accumulators
 
     head = power(width // n_heads)
     window = power(rows_per_window)
@@ -80,7 +81,7 @@ def heuristics(
         attention=attention,
         group=block // rows_per_window,
         attention_out=largest(rows, width),
-        swiglu=replace(swiglu, n=max(16, swiglu.n // 2)),
+        swiglu=largest(rows, ffn, pair),
         down=largest(rows, width),
         project=largest(gists, embed),
     )
