@@ -16,6 +16,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from ..triton_backend import refuse, register_triton
 from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, GistEncodeWeights
@@ -33,6 +34,23 @@ def _fake(blocks: Tensor, *args: Any, **_: Any) -> Tensor:
 
 def _fake_backward(grad: Tensor, *args: Any, **_: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in args[:_N_TENSORS])
+
+
+def _triton_refuses(blocks: Tensor, *args: Any) -> str | None:
+    """Reason why the Triton version cannot take the op's arguments, or None. A window's scores are one tile, and its
+    queries, keys and values of a head stay in registers."""
+    named = dict(zip((*SHAPES, "level", "n_heads", "pool"), args, strict=False))
+    rows = blocks.shape[1] + (named["pool"] == "cls")
+    if rows > 128:
+        return f"expected windows of at most 128 rows, a class token included, got {rows}"
+    head = named["qkv"].shape[2] // named["n_heads"]
+    if named["qkv"].shape[0] and _power_of_two(rows) * _power_of_two(head) > 128 * 64:
+        return f"expected rows of a window times width of a head, as powers of two, up to 8192, got {rows} and {head}"
+    return refuse(blocks, *args)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 _op = define_op("gist_encode", f"({_TENSORS}, {_CONSTANTS}) -> Tensor", _fake)
@@ -54,6 +72,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_autograd("gist_encode", _backward, _setup_context)
+
+
+register_triton("gist_encode", "mc_kernels.gist_encode.triton_kernel", "gist_encode_triton", _triton_refuses)
+register_triton(
+    "gist_encode_backward", "mc_kernels.gist_encode.triton_backward", "gist_encode_backward_triton",
+    lambda grad, *args: _triton_refuses(*args),
+)  # fmt: skip
 
 
 def gist_encode(blocks: Tensor, weights: GistEncodeWeights, *, level: int = 1, backend: str | None = None) -> Tensor:

@@ -1,0 +1,125 @@
+"""How `gist_encode`'s Triton kernels are laid out for a shape, and what a launch is.
+
+One rule: the largest tile that still gives every SM a program. Large tiles reuse what they read (throughput), small
+ones spread the weights over all SMs (latency).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ..triton_report import Compilation
+
+SMS = 128  # of an A100 to B200: 108 to 148
+
+
+@dataclass(frozen=True)
+class Tile:
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+
+# Largest first. fp32 products run on the FMA units (TF32 would break the error rule).
+_HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
+_FLOAT = (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3), Tile(16, 16, 64, 4, 3))
+# With two accumulators: half as wide. The largest takes k = 32, at 64 it spills on sm_80.
+_HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
+_FLOAT_PAIR = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of each product; `group` windows for a program of attention, in `attention.m` rows."""
+
+    embed: Tile
+    attention: Tile
+    group: int
+    attention_out: Tile
+    swiglu: Tile
+    down: Tile
+    project: Tile
+
+
+def power(n: int, least: int = 16) -> int:
+    """The power of two that holds n, at least what a tensor core takes."""
+    return max(least, triton.next_power_of_2(n))
+
+
+def heuristics(
+    rows: int, rows_per_window: int, gists: int, embed: int, width: int, ffn: int, n_heads: int, half: bool
+) -> Plan:
+    """rows: of all windows together. gists: rows after pooling. half: products of 16-bit numbers."""
+    single, pair = (_HALF, _HALF_PAIR) if half else (_FLOAT, _FLOAT_PAIR)
+
+    def largest(m: int, n: int, tiles: tuple[Tile, ...] = single) -> Tile:
+        fits = (t for t in tiles if triton.cdiv(m, t.m) * triton.cdiv(n, t.n) >= SMS)
+        return next(fits, tiles[-1])
+
+    head = power(width // n_heads)
+    window = power(rows_per_window)
+    block = window
+    for wider in (128, 64) if half else (64,):
+        # Accumulators of queries, keys and values: 3 * wider * head fp32 registers in all.
+        if wider > window and wider * head <= 128 * 64 and rows // wider * n_heads >= SMS:
+            block = wider
+            break
+    warps = 8 if block * head > 32 * 64 else 4
+    attention = Tile(block, head, 64 if half else 32, warps, 3)
+    return Plan(
+        embed=largest(rows, width),
+        attention=attention,
+        group=block // rows_per_window,
+        attention_out=largest(rows, width),
+        swiglu=largest(rows, ffn, pair),
+        down=largest(rows, width),
+        project=largest(gists, embed),
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments by name, tensors as pointers."""
+
+    kernel: Any
+    grid: int
+    args: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+    def run(self) -> None:
+        self.kernel[(self.grid,)](**self.args, num_warps=self.warps, num_stages=self.stages)
+
+    def compilation(self, shape: str) -> Compilation:
+        """This launch as it is specialised: 16-byte alignment of pointers, divisibility of integers, ones."""
+        signature: dict[str, str] = {}
+        constexprs: dict[str, Any] = {}
+        aligned = []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.args[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[name], constexprs[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TRITON_NAMES[value.dtype]
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    aligned.append(name)
+            elif isinstance(value, int):
+                signature[name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(name)
+            else:
+                signature[name] = "fp32"
+        return Compilation(shape, self.kernel, signature, constexprs, self.warps, self.stages, tuple(aligned))
+
+
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
