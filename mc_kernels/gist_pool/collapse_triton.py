@@ -14,14 +14,15 @@ writes, so it does not matter that loops may fetch ahead.
 
 Floor for 8 blocks of 32 over the 32 layers of Llama-3-8B in bf16: blocks (34 MB) and M (34 MB) are read, 20 us at 3.35
 TB/s (H100), 14 at 4.8 (H200). What moves comes on top, up to 224 entries a lane: 125 MB, 37 and 26 us in all. There are
-256 lanes: with two programs a multiprocessor, each with 16 to 32 KB in flight, all are there at once. Small models have
-fewer lanes (90) and are bound by the latency of the phases, as is one block. A gist goes through 2D elements of
+256 lanes: with two programs a multiprocessor, each with 16 KB or more in flight, all are there at once. Small models
+have fewer lanes (90) and are bound by the latency of the phases, as is one block. A gist goes through 2D elements of
 workspace, in L2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -54,11 +55,11 @@ def copy_entries(
         tl.store(to_ptr + destination[:, None] * to_entry + dims[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "n_moves"])
+@triton.jit(do_not_specialize=["n_blocks", "tile_blocks", "n_moves"])
 def collapse_kernel(
     k_ptr, v_ptr, w_ptr, b_ptr, m_ptr, c_ptr, table_ptr, yk_ptr, yv_ptr, held_k_ptr, held_v_ptr,
-    k_layer, k_batch, k_head, k_slot, v_layer, v_batch, v_head, v_slot, n_blocks, n_moves, batch, heads,
-    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
+    k_layer, k_batch, k_head, k_slot, v_layer, v_batch, v_head, v_slot, n_blocks, tile_blocks, n_moves, batch, heads,
+    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -73,8 +74,8 @@ def collapse_kernel(
     yk_ptr += lane * n_blocks * (G * D)
     yv_ptr += lane * n_blocks * (G * D)
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DP)
-    for first in range(0, n_blocks, BLOCKS):
-        count = min(BLOCKS, n_blocks - first)
+    for first in range(0, n_blocks, tile_blocks):
+        count = min(tile_blocks, n_blocks - first)
         yk, yv = pool_tile(
             k_ptr, v_ptr, table_ptr, 0, k_slot, 0, v_slot, first, count, w_ptr, b_ptr, K, D, G, KP, DP, ROWS, STAGES
         )
@@ -107,9 +108,11 @@ def collapse_kernel(
 
 
 def _tiling(n_blocks: int, block_size: int, head_dim: int, n_gists: int, product: torch.dtype) -> tuple[Tiling, int]:
-    """The tiles, and how many entries are copied at a time: 64 elements a thread."""
+    """The tiles, and how many entries are copied at a time: 32 elements a thread. There may be fewer lanes than
+    multiprocessors: eight warps at least keep one busy."""
     t = tiling(min(n_blocks, 16), block_size, head_dim, n_gists, product)
-    return t, t.warps * 2048 // t.dp
+    t = replace(t, warps=max(8, t.warps))
+    return t, t.warps * 1024 // t.dp
 
 
 def collapse_workspace(k: Tensor, w: Tensor, staged: Staged) -> int:
@@ -151,7 +154,7 @@ def collapse_launch(
     with on_device(k):
         collapse_kernel[(layers * batch * heads,)](
             k, v, w, b, m, c, staged.table, yk, yv, held_k, held_v, *k.stride()[:4], *v.stride()[:4],
-            n, n_moves, batch, heads, K=block_size, D=d, G=n_gists, BLOCKS=t.blocks, **t.constexprs(),
+            n, t.blocks, n_moves, batch, heads, K=block_size, D=d, G=n_gists, **t.constexprs(),
             PRODUCT=operand(product), PRECISION=product_precision(k.dtype), STEP=step, num_warps=t.warps,
         )  # fmt: skip
 
@@ -180,21 +183,21 @@ def compilations() -> Iterator[Compilation]:
         for data, weights in REPORTED_DTYPES:
             product = product_dtype(data, weights)
             data_type, weights_type, y_type = (f"*{TRITON_NAMES[x]}" for x in (data, weights, product))
-            for n, chained in ((1, False), (8, False), (8, True)):
-                t, step = _tiling(n, 32, d, 1, product)
+            for chained in (False, True):
+                t, step = _tiling(8, 32, d, 1, product)
                 pointers = {
                     **dict.fromkeys(("k_ptr", "v_ptr", "held_k_ptr", "held_v_ptr"), data_type),
                     **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr", "c_ptr"), weights_type),
                     **dict.fromkeys(("yk_ptr", "yv_ptr"), y_type), "table_ptr": "*i32",
                 }  # fmt: skip
                 constexprs = {
-                    "K": 32, "D": d, "G": 1, "BLOCKS": t.blocks, **t.constexprs(), "PRODUCT": operand(product),
+                    "K": 32, "D": d, "G": 1, **t.constexprs(), "PRODUCT": operand(product),
                     "PRECISION": product_precision(data), "STEP": step,
                 }  # fmt: skip
                 kind = f"{TRITON_NAMES[data]}, weights {TRITON_NAMES[weights]}{', chained moves' if chained else ''}"
                 yield compilation(
-                    f"{model}, {n} blocks, {kind}", collapse_kernel, pointers,
+                    f"{model}, {kind}", collapse_kernel, pointers,
                     [f"{x}_{axis}" for x in "kv" for axis in ("layer", "batch", "head", "slot")],
-                    ("n_blocks", "n_moves", "batch", "heads"),
+                    ("n_blocks", "tile_blocks", "n_moves", "batch", "heads"),
                     constexprs | ({} if chained else {"held_k_ptr": None, "held_v_ptr": None}), t.warps,
                 )  # fmt: skip

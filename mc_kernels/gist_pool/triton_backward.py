@@ -19,6 +19,7 @@ and the sums are a few hundredths of that; 2 and 3 run from L2.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product as product_of
 
 import torch
 import triton
@@ -28,8 +29,18 @@ from ..triton_report import Compilation
 from .cases import MODELS
 from .triton_backward_kernels import backward_blocks_kernel, backward_matrix_kernel, backward_sums_kernel
 from .triton_pool import check_out, compilation, on_device, operand, scratch
-from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, power_of_2, product_dtype, product_precision, tiling
+from .triton_tiling import (
+    REPORTED_DTYPES,
+    TRITON_NAMES,
+    many_and_few,
+    power_of_2,
+    product_dtype,
+    product_precision,
+    tiling,
+)
 
+# What the caller asks for, and the pointers that a kernel then does not get.
+NEEDED = {"weights": ("dk_ptr", "dv_ptr"), "cache": ("y_ptr", "sums_ptr"), "cache and weights": ()}
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -89,7 +100,7 @@ def gist_pool_backward_triton(
     with on_device(k):
         backward_blocks_kernel[(r * h * tiles,)](
             grad_k, grad_v, k, v, w, b, m, dk if need_kv else None, dv if need_kv else None, y, sums,
-            *k.stride()[:4], *v.stride()[:4], n, h, r // layers, K=block_size, D=d, G=g, BLOCKS=t.blocks,
+            *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers, K=block_size, D=d, G=g,
             **t.constexprs(), GP=power_of_2(g), PRODUCT=operand(product), PRECISION=precision,
             num_warps=t.warps,
         )  # fmt: skip
@@ -122,22 +133,18 @@ def compilations() -> Iterator[Compilation]:
             product, precision = product_dtype(data, weights), product_precision(data)
             kind = f"{TRITON_NAMES[data]}, weights {TRITON_NAMES[weights]}"
             data_type, weights_type, y_type = (f"*{TRITON_NAMES[x]}" for x in (data, weights, product))
-            t = tiling(256, 32, d, 1, product)
             shared = {"D": d, "PRODUCT": operand(product), "PRECISION": precision}
-            for needed, missing in (
-                ("weights", ("dk_ptr", "dv_ptr")),
-                ("cache", ("y_ptr", "sums_ptr")),
-                ("cache and weights", ()),
-            ):
-                pointers = {
-                    **dict.fromkeys(("ok_ptr", "ov_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr"), data_type),
-                    **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr"), weights_type), "y_ptr": y_type, "sums_ptr": "*fp32",
-                }  # fmt: skip
-                constexprs = shared | {"K": 32, "G": 1, "GP": 1, "BLOCKS": t.blocks, **t.constexprs()}
+            pointers = {
+                **dict.fromkeys(("ok_ptr", "ov_ptr", "k_ptr", "v_ptr", "dk_ptr", "dv_ptr"), data_type),
+                **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr"), weights_type), "y_ptr": y_type, "sums_ptr": "*fp32",
+            }  # fmt: skip
+            for n, (needed, missing) in product_of(many_and_few(d, product), NEEDED.items()):
+                t = tiling(n, 32, d, 1, product)
+                constexprs = shared | {"K": 32, "G": 1, "GP": 1, **t.constexprs()} | dict.fromkeys(missing)
                 yield compilation(
-                    f"{model}, {kind}, for {needed}", backward_blocks_kernel, pointers,
+                    f"{model}, N = {n}, {kind}, for {needed}", backward_blocks_kernel, pointers,
                     [f"{x}_{axis}" for x in "kv" for axis in ("row", "head", "block", "entry")],
-                    ("n_blocks", "heads", "rows_per_layer"), constexprs | dict.fromkeys(missing), t.warps,
+                    ("n_blocks", "tile_blocks", "heads", "rows_per_layer"), constexprs, t.warps,
                 )  # fmt: skip
             pointers = {"y_ptr": y_type, "ok_ptr": data_type, "ov_ptr": data_type, "dm_ptr": weights_type}
             yield compilation(

@@ -37,26 +37,26 @@ def load_gradient(
     return ck, cv, gk, gv
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks", "tile_blocks"])
 def backward_blocks_kernel(
     ok_ptr, ov_ptr, k_ptr, v_ptr, w_ptr, b_ptr, m_ptr, dk_ptr, dv_ptr, y_ptr, sums_ptr,
-    k_row, k_head, k_block, k_entry, v_row, v_head, v_block, v_entry, n_blocks, heads, rows_per_layer,
-    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
+    k_row, k_head, k_block, k_entry, v_row, v_head, v_block, v_entry, n_blocks, tile_blocks, heads, rows_per_layer,
+    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, GP: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Step 1. dk_ptr is None if the cache needs no gradient, y_ptr and sums_ptr if the weights need none."""
-    tiles = tl.cdiv(n_blocks, BLOCKS)
+    tiles = tl.cdiv(n_blocks, tile_blocks)
     tile = tl.program_id(0) % tiles
     lane = (tl.program_id(0) // tiles).to(tl.int64)
-    first = tile * BLOCKS
+    first = tile * tile_blocks
     row, head = lane // heads, lane % heads
     layer = (row // rows_per_layer) * heads + head
     k_ptr += row * k_row + head * k_head
     v_ptr += row * v_row + head * v_head
     w_ptr += layer * (G * 2 * D)
     b_ptr += layer * (G * K)
-    count = min(BLOCKS, n_blocks - first)
+    count = min(tile_blocks, n_blocks - first)
     gists = (lane * n_blocks + first) * G
     ck, cv, gk, gv = load_gradient(
         ok_ptr + gists * D, ov_ptr + gists * D, count * G, m_ptr + layer * (4 * D * D),
@@ -128,9 +128,8 @@ def backward_matrix_kernel(
     for start in range(0, total, STEP):
         t = start + steps
         gist = ((layer * rows_per_layer + t // n_gists) * heads + head) * n_gists + t % n_gists
-        y = tl.load(
-            y_ptr + gist[None, :] * (2 * D) + i[:, None], mask=(t < total)[None, :] & (i < 2 * D)[:, None], other=0.0
-        )
+        y_mask = (t < total)[None, :] & (i < 2 * D)[:, None]
+        y = tl.load(y_ptr + gist[None, :] * (2 * D) + i[:, None], mask=y_mask, other=0.0).to(PRODUCT)
         o_at, o_mask = gist[:, None] * D + dims[None, :], (t < total)[:, None] & (dims < D)[None, :]
         ok = tl.load(ok_ptr + o_at, mask=o_mask, other=0.0).to(PRODUCT)
         ov = tl.load(ov_ptr + o_at, mask=o_mask, other=0.0).to(PRODUCT)

@@ -26,24 +26,24 @@ from ..triton_report import Compilation
 from . import collapse_triton, triton_backward
 from .cases import MODELS
 from .triton_pool import add_residual, check_out, compilation, on_device, operand, pool_tile, scratch
-from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, product_dtype, product_precision, tiling
+from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, many_and_few, product_dtype, product_precision, tiling
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks", "tile_blocks"])
 def gist_pool_kernel(
     k_ptr, v_ptr, w_ptr, b_ptr, m_ptr, c_ptr, k_out_ptr, v_out_ptr, yk_ptr, yv_ptr,
-    k_row, k_head, k_block, k_entry, v_row, v_head, v_block, v_entry, n_blocks, heads, rows_per_layer,
-    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BLOCKS: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
+    k_row, k_head, k_block, k_entry, v_row, v_head, v_block, v_entry, n_blocks, tile_blocks, heads, rows_per_layer,
+    K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, DP: tl.constexpr,
     ROWS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Tiles of a head are neighbours, so that M stays in L2 between them.
-    tiles = tl.cdiv(n_blocks, BLOCKS)
+    tiles = tl.cdiv(n_blocks, tile_blocks)
     lane = tl.program_id(0) // tiles
-    first = (tl.program_id(0) % tiles) * BLOCKS
+    first = (tl.program_id(0) % tiles) * tile_blocks
     row, head = (lane // heads).to(tl.int64), (lane % heads).to(tl.int64)
     layer = (row // rows_per_layer) * heads + head
-    count = min(BLOCKS, n_blocks - first)
+    count = min(tile_blocks, n_blocks - first)
     yk, yv = pool_tile(
         k_ptr + row * k_row + head * k_head, v_ptr + row * v_row + head * v_head, None,
         k_block, k_entry, v_block, v_entry, first, count, w_ptr + layer * (G * 2 * D), b_ptr + layer * (G * K),
@@ -61,7 +61,7 @@ def gist_pool_kernel(
 
 
 def gist_pool_workspace(k: Tensor, w: Tensor) -> int:
-    """Bytes that `gist_pool_triton` needs for itself: none if k and the weights share a dtype, for y otherwise."""
+    """Bytes that `gist_pool_triton` needs for itself: none, or those of y where the output's dtype would round it."""
     if product_dtype(k.dtype, w.dtype) == k.dtype:
         return 0
     r, h, n, _, d = k.shape
@@ -101,8 +101,8 @@ def gist_pool_triton(
     t = tiling(n, block_size, d, n_gists, product)
     with on_device(k):
         gist_pool_kernel[(r * h * triton.cdiv(n, t.blocks),)](
-            k, v, w, b, m, c, k_gist, v_gist, yk, yv, *k.stride()[:4], *v.stride()[:4], n, h, r // layers,
-            K=block_size, D=d, G=n_gists, BLOCKS=t.blocks, **t.constexprs(),
+            k, v, w, b, m, c, k_gist, v_gist, yk, yv, *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers,
+            K=block_size, D=d, G=n_gists, **t.constexprs(),
             PRODUCT=operand(product), PRECISION=product_precision(k.dtype), num_warps=t.warps,
         )  # fmt: skip
     return k_gist, v_gist
@@ -114,7 +114,7 @@ def _forward_compilations() -> Iterator[Compilation]:
         for data, weights in REPORTED_DTYPES:
             product = product_dtype(data, weights)
             data_type, weights_type, y_type = (f"*{TRITON_NAMES[x]}" for x in (data, weights, product))
-            for n in (1, 8, 256):
+            for n in many_and_few(d, product):
                 t = tiling(n, 32, d, 1, product)
                 pointers = {
                     **dict.fromkeys(("k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr"), data_type),
@@ -122,13 +122,13 @@ def _forward_compilations() -> Iterator[Compilation]:
                     **dict.fromkeys(("yk_ptr", "yv_ptr"), y_type),
                 }
                 constexprs = {
-                    "K": 32, "D": d, "G": 1, "BLOCKS": t.blocks, **t.constexprs(), "PRODUCT": operand(product),
+                    "K": 32, "D": d, "G": 1, **t.constexprs(), "PRODUCT": operand(product),
                     "PRECISION": product_precision(data),
                 }  # fmt: skip
                 yield compilation(
                     f"{model}, N = {n}, {TRITON_NAMES[data]}, weights {TRITON_NAMES[weights]}", gist_pool_kernel,
                     pointers, [f"{x}_{axis}" for x in "kv" for axis in ("row", "head", "block", "entry")],
-                    ("n_blocks", "heads", "rows_per_layer"), constexprs, t.warps,
+                    ("n_blocks", "tile_blocks", "heads", "rows_per_layer"), constexprs, t.warps,
                 )  # fmt: skip
 
 

@@ -56,15 +56,21 @@ class Tiling:
 
 
 def tiling(n_blocks: int, block_size: int, head_dim: int, n_gists: int, product: torch.dtype) -> Tiling:
-    """Sixteen gists are the least that a tensor core takes; with many blocks 32 share one read of M. A thread holds
-    about 64 values of a block."""
+    """Sixteen gists are the least that a tensor core takes; with many blocks of large heads 32 share one read of M. A
+    thread holds about 32 values of a block."""
     kp, dp = power_of_2(block_size), max(16, power_of_2(head_dim))
-    most = 32 if n_blocks >= 64 and product != torch.float32 else 16
+    most = 32 if n_blocks >= 64 and dp >= 128 and product != torch.float32 else 16
     blocks = max(1, min(power_of_2(n_blocks), most // n_gists))
     rows = max(16, power_of_2(blocks * n_gists))
     inner = 16 if product == torch.float32 else 32
-    warps = min(16, max(4, kp * dp // 1024, rows * dp // 1024))
+    warps = min(16, max(4, kp * dp // 512, rows * dp // 512))
     return Tiling(blocks, rows, kp, dp, inner, 3, warps)
+
+
+def many_and_few(head_dim: int, product: torch.dtype) -> list[int]:
+    """Numbers of blocks of 32 that between them need every tiling; few and many may need the same."""
+    few, many = (tiling(n, 32, head_dim, 1, product).constexprs() for n in (1, 256))
+    return [256] if few == many else [1, 256]
 
 
 def supports(k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tensor) -> str | None:

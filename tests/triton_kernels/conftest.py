@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.importorskip("triton")
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a module with kernels is imported, which is at their first call
+    # Read when a module with kernels is imported: ours at their first call, Triton's own (tl.cdiv, ..) with Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
 
 
 @pytest.fixture(
