@@ -69,7 +69,7 @@ def backward_blocks_kernel(
     wk_sum, wv_sum = tl.zeros((GP, DP), tl.float32), tl.zeros((GP, DP), tl.float32)
     b_sum = tl.zeros((GP, KP), tl.float32)
     for i in tl.range(0, count, num_stages=STAGES):
-        block = (first + i).to(tl.int64)
+        block = tl.cast(first + i, tl.int64)
         k = load_block(k_ptr, block * k_block + entries * k_entry, inside, dims, D)
         v = load_block(v_ptr, block * v_block + entries * v_entry, inside, dims, D)
         inv_rms = inverse_rms(k, v, D)

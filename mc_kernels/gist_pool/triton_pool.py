@@ -67,7 +67,7 @@ def pool_tile(
     inside = entries < K
     yk, yv = tl.zeros((ROWS, DP), tl.float32), tl.zeros((ROWS, DP), tl.float32)
     for i in tl.range(0, count, num_stages=STAGES):
-        block = (first + i).to(tl.int64)
+        block = tl.cast(first + i, tl.int64)
         if children_ptr is None:
             k_at, v_at = block * k_block + entries * k_entry, block * v_block + entries * v_entry
         else:
