@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """`collapse_` in Triton: one launch for all layers, sequences and KV heads.
 
     k, v [L,B,Hkv,S,D] written in place, any strides with a contiguous last dimension; see collapse.py, collapse_ref.py.
@@ -108,11 +109,11 @@ def collapse_kernel(
 
 
 def _tiling(n_blocks: int, block_size: int, head_dim: int, n_gists: int, product: torch.dtype) -> tuple[Tiling, int]:
-    """The tiles, and how many entries are copied at a time: 32 elements a thread. There may be fewer lanes than
-    multiprocessors: eight warps at least keep one busy."""
+    """The tiles, and how many entries are copied at a time (16 KB of keys in bf16). Models with small heads have fewer
+    lanes than a GPU has multiprocessors, and products in fp32 take too many registers for four warps: eight then."""
     t = tiling(min(n_blocks, 16), block_size, head_dim, n_gists, product)
-    t = replace(t, warps=max(8, t.warps))
-    return t, t.warps * 1024 // t.dp
+    wide = t.dp <= 64 or product == torch.float32
+    return replace(t, warps=max(8, t.warps) if wide else t.warps), max(1, 8192 // t.dp)
 
 
 def collapse_workspace(k: Tensor, w: Tensor, staged: Staged) -> int:

@@ -39,6 +39,7 @@ from .triton_tiling import (
     tiling,
 )
 
+THREAD_VALUES = 32
 # What the caller asks for, and the pointers that a kernel then does not get.
 NEEDED = {"weights": ("dk_ptr", "dv_ptr"), "cache": ("y_ptr", "sums_ptr"), "cache and weights": ()}
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -89,7 +90,7 @@ def gist_pool_backward_triton(
     dk, dv, dw, db, dm, dc = out
     w, b, m, grad_k, grad_v = (x.contiguous() for x in (w, b, m, grad_k, grad_v))
     product, precision = product_dtype(k.dtype, w.dtype), product_precision(k.dtype)
-    t = tiling(n, block_size, d, g, product)
+    t = tiling(n, block_size, d, g, product, THREAD_VALUES)
     tiles = triton.cdiv(n, t.blocks)
     sums, y = None, None
     if need_weights:
@@ -139,7 +140,7 @@ def compilations() -> Iterator[Compilation]:
                 **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr"), weights_type), "y_ptr": y_type, "sums_ptr": "*fp32",
             }  # fmt: skip
             for n, (needed, missing) in product_of(many_and_few(d, product), NEEDED.items()):
-                t = tiling(n, 32, d, 1, product)
+                t = tiling(n, 32, d, 1, product, THREAD_VALUES)
                 constexprs = shared | {"K": 32, "G": 1, "GP": 1, **t.constexprs()} | dict.fromkeys(missing)
                 yield compilation(
                     f"{model}, N = {n}, {kind}, for {needed}", backward_blocks_kernel, pointers,

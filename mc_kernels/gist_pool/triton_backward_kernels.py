@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Kernels of `gist_pool`'s backward; what they compute and in which order: triton_backward.py."""
 
 from __future__ import annotations

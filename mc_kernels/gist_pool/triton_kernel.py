@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """`gist_pool` in Triton: one launch, one read of each block, and of M per tile of 16 or 32 gists.
 
     k, v [R,Hkv,N,K,D], any strides with a contiguous last dimension; w, b, m, c of R / B layers -> [R,Hkv,N,G,D] each

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """What the Triton kernels of `gist_pool`, its backward and `collapse_` share: the pooling of a tile of blocks, and
 the linear residual of a tile of gists; what their host code does alike.
 

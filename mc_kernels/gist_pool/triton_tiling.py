@@ -55,15 +55,19 @@ class Tiling:
         return {"KP": self.kp, "DP": self.dp, "ROWS": self.rows, "INNER": self.inner, "STAGES": self.stages}
 
 
-def tiling(n_blocks: int, block_size: int, head_dim: int, n_gists: int, product: torch.dtype) -> Tiling:
+def tiling(
+    n_blocks: int, block_size: int, head_dim: int, n_gists: int, product: torch.dtype, thread_values: int = 64
+) -> Tiling:
     """Sixteen gists are the least that a tensor core takes; with many blocks of large heads 32 share one read of M. A
-    thread holds about 32 values of a block."""
+    thread holds up to `thread_values` of a block and of a tile's keys and values: at 64 the forward of a head of 128
+    takes four warps of at most 256 registers, so that two programs share a multiprocessor; the backward holds more
+    beside them."""
     kp, dp = power_of_2(block_size), max(16, power_of_2(head_dim))
     most = 32 if n_blocks >= 64 and dp >= 128 and product != torch.float32 else 16
     blocks = max(1, min(power_of_2(n_blocks), most // n_gists))
     rows = max(16, power_of_2(blocks * n_gists))
     inner = 16 if product == torch.float32 else 32
-    warps = min(16, max(4, kp * dp // 512, rows * dp // 512))
+    warps = min(16, max(4, max(kp, rows) * dp // (16 * thread_values)))
     return Tiling(blocks, rows, kp, dp, inner, 3, warps)
 
 
