@@ -17,8 +17,10 @@ from ..checks import (
 )
 from ..kv_splice.memory import overlaps_itself, shares_memory
 from ..library import define_op
+from ..triton_backend import register_triton
 from . import collapse_ref as collapse_ref
 from . import cpu as cpu
+from .triton_tiling import supports as triton_supports
 from .weights import GistPoolWeights
 
 _SCHEMA = (
@@ -32,6 +34,12 @@ def _fake(*_: object) -> None:
 
 
 _op = define_op("collapse_", _SCHEMA, _fake)
+register_triton(
+    "collapse_",
+    "mc_kernels.gist_pool.collapse_triton",
+    "collapse_triton",
+    lambda *args: triton_supports(*args[:6]),  # slots and moves are on the CPU
+)
 
 
 def _check_cache(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor, Tensor]:

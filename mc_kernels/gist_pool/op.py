@@ -17,8 +17,10 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from ..triton_backend import register_triton
 from . import cpu as cpu
 from . import ref as ref
+from .triton_tiling import supports as triton_supports
 from .weights import GistPoolWeights
 
 _ARGS = "Tensor k, Tensor v, Tensor w, Tensor b, Tensor m, Tensor c"
@@ -66,6 +68,13 @@ def _backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, 
 
 
 register_autograd("gist_pool", _backward, _setup_context)
+register_triton("gist_pool", "mc_kernels.gist_pool.triton_kernel", "gist_pool_triton", triton_supports)
+register_triton(
+    "gist_pool_backward",
+    "mc_kernels.gist_pool.triton_backward",
+    "gist_pool_backward_triton",
+    lambda grad_k, grad_v, *args: triton_supports(*args[:6]),
+)
 
 
 def gist_pool(k: Tensor, v: Tensor, weights: GistPoolWeights, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
