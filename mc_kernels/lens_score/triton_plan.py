@@ -65,7 +65,7 @@ def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = Fal
         cut = (64, c, 128 if wide else 64, 16), (4, 4, 8 if wide else 4, 3, 3)
     else:
         block, c = 32, pad(count, 16, 32)
-        cut = (32, c, 64, 16), (4, 8, 4, 2, 2)
+        cut = (32, c, 64, 16), (4, 8, 8, 2, 2)
     programs = triton.cdiv(e, cut[0][2]) * triton.cdiv(count, c)
     splits = min(pad(triton.cdiv(_PROGRAMS, programs)), pad(triton.cdiv(n, block)), 16)
     return Tiles(block, *cut[0], splits, *cut[1])
@@ -148,7 +148,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
 
     # Products on the side of the queries: steps over the inner dimension, splits of E, rows of a head at a time.
     step_e, step_d, step_f = (pad(size, 16, 64) for size in (e, d, f))
-    span_e, rows_d = pad(e, 16, 256 if e >= 2048 else 64), pad(head_dim, 16, 64)
+    span_e, rows_d = pad(e, 16, 128 if e >= 2048 else 64), pad(head_dim, 16, 64)
     chunk_in = step_e * triton.cdiv(e, 4 * step_e)
     chunk_read = step_e * triton.cdiv(e, 16 * step_e)
     parts_in, parts_read = triton.cdiv(e, chunk_in), triton.cdiv(e, chunk_read)
@@ -173,7 +173,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
              "value_dim": value_dim, "hidden": hidden, "tiles": tiles_e, "scale": head_dim**-0.5},
             {"PARTS": parts_of_z, "Q_PAD": q_pad, "SCORE": score, "BLOCK_D": rows_d, "BLOCK_K": step_d,
              "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
-            4,
+            8,
             2,
         )  # fmt: skip
 
@@ -192,7 +192,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
         (triton.cdiv(d, 16), parts_in),
         {"queries": queries, "w_in": w_in, "parts": parts, "squares": squares, "n_queries": q, "e": e, "d": d,
          "query_row": queries.stride(0), "w_row": w_in.stride(0), "chunk": chunk_in},
-        {"BLOCK_J": 16, "BLOCK_K": step_e, "PRECISION": precision},
+        {"BLOCK_J": 16, "BLOCK_K": step_e if half else min(step_e, 32), "PRECISION": precision},
         4,
         3 if half else 2,
     )  # fmt: skip
