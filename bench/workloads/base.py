@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mc_kernels.registry import IMPLS
+from mc_kernels.registry import IMPLS, PREFERENCE
 from mc_kernels.testing import max_error
 
 # A peer may err this many times more than the error rule allows us: libraries rotate in the storage dtype, twice.
@@ -120,8 +120,9 @@ class Workload(ABC):
         return judge(candidate.result(state, candidate.run(state)))
 
     def backends(self, only: Sequence[str] = ()) -> Iterator[tuple[str, Candidate | str]]:
-        """Our backends, or those of `only`: a candidate each, or the reason why it cannot run here."""
-        for name in only or IMPLS[self.op]:
+        """Our backends that serve the device, or those of `only`: a candidate each, or why it cannot run here."""
+        serving = PREFERENCE.get(self.device.type, ())
+        for name in only or [name for name in IMPLS[self.op] if name in serving]:
             impl = IMPLS[self.op].get(name)
             reason = "not implemented for this op" if impl is None else impl.available()
             yield name, reason if reason is not None else self.backend(name)

@@ -28,9 +28,9 @@ def lens(
     label_minutes: Annotated[
         float | None, typer.Option(help="Stop labelling after so long, and train on what there is.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 400,
     minutes: Annotated[float | None, typer.Option(help="Stop training, with a checkpoint, after so long.")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of scenes and batches.")] = 0,
 ) -> None:
     """Train LensNet to foresee what opening a gist gains, and closing it costs, over the tokens that follow.
@@ -76,7 +76,7 @@ def lens(
             shown = bar.add_task("training", total=steps)
             options = TrainOptions(
                 steps=steps, lr=lr, minutes=minutes, seed=seed, accumulate=1, ema=0.99, warmup=50, save_every=200,
-                weight_decay=0.3,
+                weight_decay=0.1,
             )  # fmt: skip
             fitted, held_out = fit_lens(
                 run, loaded, net, lensnet, options, LensTaskOptions(),
