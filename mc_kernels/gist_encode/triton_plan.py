@@ -32,8 +32,8 @@ class Tile:
 
 # Largest first. fp32 products run on the FMA units (TF32 would break the error rule); wider tiles spill on sm_100.
 _HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
-_FLOAT = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
-# With two accumulators 16-bit tiles are half as wide. The largest takes k = 32, at 64 it spills on sm_80.
+_FLOAT = (Tile(64, 64, 16, 8, 4), Tile(32, 32, 16, 4, 4), Tile(16, 16, 64, 4, 3))
+# With two accumulators: half as wide. The largest takes k = 32: at 64 it spills on sm_80.
 _HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
 
 
