@@ -30,11 +30,12 @@ class Tile:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
 
 
-# Largest first. fp32 products run on the FMA units (TF32 would break the error rule); wider tiles spill on sm_100.
+# Largest first. fp32 products run on the FMA units (TF32 would break the error rule).
 _HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT = (Tile(64, 64, 16, 8, 4), Tile(32, 32, 16, 4, 4), Tile(16, 16, 64, 4, 3))
 # With two accumulators: half as wide. The largest takes k = 32: at 64 it spills on sm_80.
 _HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
+_FLOAT_PAIR = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def heuristics(
     rows: int, rows_per_window: int, gists: int, embed: int, width: int, ffn: int, n_heads: int, half: bool
 ) -> Plan:
     """rows: of all windows together. gists: rows after pooling. half: products of 16-bit numbers."""
-    single, pair = (_HALF, _HALF_PAIR) if half else (_FLOAT, _FLOAT)
+    single, pair = (_HALF, _HALF_PAIR) if half else (_FLOAT, _FLOAT_PAIR)
 
     def largest(m: int, n: int, tiles: tuple[Tile, ...] = single) -> Tile:
         fits = (t for t in tiles if triton.cdiv(m, t.m) * triton.cdiv(n, t.n) >= SMS)
