@@ -24,7 +24,7 @@ from bench.limits import flusher
 from bench.machine import last_level_cache
 from bench.suite import CachePlan, Options, plan_cache
 from bench.workloads import CASES, HEADLINE, OPS, Candidate, Workload
-from mc_kernels.registry import IMPLS
+from mc_kernels.registry import IMPLS, PREFERENCE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE = DTYPES[os.environ.get("MC_BENCH_DTYPE", "bf16")]
@@ -38,6 +38,8 @@ def _parameters() -> Iterator[Any]:
         by_name = {case.name: case for case in CASES[op]}
         for name in HEADLINE[op]:
             for backend, impl in IMPLS[op].items():
+                if backend not in PREFERENCE[DEVICE.type]:
+                    continue
                 reason = impl.available()
                 marks = [pytest.mark.skip(reason=f"{backend}: {reason}")] if reason is not None else []
                 ident = f"{op.removesuffix('_')}-{name}-{backend}"

@@ -1,16 +1,13 @@
-"""Triton tests run natively where there is a GPU (marked `gpu`), under Triton's interpreter where there is none."""
+"""Triton tests run natively where there is a GPU (marked `gpu`), under Triton's interpreter where there is none (see
+`tests/conftest.py`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Read when a module with kernels is imported: ours at their first call, Triton's own (tl.cdiv, ..) with Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 
