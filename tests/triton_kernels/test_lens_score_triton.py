@@ -22,8 +22,8 @@ DTYPES = ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP16))
 BY_NAME = {case.name: case for case in SMALL}
 ONE, TWO = BY_NAME["small/one-pass"], BY_NAME["small/two-passes"]
 # Several blocks of entries, tiles and splits of E; none of them whole.
-LONG = Case("long", 197, 72, 8, 5, 32, 4, 1, 24, 4, 8, 16)
-BROAD = Case("broad", 70, 2065, 3, 3, 40, 2, 1, 24, 3, 5, 16)
+LONG = Case("long", 133, 72, 8, 5, 32, 4, 1, 24, 4, 8, 16)
+BROAD = Case("broad", 37, 2065, 3, 3, 40, 2, 1, 24, 3, 5, 16)
 MANY_VECTORS = Case("many-vectors", 21, 24, 16, 17, 48, 12, 1, 16, 1, 3, 40)
 # Every case in fp32 and in one 16-bit dtype; every dtype, the mixed ones too, on the case with most blocks.
 CALLS = [
@@ -59,7 +59,7 @@ def exactly(weights: LensScoreWeights, legal: Tensor | None, inputs: Any) -> Ten
 def test_error_rule(case: Case, dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
     # fp32 against fp32 compares two roundings; several draws together make that a comparison of sizes, not of luck.
     drawn = []
-    for seed in range(1 if FP32 not in dtypes else 2 if case.entries > 1 else 8):
+    for seed in range(1 if FP32 not in dtypes else 4 if case.entries > 1 else 8):
         weights, legal, inputs = make(case, *dtypes, device, seed)
         with poisoned_empty():
             out = call(weights, legal, inputs)
@@ -93,12 +93,13 @@ def gradients(forward: Any, weights: LensScoreWeights, legal: Tensor | None, inp
 
 @pytest.mark.parametrize(
     ("case", "dtypes"),
-    [*((LONG, dtypes) for dtypes in DTYPES[:4]), (TWO, DTYPES[0]), (TWO, DTYPES[1]), (MANY_VECTORS, DTYPES[2])],
+    [(TWO, DTYPES[0]), (LONG, DTYPES[1]), (LONG, DTYPES[2]), (ONE, DTYPES[3]), (MANY_VECTORS, DTYPES[2])],
     ids=str,
 )
 def test_gradients_error_rule(case: Case, dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
+    # As in the forward: fp32 against fp32 compares two roundings.
     drawn: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in NAMES}
-    for seed in range(2 if FP32 in dtypes else 1):
+    for seed in range(6 if FP32 in dtypes else 1):
         weights, legal, inputs = make(case, *dtypes, device, seed)
         upstream = torch.randn(case.entries, 2, generator=torch.Generator().manual_seed(seed)).to(device)
         with poisoned_empty():
@@ -184,7 +185,7 @@ def test_zero_entries_and_great_logits(dtype: torch.dtype, device: str) -> None:
 
 def test_a_nan_is_not_lost(device: str) -> None:
     weights, _, (entries, features, queries, *rest) = make(LONG, FP16, FP16, device)
-    for row in (0, 130, LONG.entries - 1):
+    for row in (0, LONG.entries - 1):
         broken = entries.clone()
         broken[row, 7] = float("nan")
         assert call(weights, None, (broken, features, queries, *rest)).isnan().all()
