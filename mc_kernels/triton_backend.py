@@ -39,6 +39,11 @@ def available() -> str | None:
     return None
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more, as a tile's sides are. (Triton's own function needs Triton.)"""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def refuse_device(tensors: Iterable[Tensor | None]) -> str | None:
     """Reason why Triton cannot take tensors that live where these do, or None."""
     expected = "cpu" if interpreted() else "cuda"

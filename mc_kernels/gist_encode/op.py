@@ -16,7 +16,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
-from ..triton_backend import refuse, register_triton
+from ..triton_backend import power_of_two, refuse, register_triton
 from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, GistEncodeWeights
@@ -44,13 +44,9 @@ def _triton_refuses(blocks: Tensor, *args: Any) -> str | None:
     if rows > 128:
         return f"expected windows of at most 128 rows, a class token included, got {rows}"
     head = named["qkv"].shape[2] // named["n_heads"]
-    if named["qkv"].shape[0] and _power_of_two(rows) * _power_of_two(head) > 128 * 64:
+    if named["qkv"].shape[0] and power_of_two(rows) * power_of_two(head) > 128 * 64:
         return f"expected rows of a window times width of a head, as powers of two, up to 8192, got {rows} and {head}"
     return refuse(blocks, *args)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 _op = define_op("gist_encode", f"({_TENSORS}, {_CONSTANTS}) -> Tensor", _fake)

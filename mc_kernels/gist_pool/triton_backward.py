@@ -25,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..triton_backend import power_of_two
 from ..triton_report import Compilation
 from .cases import MODELS
 from .triton_backward_kernels import backward_blocks_kernel, backward_matrix_kernel, backward_sums_kernel
@@ -33,7 +34,6 @@ from .triton_tiling import (
     REPORTED_DTYPES,
     TRITON_NAMES,
     many_and_few,
-    power_of_2,
     product_dtype,
     product_precision,
     tiling,
@@ -102,7 +102,7 @@ def gist_pool_backward_triton(
         backward_blocks_kernel[(r * h * tiles,)](
             grad_k, grad_v, k, v, w, b, m, dk if need_kv else None, dv if need_kv else None, y, sums,
             *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers, K=block_size, D=d, G=g,
-            **t.constexprs(), GP=power_of_2(g), PRODUCT=operand(product), PRECISION=precision,
+            **t.constexprs(), GP=power_of_two(g), PRODUCT=operand(product), PRECISION=precision,
             num_warps=t.warps,
         )  # fmt: skip
         if need_weights:
@@ -119,7 +119,7 @@ def gist_pool_backward_triton(
 
 def _matrix_constexprs(head_dim: int, product: torch.dtype, precision: str) -> dict[str, object]:
     """Slices of dM: several programs a multiprocessor, and operands that fit its registers."""
-    dp = max(16, power_of_2(head_dim))
+    dp = max(16, power_of_two(head_dim))
     small = product == torch.float32
     return {
         "D": head_dim, "DP": dp, "SLICE": 32 if small else 64, "STEP": 16 if small else 32,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..triton_backend import refuse
+from ..triton_backend import power_of_two, refuse
 
 HALVES = (torch.bfloat16, torch.float16)
 TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -20,11 +20,6 @@ REPORTED_DTYPES = (
 )
 # Values of a padded block (keys) and of a padded tile of gists that sixteen warps can hold in registers.
 MOST_VALUES = 1 << 15
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is n or more."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def product_dtype(data: torch.dtype, weights: torch.dtype) -> torch.dtype:
@@ -62,10 +57,10 @@ def tiling(
     thread holds up to `thread_values` of a block and of a tile's keys and values: at 64 the forward of a head of 128
     takes four warps of at most 256 registers, so that two programs share a multiprocessor; the backward holds more
     beside them."""
-    kp, dp = power_of_2(block_size), max(16, power_of_2(head_dim))
+    kp, dp = power_of_two(block_size), max(16, power_of_two(head_dim))
     most = 32 if n_blocks >= 64 and dp >= 128 and product != torch.float32 else 16
-    blocks = max(1, min(power_of_2(n_blocks), most // n_gists))
-    rows = max(16, power_of_2(blocks * n_gists))
+    blocks = max(1, min(power_of_two(n_blocks), most // n_gists))
+    rows = max(16, power_of_two(blocks * n_gists))
     inner = 16 if product == torch.float32 else 32
     warps = min(16, max(4, max(kp, rows) * dp // (16 * thread_values)))
     return Tiling(blocks, rows, kp, dp, inner, 3, warps)

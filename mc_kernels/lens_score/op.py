@@ -18,7 +18,7 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
-from ..triton_backend import refuse, register_triton
+from ..triton_backend import power_of_two, refuse, register_triton
 from . import cpu as cpu
 from . import ref as ref
 from .weights import SHAPES, LensScoreWeights
@@ -63,7 +63,7 @@ def _triton_supports(*args: Any) -> str | None:
     """The score pass holds all logits of a block of entries and the head's hidden layer in registers."""
     named = dict(zip(("entries", "features", "queries", *SHAPES), args, strict=False))
     heads, queries, hidden = (
-        1 << (size - 1).bit_length() for size in (args[-1], len(named["queries"]), len(named["head_in"]) or 1)
+        power_of_two(size) for size in (args[-1], len(named["queries"]), len(named["head_in"]) or 1)
     )
     if heads * queries > 512:
         return f"expected at most 512 vectors, heads times queries as powers of two, got {heads} x {queries}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench.gpu import check
 from bench.gpu.check import Outcome as Tests
 from bench.gpu.check import app, case_of, last_line, measure, read_tests, verdicts
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
@@ -40,6 +41,16 @@ def test_a_row_gives_the_figure_of_its_target() -> None:
     assert measure(replace(ORDERED, measure=Measure.CALL), rows, device) == 1e-3
     assert measure(ORDERED, rows[:1], device) is None
     assert measure(ORDERED, [replace(ROW, median_s=None, error="wrong")], device) is None
+
+
+def test_a_measurement_that_raises_is_a_failure_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> float:
+        raise RuntimeError("cannot be captured\nand more")
+
+    monkeypatch.setattr(check, "measure", broken)
+    x, reason = check.measured_or_reason(SLOTS, [], torch.device("cuda"))
+    assert x is None
+    assert reason == f"{SLOTS.name}: RuntimeError: cannot be captured"
 
 
 def test_nothing_that_failed_is_passed_over() -> None:
