@@ -60,6 +60,14 @@ class FocusResult:
     rank: dict[str, list[float]] = field(default_factory=dict)
     found: dict[str, list[bool]] = field(default_factory=dict)
 
+    def extend(self, other: FocusResult) -> None:
+        """Append the contexts of another result."""
+        for mine, theirs in ((self.nll, other.nll), (self.rank, other.rank)):
+            for name, values in theirs.items():
+                mine.setdefault(name, []).extend(values)
+        for name, found in other.found.items():
+            self.found.setdefault(name, []).extend(found)
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -74,19 +82,20 @@ class Asking:
 def focus_regret(
     model: LoadedModel,
     pools: Sequence[GistPoolWeights],
-    text: str,
+    result: FocusResult,
     windows: Tensor,
     selectors: Sequence[Selector],
     rivals: Sequence[Rival],
     setting: FocusSetting,
     asking: Asking | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> FocusResult:
-    """windows: [n, far + recent + targets] token ids."""
-    result = FocusResult(text)
+) -> None:
+    """Append to `result`, a whole batch at a time, so that what an interruption leaves has every arm for every context.
+    windows: [n, far + recent + targets] token ids."""
     size = pools[0].b.shape[-1]
     for first in range(0, len(windows), setting.batch):
         rows = slice(first, min(first + setting.batch, len(windows)))
+        batch = FocusResult(result.text)
         past = read_past(model.decoder, windows[rows], setting.far, setting.recent)
         opened = np.zeros(setting.far // size, np.bool_)
         scene = make_scene(
@@ -97,7 +106,7 @@ def focus_regret(
         if asking is not None:
             scene = replace(scene, known=asking.known[rows])
             queries, answers = list(asking.queries[rows]), list(asking.blocks[rows])
-        _bounds(result, past, scene, rivals, setting.slots(size))
+        _bounds(batch, past, scene, rivals, setting.slots(size))
         samples = observe(scene, model, queries, answers)
         for row in range(past.batch):
             leaves = scene.leaves(row)
@@ -107,19 +116,19 @@ def focus_regret(
             for selector in selectors:
                 scores = selector.scores(samples[row], leaves)
                 chosen[selector.name] = legal[np.argsort(-scores[legal], kind="stable")[: setting.opened]]
-                result.rank.setdefault(selector.name, []).append(spearman(scores[legal], gains[legal]))
+                batch.rank.setdefault(selector.name, []).append(spearman(scores[legal], gains[legal]))
             wanted = answers[row] if asking is not None else int(leaves.index[legal[gains[legal].argmax()]])
             layouts = []
             for name, places in chosen.items():
                 blocks = np.zeros(len(opened), np.bool_)
                 blocks[leaves.index[places]] = True
                 layouts.append(layout_of(blocks, size))
-                result.found.setdefault(name, []).append(bool(blocks[wanted]))
+                batch.found.setdefault(name, []).append(bool(blocks[wanted]))
             values = layout_nll(scene, [row] * len(layouts), layouts)
             for name, value in zip(chosen, values, strict=True):
-                result.nll.setdefault(name, []).append(float(value))
+                batch.nll.setdefault(name, []).append(float(value))
+        result.extend(batch)
         progress(past.batch)
-    return result
 
 
 def _queries(model: LoadedModel, scene: Scene) -> list[str]:

@@ -15,8 +15,9 @@ from mc_kernels import GistPoolWeights
 from mc_runtime.eval.focus import FULL, GISTS, ORACLE, WINDOW, Asking, FocusResult, FocusSetting, focus_regret
 from mc_runtime.eval.focus_plot import draw_focus
 from mc_runtime.eval.focus_report import found, gain, markdown, rank, recovery, rows, share, to_dict
+from mc_runtime.eval.rivals import Rival
 from mc_runtime.eval.rivals.random_tokens import RandomTokens
-from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency
+from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency, Selector
 from mc_runtime.focus.leaves import Leaves
 from mc_runtime.focus.view import Floats
 from mc_runtime.gistnet import GistNet
@@ -50,11 +51,23 @@ def windows(seed: int = 0) -> torch.Tensor:
     return torch.randint(32, 120, (3, 88), generator=torch.Generator().manual_seed(seed))
 
 
+def measured(
+    model: LoadedModel,
+    selectors: list[Selector],
+    rivals: list[Rival] | None = None,
+    setting: FocusSetting = SETTING,
+    asking: Asking | None = None,
+) -> FocusResult:
+    result = FocusResult("noise")
+    focus_regret(model, pools(model), result, windows(), selectors, rivals or [], setting, asking)
+    return result
+
+
 @pytest.fixture(scope="module")
 def result(model: LoadedModel) -> FocusResult:
     lens = ByLensNet(LensNet.untrained(model.decoder), model, GistNet.untrained(model.decoder, K))
     selectors = [lens, ByRecency(), ByAttention(), ByBM25(), AtRandom(3), ByPlace(2, 5)]
-    return focus_regret(model, pools(model), "noise", windows(), selectors, [RandomTokens()], SETTING)
+    return measured(model, selectors, [RandomTokens()])
 
 
 def test_every_arm_has_every_context(result: FocusResult) -> None:
@@ -69,25 +82,40 @@ def test_every_arm_has_every_context(result: FocusResult) -> None:
 def test_opening_everything_is_one_choice(model: LoadedModel) -> None:
     """With room for all blocks every selector opens all of them."""
     setting = FocusSetting(far=64, recent=16, targets=8, opened=8, n=3, batch=3)
-    result = focus_regret(model, pools(model), "noise", windows(), [ByRecency(), ByPlace(1)], [], setting)
+    result = measured(model, [ByRecency(), ByPlace(1)], setting=setting)
     np.testing.assert_allclose(result.nll["recency"], result.nll[ORACLE], atol=1e-5)
     np.testing.assert_allclose(result.nll["place"], result.nll[FULL], atol=1e-4)
 
 
 def test_choices_do_not_depend_on_the_others(model: LoadedModel, result: FocusResult) -> None:
-    alone = focus_regret(model, pools(model), "noise", windows(), [ByPlace(2, 5)], [], SETTING)
+    alone = measured(model, [ByPlace(2, 5)])
     np.testing.assert_allclose(alone.nll["place"], result.nll["place"], atol=1e-5)
 
 
 def test_a_question_looks_for_its_block(model: LoadedModel) -> None:
     asking = Asking((3, 4, 5), (2, 5, 6), ("a", "b", "c"))
-    result = focus_regret(model, pools(model), "asked", windows(), [ByPlace(2, 5)], [], SETTING, asking)
+    result = measured(model, [ByPlace(2, 5)], asking=asking)
     assert result.found["place"] == [True, True, False]
 
 
 def test_recency_opens_the_newest(model: LoadedModel, result: FocusResult) -> None:
-    newest = focus_regret(model, pools(model), "noise", windows(), [ByPlace(6, 7)], [], SETTING)
+    newest = measured(model, [ByPlace(6, 7)])
     np.testing.assert_allclose(newest.nll["place"], result.nll["recency"], atol=1e-5)
+
+
+def test_an_interruption_leaves_whole_contexts(model: LoadedModel, result: FocusResult) -> None:
+    class Interrupting(ByPlace):
+        def scores(self, sample: LensSample, leaves: Leaves) -> Floats:
+            if len(left.nll) and len(left.nll[GISTS]) == SETTING.batch:
+                raise KeyboardInterrupt
+            return super().scores(sample, leaves)
+
+    left = FocusResult("noise")
+    with pytest.raises(KeyboardInterrupt):
+        focus_regret(model, pools(model), left, windows(), [Interrupting(2, 5)], [RandomTokens()], SETTING)
+    assert {len(values) for values in left.nll.values()} == {SETTING.batch}
+    np.testing.assert_allclose(left.nll["place"], result.nll["place"][: SETTING.batch], atol=1e-5)
+    assert len(left.rank["place"]) == len(left.found["place"]) == SETTING.batch
 
 
 def test_figures(result: FocusResult, tmp_path: Path) -> None:
@@ -124,9 +152,6 @@ def test_rank_correlation() -> None:
 
 
 def test_gists_are_weighed_as_the_setting_says(model: LoadedModel) -> None:
-    plain, muted = (
-        focus_regret(model, pools(model), "noise", windows(), [ByRecency()], [], replace(SETTING, gist_bias=bias))
-        for bias in (0.0, -5.0)
-    )
+    plain, muted = (measured(model, [ByRecency()], setting=replace(SETTING, gist_bias=bias)) for bias in (0.0, -5.0))
     assert np.abs(np.subtract(plain.nll["gists alone"], muted.nll["gists alone"])).max() > 1e-4
     assert plain.nll["full context"] == muted.nll["full context"]

@@ -6,14 +6,17 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from mc_runtime.errors import InputError
 
-from .shared import Model, Out, Plot, Seed, Texts, check_at_least, out_console, progress_bar
+from .shared import Model, Out, Plot, Seed, Texts, check_at_least, err_console, out_console, progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def focus(
@@ -46,7 +49,7 @@ def focus(
     from mc_runtime.train.corpus import Corpus
     from mc_runtime.train.lens_questions import read_articles
 
-    from ..focus import FocusResult, FocusSetting, focus_regret
+    from ..focus import Asking, FocusResult, FocusSetting, focus_regret
     from ..focus_report import rows, to_dict
     from ..focus_windows import draw_asking
     from ..pasts import draw_windows
@@ -72,40 +75,26 @@ def focus(
     rivals: list[Rival] = [SnapKV(), Recency(), BM25Append(loaded.tokenizer)]
     setting = FocusSetting(far, recent, targets, opened, n, seed, gist_bias=net.gist_bias)
     results: list[FocusResult] = []
-    with progress_bar() as bar:
-        for path, _ in files:
-            corpus = Corpus.open(path, loaded.tokenizer, cache_dir() / "tokens")
-            task = bar.add_task(corpus.name, total=n)
-            windows = draw_windows(corpus, n, far + recent, targets, seed).to(loaded.decoder.device)
-            results.append(
+    try:
+        with progress_bar() as bar:
+
+            def measure(name: str, windows: Tensor, asking: Asking | None = None) -> None:
+                results.append(FocusResult(name))
+                advance = partial(bar.advance, bar.add_task(name, total=n))
                 focus_regret(
-                    loaded,
-                    net.pool_weights,
-                    corpus.name,
-                    windows,
-                    selectors,
-                    rivals,
-                    setting,
-                    progress=partial(bar.advance, task),
+                    loaded, net.pool_weights, results[-1], windows, selectors, rivals, setting, asking, advance
                 )
-            )
-        for path in questions or []:
-            windows, asking = draw_asking(loaded, read_articles(path), setting, size)
-            name = f"questions ({path.name.split('.')[0]})"
-            task = bar.add_task(name, total=n)
-            results.append(
-                focus_regret(
-                    loaded,
-                    net.pool_weights,
-                    name,
-                    windows,
-                    selectors,
-                    rivals,
-                    setting,
-                    asking,
-                    progress=partial(bar.advance, task),
+
+            for path, _ in files:
+                corpus = Corpus.open(path, loaded.tokenizer, cache_dir() / "tokens")
+                measure(corpus.name, draw_windows(corpus, n, far + recent, targets, seed).to(loaded.decoder.device))
+            for path in questions or []:
+                measure(
+                    f"questions ({path.name.split('.')[0]})", *draw_asking(loaded, read_articles(path), setting, size)
                 )
-            )
+    except KeyboardInterrupt:
+        err_console.print("interrupted; what follows is of the contexts that were measured")
+    results = [result for result in results if result.nll]
     table = Table(
         "text", "arm", "slots", "nats per token", "gain", "of the oracle's", "recovery", "rank corr.", "found"
     )
@@ -113,7 +102,7 @@ def focus(
         for row in rows(result, setting, size):
             table.add_row(*row)
     out_console.print(table)
-    if plot is not None:
+    if plot is not None and results:
         from ..focus_plot import draw_focus
 
         draw_focus(results, plot, f"{opened} of {far // size} blocks opened, n = {n} per text; {model}")
