@@ -32,8 +32,9 @@ $(NATIVE): $(VENV)/.installed build_native.py $(wildcard csrc/*.* csrc/*/*.cpp c
 demo: $(VENV)/.installed $(NATIVE)   ## ingest a real book and ask it (ARGS="--help" for options)
 	$(BIN)/python examples/book/demo.py $(ARGS)
 
+# A process a core, each with one thread: threads of several processes would wait for one another.
 test: $(VENV)/.installed $(NATIVE)   ## the test suite (ARGS are pytest's)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
 
 # The sanitizers' runtimes have to be there before Python's own libraries. Python and torch never free all they take.
 SANITIZED := build/sanitized
