@@ -46,7 +46,8 @@ POLICIES: dict[str, Callable[[], FocusPolicy]] = {
 # Policies that need trained weights too.
 LENSNET_POLICIES: dict[str, Callable[[LensNet], FocusPolicy]] = {
     "lensnet": LensNetPolicy,
-    "lensnet+retrieval": lambda net: BlendPolicy([(1.0, LensNetPolicy(net)), (1.0, RetrievalPolicy())]),
+    # What only one of the two finds stays closed while the other is sure: opened in vain, it costs answers.
+    "lensnet+retrieval": lambda net: BlendPolicy([(1.0, LensNetPolicy(net)), (1.0, RetrievalPolicy())], nearly=0.5),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .attention import AttentionPolicy
 from .recency import RecencyPolicy
 from .retrieval import RetrievalPolicy
@@ -13,8 +15,9 @@ from .view import FocusPolicy, FocusView, Utilities, add_utilities
 class BlendPolicy:
     """Utilities add up in nats, each part with its weight."""
 
-    def __init__(self, parts: Sequence[tuple[float, FocusPolicy]]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[tuple[float, FocusPolicy]], *, nearly: float = 0.0) -> None:
+        """nearly: for a question, nodes worth less than this share of the best one, all parts together, stay closed."""
+        self.parts, self.nearly = tuple(parts), nearly
         self.needs_mass = any(policy.needs_mass for weight, policy in self.parts if weight)
 
     @classmethod
@@ -30,4 +33,11 @@ class BlendPolicy:
         return cls([(1.0, RetrievalPolicy()), (0.1, RecencyPolicy())])
 
     def utilities(self, view: FocusView) -> Utilities:
-        return add_utilities((weight, policy.utilities(view)) for weight, policy in self.parts if weight)
+        added = add_utilities((weight, policy.utilities(view)) for weight, policy in self.parts if weight)
+        if not view.asked or not added:
+            return added
+        least = self.nearly * max(float(nats.max()) for _, nats in added.values())
+        return {
+            level: (index, np.where(nats >= least, nats, np.minimum(nats, 0.0)))
+            for level, (index, nats) in added.items()
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -201,3 +202,18 @@ def test_a_blend_is_the_weighted_sum(memory: Memory) -> None:
     assert nodes.tolist() == sorted(expected)
     for node, value in zip(nodes.tolist(), nats, strict=True):
         assert value == pytest.approx(2 * expected[node] + (0.5 if node == 3 else 0))
+
+
+def test_a_blend_keeps_close_to_the_best_for_a_question(memory: Memory) -> None:
+    session = memory()
+    session.ingest(words(300))
+    view = view_of(session, "dog")
+    parts = [(1.0, Wants(1, 3, 1.0)), (1.0, Wants(1, 3, 0.2)), (1.0, Wants(1, 4, 0.7)), (1.0, Wants(1, 5, 0.5))]
+    for asked, nearly, expected in (
+        (False, 0.5, {3: 1.2, 4: 0.7, 5: 0.5}),
+        (True, 0.5, {3: 1.2, 4: 0.7, 5: 0.0}),
+        (True, 0.0, {3: 1.2, 4: 0.7, 5: 0.5}),
+    ):
+        nodes, nats = BlendPolicy(parts, nearly=nearly).utilities(replace(view, asked=asked))[1]
+        assert dict(zip(nodes.tolist(), nats.tolist(), strict=True)) == pytest.approx(expected)
+    assert BlendPolicy([(1.0, RetrievalPolicy())], nearly=0.5).utilities(replace(view_of(session), asked=True)) == {}
