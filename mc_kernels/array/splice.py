@@ -130,7 +130,8 @@ def kv_splice_(
     for name in ("k", "v"):
         check_writable(name, given[name])
     splice_checks.check_aliasing(given)
-    plans = (plan,) if isinstance(plan, SplicePlan) else tuple(plan)
+    several = isinstance(plan, Sequence)
+    plans: tuple[SplicePlan, ...] = tuple(plan) if isinstance(plan, Sequence) else (plan,)
     splice_checks.check_plans(plans, SplicePlan, n_slots, given["k_new"].shape[2])
     of_rows = _rows(rows, n_rows, len(plans))
     if rope is not None:
@@ -141,7 +142,6 @@ def kv_splice_(
             raise ValueError(
                 f"rope: expected inv_freq [D_rot/2] or [R={n_rows}, D_rot/2], got shape {list(rope.inv_freq.shape)}"
             )
-    several = not isinstance(plan, SplicePlan)
     before = _positions("positions", positions, rope, [p.slots for p in plans], several)
     after = _positions("new_positions", new_positions, rope, [p.new_slots for p in plans], several)
     packed = plans[0].discipline == "ordered" and positions is None and new_positions is None

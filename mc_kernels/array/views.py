@@ -98,10 +98,13 @@ def _(value: Array) -> str:
 
 
 def array(name: str, value: Any, dtypes: Sequence[str]) -> Array:
-    """`value` in CPU memory. TypeError for what is no array, another dtype or another device."""
+    """`value` in CPU memory. TypeError for what is no array, another dtype or device, ValueError for a dimension that
+    runs backwards."""
     found = _of_numpy(name, value) if isinstance(value, np.ndarray) else _of_dlpack(name, value)
     if found.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {', '.join(dtypes)}, got {describe(found)}")
+    if any(n > 1 and s < 0 for n, s in zip(found.shape, found.strides, strict=True)):
+        raise ValueError(f"{name}: expected strides >= 0, got {list(found.strides)}")
     return found
 
 
