@@ -79,17 +79,23 @@ class Array:
         """A NumPy array of the same memory, read only; bfloat16 as its bits in uint16."""
         if not self.numel():
             return np.empty(self.shape, "u2" if self.dtype == "bfloat16" else self.dtype)
-        size = self.element_size()
-        kind = {"bool": "b", "bfloat16": "u"}.get(self.dtype, self.dtype[0])
-        interface = {
+        return np.asarray(_Memory(self))
+
+
+class _Memory:
+    """NumPy's interface to an array's memory."""
+
+    def __init__(self, x: Array) -> None:
+        size = x.element_size()
+        kind = {"bool": "b", "bfloat16": "u"}.get(x.dtype, x.dtype[0])
+        self.held = x.held
+        self.__array_interface__: dict[str, Any] = {
             "version": 3,
             "typestr": f"{'|' if size == 1 else '<' if sys.byteorder == 'little' else '>'}{kind}{size}",
-            "data": (self.address, True),
-            "shape": self.shape,
-            "strides": tuple(s * size for s in self.strides),
+            "data": (x.address, True),
+            "shape": x.shape,
+            "strides": tuple(s * size for s in x.strides),
         }
-        owner = type("_Memory", (), {"__array_interface__": interface, "held": self})()
-        return np.asarray(owner)
 
 
 @describe.register
@@ -222,8 +228,9 @@ def _namespace(value: Any) -> Any:
 def hand_over(x: Array) -> Any:
     """`x`, made by `empty(..., like=...)`, as an array of the kind of `like`; NumPy's where that kind takes none."""
     namespace = None if isinstance(x.given, np.ndarray) else _namespace(x.given)
-    if hasattr(namespace, "from_dlpack"):
-        return namespace.from_dlpack(_Shared(x))
+    from_dlpack = getattr(namespace, "from_dlpack", None)
+    if from_dlpack is not None:
+        return from_dlpack(_Shared(x))
     if x.dtype != "bfloat16":
         return x.held.view(x.dtype).reshape(x.shape)
     import ml_dtypes  # a NumPy array of bfloat16 is there, so this is

@@ -27,6 +27,8 @@ def as_torch(x: Any) -> Tensor:
     if isinstance(x, Tensor):
         return x
     values = np.array(x)
+    if not values.size:  # of an empty array NumPy's strides are 0
+        return torch.empty(values.shape, dtype=getattr(torch, values.dtype.name))
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from mc_kernels import array, native
+from mc_kernels import array, extension, native
 from mc_kernels.array import Edit, GistPoolWeights, PageTable, RopeSpec, SplicePlan
+from mc_kernels.array.views import array as array_of
+from mc_kernels.array.views import empty, hand_over
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 
@@ -219,9 +223,29 @@ def test_what_else_is_refused(call: Callable[[], Any], error: type[Exception], w
 
 
 def test_memory_is_freed_with_the_result() -> None:
-    """Results taken over by torch own their memory: nothing else keeps it, and it stays as long as they do."""
-    x = torch.randn(1, 1, 4, 2, 4)
-    kept = [array.gist_pool(x, x, GistPoolWeights.zeros(1, 1, 1, 2, 4))[0] for _ in range(50)]
-    torch.randn(1000)
-    assert all(torch.equal(y, kept[0]) for y in kept)
-    torch.testing.assert_close(kept[0], x.mean(3, keepdim=True))
+    """What another library has taken over lives as long as its array, and no longer."""
+    memory = empty((4, 8), "bfloat16", array_of("x", torch.zeros(1), ("float32",)))
+    memory.numpy()  # a view that is gone again
+    alive = weakref.ref(memory.held)
+    result = hand_over(memory)
+    assert isinstance(result, torch.Tensor)
+    assert result.data_ptr() == memory.address
+    del memory
+    gc.collect()
+    assert alive() is not None
+    result.fill_(3)
+    assert result.float().sum() == 96
+    del result
+    gc.collect()
+    assert alive() is None
+
+
+def test_memory_that_nobody_takes_over_is_freed() -> None:
+    memory = empty((4,), "float32")
+    alive = weakref.ref(memory.held)
+    capsule = extension.library().write_dlpack(memory.address, 2, 32, memory.shape, memory.held)
+    assert extension.library().read_dlpack(capsule)[0] == memory.address
+    del memory
+    assert alive() is not None
+    del capsule
+    assert alive() is None
