@@ -79,4 +79,5 @@ wheel: $(VENV)/.installed   ## dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib
+	rm -rf $(VENV) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib \
+	    mc_kernels/_native/mc_kernels.h mc_kernels/_native/pkgconfig

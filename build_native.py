@@ -25,6 +25,17 @@ LIBRARY = "libmc_kernels.dylib" if MACOS else "libmc_kernels.so"
 EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 # Where the reason stands when there is no library.
 REASON = "not_built.txt"
+# Found by pkg-config in a folder of its own. Relative to itself, so that the package may lie anywhere.
+PKG_CONFIG = Path("pkgconfig") / "mc_kernels.pc"
+PKG_CONFIG_TEXT = """\
+prefix=${{pcfiledir}}/..
+
+Name: mc_kernels
+Description: Kernels of MegaContext: gist encoding, focus scoring, in-place edits of a KV cache
+Version: {version}
+Cflags: -I${{prefix}}
+Libs: -L${{prefix}} -Wl,-rpath,${{prefix}} -lmc_kernels
+"""
 
 # No -ffast-math: NaN, infinities and signed zeros are part of the contract. Nobody reads errno or floating-point traps.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -pthread"
@@ -133,7 +144,7 @@ def _replace(source: Path, destination: Path) -> None:
 
 
 def build(destination: Path, work: Path = WORK) -> list[Path]:
-    """Build and put the library, the extension and the header into `destination`. Returns their paths.
+    """Build and put the library, the extension, the header and its .pc file into `destination`. Returns their paths.
 
     work: where objects stay for the next build.
     """
@@ -153,9 +164,14 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
     destination.mkdir(parents=True, exist_ok=True)
     (destination / REASON).unlink(missing_ok=True)
     made = []
-    for source in (work / LIBRARY, work / EXTENSION, SOURCES / "include" / "mc_kernels.h"):
+    header = SOURCES / "include" / "mc_kernels.h"
+    for source in (work / LIBRARY, work / EXTENSION, header):
         _replace(source, destination / source.name)
         made.append(destination / source.name)
+    version = header.read_text().partition('#define MC_VERSION "')[2].partition('"')[0]
+    made.append(destination / PKG_CONFIG)
+    made[-1].parent.mkdir(exist_ok=True)
+    made[-1].write_text(PKG_CONFIG_TEXT.format(version=version))
     return made
 
 
@@ -167,7 +183,7 @@ def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:
         reason = str(e)
     print(f"megacontext: native kernels were not built, PyTorch serves in their place: {reason}", file=sys.stderr)
     destination.mkdir(parents=True, exist_ok=True)
-    for stale in (LIBRARY, EXTENSION, "mc_kernels.h"):
+    for stale in (LIBRARY, EXTENSION, "mc_kernels.h", PKG_CONFIG):
         (destination / stale).unlink(missing_ok=True)
     (destination / REASON).write_text(reason + "\n")
     return [destination / REASON]

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "dlpack.h"
 #include "mc_kernels.h"
 #include "openmp.h"
 
@@ -279,6 +280,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("I32") = static_cast<int>(MC_I32);
     m.attr("I64") = static_cast<int>(MC_I64);
     m.def("version", &mc_version);
+    m.def("read_dlpack", &dlpack::read, "capsule"_a);
+    m.def("write_dlpack", &dlpack::write, "address"_a, "code"_a, "bits"_a, "shape"_a, "owner"_a);
     m.def("cpu_isa", [] {
         const char* name = mc_cpu_isa();
         if (!name) raise(MC_UNAVAILABLE);

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mc_kernels import kv_splice_
-from mc_kernels.kv_splice.plan import Edit, SplicePlan
+from mc_kernels import Edit, SplicePlan, kv_splice_
 from mc_kernels.rope import RopeSpec, apply_rope
 
 from ..peers import llama_cpp

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from mc_kernels import Edit, SplicePlan
 from mc_kernels.kv_splice.cases import Case
-from mc_kernels.kv_splice.plan import Edit, SplicePlan
 
 from ..limits import Limits, flusher
 from ..machine import describe, last_level_cache

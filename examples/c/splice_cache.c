@@ -1,11 +1,12 @@
 /* Splices a KV cache through the C ABI: 32 entries in its middle become one, and the tail closes up and is turned to
  * its new positions, in place. Then checks the result against a cache written at its final positions from scratch.
  *
- * Build from the project's folder, after `pip install -e .` has made mc_kernels/_native, and run:
+ * Build where the package is installed (in Python's words: importable), and run:
  *
- *   cc -std=c99 examples/c/splice_cache.c -Icsrc/include -Lmc_kernels/_native \
- *     -Wl,-rpath,$PWD/mc_kernels/_native -lmc_kernels -lm -o splice_cache
+ *   cc -std=c99 splice_cache.c $(python -m mc_kernels --cflags --libs) -lm -o splice_cache
  *   ./splice_cache
+ *
+ * `python -m mc_kernels --pkgconfigdir` names the folder of mc_kernels.pc, for pkg-config and CMake.
  */
 #include <math.h>
 #include <stdio.h>

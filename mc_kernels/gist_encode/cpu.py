@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import native
 from ..registry import register
+from ..weight_shapes import POOLS
 from .ref import gist_encode_backward_ref
-from .weights import POOLS
 
 KEPT = 64
 

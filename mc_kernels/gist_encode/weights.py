@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,25 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import ORACLE_DTYPES, check_same_device, check_same_dtype, check_shape, check_tensor
-
-POOLS = ("softmax", "mean", "cls")
-# In the order of the op's schema. Names bind a size at first use; Q = G, the gists per block.
-SHAPES: dict[str, tuple[str, ...]] = {
-    "mu": ("E",),
-    "w_in": ("Eg", "E"),
-    "level_emb": ("n_levels", "Eg"),
-    "attn_norm": ("layers", "Eg"),
-    "qkv": ("layers", "3Eg", "Eg"),
-    "attn_out": ("layers", "Eg", "Eg"),
-    "ffn_norm": ("layers", "Eg"),
-    "gate_up": ("layers", "2F", "Eg"),
-    "down": ("layers", "Eg", "F"),
-    "final_norm": ("Eg",),
-    "pool_q": ("G", "Eg"),
-    "w_out": ("E", "Eg"),
-    "gain": ("one",),
-}
+from ..checks import ORACLE_DTYPES, check_shape, check_tensor
+from ..weight_shapes import GIST_ENCODE as SHAPES
+from ..weight_shapes import check_gist_encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,28 +57,7 @@ class GistEncodeWeights:
         named = dict(zip(SHAPES, self.tensors(), strict=True))
         for name, x in named.items():
             check_tensor(f"weights.{name}", x, ORACLE_DTYPES)
-        dims: dict[str, int] = {"one": 1}
-        check_shape("weights.w_in", self.w_in, SHAPES["w_in"], dims)
-        check_shape("weights.down", self.down, SHAPES["down"], dims)
-        dims |= {"3Eg": 3 * dims["Eg"], "2F": 2 * dims["F"]}
-        for name, x in named.items():
-            check_shape(f"weights.{name}", x, SHAPES[name], dims)
-        for name in ("E", "Eg", "F", "G", "n_levels"):
-            if dims[name] == 0:
-                raise ValueError(f"weights: expected {name} >= 1, got 0")
-        check_same_dtype(("weights.mu", self.mu), **{f"weights.{n}": x for n, x in named.items()})
-        check_same_device(("weights.mu", self.mu), **{f"weights.{n}": x for n, x in named.items()})
-        if self.n_heads < 1 or dims["Eg"] % (2 * self.n_heads):
-            raise ValueError(f"n_heads: expected heads of even width in Eg={dims['Eg']}, got {self.n_heads!r}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {self.pool!r}")
-        if self.pool != "softmax" and dims["G"] != 1:
-            raise ValueError(f"weights.pool_q: expected G=1 for pool {self.pool!r}, got G={dims['G']}")
-        for name, value in (("target_rms", self.target_rms), ("rope_theta", self.rope_theta)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
-        if self.max_block_size < 1:
-            raise ValueError(f"max_block_size: expected at least 1, got {self.max_block_size!r}")
+        check_gist_encode(named, self.n_heads, self.pool, self.rope_theta, self.target_rms, self.max_block_size)
 
     @classmethod
     def init(

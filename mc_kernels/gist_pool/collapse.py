@@ -15,8 +15,8 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from ..kv_splice.memory import overlaps_itself, shares_memory
 from ..library import define_op
+from ..memory import overlaps_itself, shares_memory
 from ..triton_backend import register_triton
 from . import collapse_ref as collapse_ref
 from . import cpu as cpu

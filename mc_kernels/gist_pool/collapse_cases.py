@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..kv_splice.plan import Edit, SplicePlan
+from ..kv_splice.plan import SplicePlan
+from ..splicing import Edit
 from . import cases
 from .cases import MODELS
 from .weights import GistPoolWeights

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kv_splice.plan import expand_ranges
+from ..splicing import expand_ranges
 
 Ints = NDArray[np.int64]
 Lists = NDArray[Any]

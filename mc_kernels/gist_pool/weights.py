@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ..checks import ORACLE_DTYPES, check_same_device, check_same_dtype, check_shape, check_tensor
+from ..checks import ORACLE_DTYPES, check_tensor
+from ..weight_shapes import GIST_POOL, check_gist_pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +31,10 @@ class GistPoolWeights:
     c: Tensor
 
     def __post_init__(self) -> None:
-        for name, x in zip(("w", "b", "m", "c"), self.tensors(), strict=True):
+        named = dict(zip(GIST_POOL, self.tensors(), strict=True))
+        for name, x in named.items():
             check_tensor(f"weights.{name}", x, ORACLE_DTYPES)
-        dims: dict[str, int] = {}
-        check_shape("weights.w", self.w, ("L", "Hkv", "G", "2D"), dims)
-        check_shape("weights.b", self.b, ("L", "Hkv", "G", "K"), dims)
-        check_shape("weights.m", self.m, ("L", "Hkv", "2D", "2D"), dims)
-        check_shape("weights.c", self.c, ("L", "Hkv", "2D"), dims)
-        for name in ("L", "Hkv", "G", "K", "2D"):
-            if dims[name] == 0:
-                raise ValueError(f"weights: expected {name} >= 1, got 0")
-        if dims["2D"] % 2:
-            raise ValueError(f"weights.w: expected an even last dimension (key and value), got {dims['2D']}")
-        check_same_dtype(("weights.w", self.w), **{"weights.b": self.b, "weights.m": self.m, "weights.c": self.c})
-        check_same_device(("weights.w", self.w), **{"weights.b": self.b, "weights.m": self.m, "weights.c": self.c})
+        check_gist_pool(named)
 
     @classmethod
     def zeros(

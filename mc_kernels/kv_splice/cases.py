@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..rope import RopeSpec, apply_rope
-from .plan import Edit, SplicePlan
+from ..splicing import Edit
+from .plan import SplicePlan
 
 # layers, KV heads, head dimension, rope theta
 MODELS = {

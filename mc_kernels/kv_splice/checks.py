@@ -1,4 +1,4 @@
-"""Checks of `kv_splice_`, all before anything is written."""
+"""Checks of `kv_splice_` on tensors, all before anything is written. What needs no torch is in `splice_checks`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import (
-    INDEX_DTYPES,
-    ORACLE_DTYPES,
-    check_contiguous_rows,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-    describe,
-)
+from .. import splice_checks
+from ..checks import INDEX_DTYPES, ORACLE_DTYPES, check_same_device, check_shape, check_tensor, describe
 from ..rope import RopeSpec
-from .memory import overlaps_itself, shares_memory
-from .plan import Ints, PageTable, SplicePlan
+from .plan import PageTable, SplicePlan
 
 
 def check_cache(
@@ -30,62 +21,25 @@ def check_cache(
     given = {"k": k, "v": v, "k_new": k_new, "v_new": v_new}
     for name, x in given.items():
         check_tensor(name, x, ORACLE_DTYPES)
-    dims: dict[str, int] = {}
-    shape: tuple[int | str, ...]
-    if pages is None:
-        shape = ("R", "Hkv", "S", "D") if k.dim() == 4 else ("L", "B", "Hkv", "S", "D")
-    elif isinstance(pages, PageTable):
-        shape = ("P", "Hkv", pages.page_size, "D") if k.dim() == 4 else ("L", "P", "Hkv", pages.page_size, "D")
-    else:
+    if pages is not None and not isinstance(pages, PageTable):
         raise TypeError(f"pages: expected a PageTable, got {describe(pages)}")
-    check_shape("k", k, shape, dims)
-    check_shape("v", v, shape, dims)
-    k, v = (k[None], v[None]) if k.dim() == 4 else (k, v)
-    if pages is None:
-        dims["R"] = k.shape[0] * k.shape[1]
-    else:
-        dims |= {"R": k.shape[0] * pages.table.shape[0], "S": pages.capacity}
-    check_shape("k_new", k_new, ("R", "Hkv", "M", "D"), dims)
-    check_shape("v_new", v_new, ("R", "Hkv", "M", "D"), dims)
-    check_same_dtype(("k", k), v=v, k_new=k_new, v_new=v_new)
+    n_rows, n_slots = splice_checks.check_views(given, pages)
     table = None if pages is None else pages.table
     check_same_device(("k", k), v=v, k_new=k_new, v_new=v_new, pages=table)
     for name, x in given.items():
-        check_contiguous_rows(name, x)
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name}: expected a tensor that requires no gradient (the op has no backward)")
     if not torch.compiler.is_compiling():
-        _check_aliasing(given)
-    return k, v, dims["R"], dims["S"]
-
-
-def _check_aliasing(given: dict[str, Tensor]) -> None:
-    for name in ("k", "v"):
-        if overlaps_itself(given[name]):
-            strides = list(given[name].stride())
-            raise ValueError(f"{name}: expected a view without overlap, got {describe(given[name])}, strides {strides}")
-    for a, b in (("k", "v"), ("k", "k_new"), ("k", "v_new"), ("v", "k_new"), ("v", "v_new")):
-        if shares_memory(given[a], given[b]):
-            raise ValueError(f"{b}: expected memory apart from {a}, got views that share elements")
+        splice_checks.check_aliasing(given)
+    k, v = (k[None], v[None]) if k.dim() == 4 else (k, v)
+    return k, v, n_rows, n_slots
 
 
 def check_plans(
     plans: Sequence[SplicePlan], rows: Tensor | Sequence[int] | None, n_rows: int, n_slots: int, n_new: int
 ) -> Tensor | None:
     """Plans against the cache and the inserted entries; returns `rows` as an int64 tensor on the CPU, or None."""
-    if not plans:
-        raise ValueError("plan: expected at least one SplicePlan, got none")
-    for i, p in enumerate(plans):
-        name = f"plan[{i}]" if len(plans) > 1 else "plan"
-        if not isinstance(p, SplicePlan):
-            raise TypeError(f"{name}: expected a SplicePlan, got {describe(p)}")
-        if p.capacity > n_slots:
-            raise ValueError(f"{name}: expected capacity <= {n_slots}, the slots of the cache, got {p.capacity}")
-        if p.discipline != plans[0].discipline:
-            raise ValueError(f"{name}: expected discipline {plans[0].discipline!r} as plan[0], got {p.discipline!r}")
-    most = max(p.n_insert for p in plans)
-    if n_new < most or (len(plans) == 1 and n_new != most):
-        raise ValueError(f"k_new: expected M = {most} inserted entries (those of the plan), got M = {n_new}")
+    splice_checks.check_plans(plans, SplicePlan, n_slots, n_new)
     if rows is None:
         if len(plans) > 1:
             raise ValueError(f"rows: expected the plan of each of R={n_rows} rows with {len(plans)} plans, got None")
@@ -96,9 +50,7 @@ def check_plans(
         raise ValueError(f"rows: expected shape [R] with R={n_rows}, got {describe(given)}")
     given = given.to("cpu", torch.int64)
     if not torch.compiler.is_compiling() and n_rows:
-        low, high = int(given.min()), int(given.max())
-        if low < -1 or high >= len(plans):
-            raise ValueError(f"rows: expected indices in -1..{len(plans) - 1}, got {low}..{high}")
+        splice_checks.check_row_range(int(given.min()), int(given.max()), len(plans))
     return given
 
 
@@ -137,15 +89,6 @@ def check_rope(rope: RopeSpec | None, n_rows: int, k: Tensor) -> tuple[Tensor | 
     return rope.inv_freq_on(k.device), rope.interleaved, rope.attention_scaling
 
 
-def _written_pages(plan: SplicePlan, page_size: int, before: Ints | None, after: Ints | None, rope: bool) -> Ints:
-    """Logical pages that the plan writes (inserts, destinations of moves, re-rotated entries)."""
-    written = [plan.insert_slots.numpy(), plan.moves.numpy()[:, 1]]
-    if rope and before is not None and after is not None:
-        both = min(plan.length, plan.new_length)
-        written.append(np.flatnonzero(before[:both] != after[:both]))
-    return np.unique(np.concatenate(written) // page_size)
-
-
 def check_pages(
     pages: PageTable,
     k: Tensor,
@@ -154,38 +97,11 @@ def check_pages(
     before: Tensor | None,
     after: Tensor | None,
 ) -> None:
-    """Page ids in range, and no written page used by another sequence or twice by its own.
-
-    Sequences may share pages that nothing writes (a common prefix). Of a sequence that no row edits the length is not
-    known, so its pages are not looked at.
-    """
+    """Page ids in range, and no written page used by another sequence or twice by its own."""
     if torch.compiler.is_compiling():
         return
     table = pages.table.cpu().numpy()
-    n_seq = table.shape[0]
-    if not n_seq or not k.shape[0]:
-        return
-    plan_of = np.zeros((k.shape[0], n_seq), np.int64) if rows is None else rows.numpy().reshape(-1, n_seq)
-    used: list[Ints] = []
-    written: list[Ints] = []
-    starts = np.cumsum([[0, 0]] + [[p.length, p.new_length] for p in plans], axis=0)
-    host = [None if x is None else x.cpu().numpy() for x in (before, after)]
-    for b in range(n_seq):
-        logical_used, logical_written = 0, [np.zeros(0, np.int64)]
-        for p in set(plan_of[:, b].tolist()) - {-1}:
-            plan = plans[p]
-            logical_used = max(logical_used, -(-max(plan.length, plan.new_length) // pages.page_size))
-            old, new = (None if x is None else x[starts[p, i] : starts[p + 1, i]] for i, x in enumerate(host))
-            logical_written.append(_written_pages(plan, pages.page_size, old, new, before is not None))
-        ids = table[b, :logical_used].astype(np.int64)
-        bad = (ids < 0) | (ids >= k.shape[1])
-        if bad.any():
-            i = int(bad.argmax())
-            raise ValueError(f"pages: expected table[{b}, {i}] in 0..{k.shape[1] - 1}, got {int(ids[i])}")
-        used.append(ids)
-        written.append(ids[np.unique(np.concatenate(logical_written))])
-    count = np.bincount(np.concatenate(used), minlength=k.shape[1])
-    for b, ids in enumerate(written):
-        shared = ids[count[ids] > 1]
-        if shared.size:
-            raise ValueError(f"pages: expected page {int(shared[0])}, written for sequence {b}, to be used only once")
+    by_layer = (k.shape[0], table.shape[0])
+    plan_of = np.zeros(by_layer, np.int64) if rows is None else rows.numpy().reshape(by_layer)
+    host = (None if x is None else x.cpu().numpy() for x in (before, after))
+    splice_checks.check_pages(table, pages.page_size, k.shape[1], [p.arrays for p in plans], plan_of, *host)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..library import define_op
 from ..rope import RopeSpec
+from ..splice_checks import plan_offsets
 from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
@@ -45,8 +46,7 @@ class PackedPlans(NamedTuple):
 
     segments, stays: [n, 3] (source, destination, count), see `SplicePlan`.
     insert_slots: [sum of M].
-    offsets: [P+1, 5], where plan p's part begins (row p) and ends (row p+1): in segments, stays, insert_slots,
-        positions, new_positions.
+    offsets: [P+1, 5], see `splice_checks.plan_offsets`.
     """
 
     segments: Tensor
@@ -57,11 +57,7 @@ class PackedPlans(NamedTuple):
 
 def pack_plans(plans: Sequence[SplicePlan]) -> PackedPlans:
     """Concatenate the plans' arrays; the arrays of a single plan are passed as they are."""
-    ends = [[0, 0, 0, 0, 0]]
-    for p in plans:
-        sizes = (p.segments.shape[0], p.stays.shape[0], p.n_insert, p.length, p.new_length)
-        ends.append([a + b for a, b in zip(ends[-1], sizes, strict=True)])
-    offsets = torch.tensor(ends, dtype=torch.int64)
+    offsets = torch.tensor(plan_offsets(plans), dtype=torch.int64)
     if len(plans) == 1:
         return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, offsets)
     segments, stays = torch.cat([p.segments for p in plans]), torch.cat([p.stays for p in plans])

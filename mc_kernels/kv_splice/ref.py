@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checks import accumulate_dtype
 from ..registry import register
 from ..rope import phases, rotate
-from .plan import expand_ranges
+from ..splicing import expand_ranges
 
 
 def expand_segments(segments: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..splicing import Ints, expand_ranges
 from ..triton_report import Compilation
-from .plan import Ints, expand_ranges
 from .triton_ordered import splice_ordered
 from .triton_slots import splice_slots
 

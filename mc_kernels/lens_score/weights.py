@@ -9,30 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import ORACLE_DTYPES, check_same_device, check_same_dtype, check_shape, check_tensor
-
-MAX_DIRECT = 16
-# In the order of the op's schema. Names bind a size at first use.
-SHAPES: dict[str, tuple[str, ...]] = {
-    "w_in": ("d", "E"),
-    "read_norm": ("P", "d"),
-    "read_q": ("P", "d", "d"),
-    "read_k": ("P", "d", "E"),
-    "read_v": ("P", "d", "E"),
-    "read_out": ("P", "d", "d"),
-    "mlp_norm": ("P", "d"),
-    "mlp_gate_up": ("P", "2f", "d"),
-    "mlp_down": ("P", "d", "f"),
-    "score_norm": ("d",),
-    "score_q": ("d", "E"),
-    "score_k": ("d", "d"),
-    "score_v": ("Hdv", "d"),
-    "direct": ("J", "E"),
-    "head_in": ("hidden", "X"),
-    "head_bias": ("hidden",),
-    "head_out": ("two", "hidden"),
-    "head_out_bias": ("two",),
-}
+from ..checks import ORACLE_DTYPES, check_tensor
+from ..weight_shapes import LENS_SCORE as SHAPES
+from ..weight_shapes import check_lens_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,26 +57,7 @@ class LensScoreWeights:
         named = dict(zip(SHAPES, self.tensors(), strict=True))
         for name, x in named.items():
             check_tensor(f"weights.{name}", x, ORACLE_DTYPES)
-        dims: dict[str, int] = {"two": 2}
-        check_shape("weights.w_in", self.w_in, SHAPES["w_in"], dims)
-        check_shape("weights.mlp_down", self.mlp_down, SHAPES["mlp_down"], dims)
-        dims["2f"] = 2 * dims["f"]
-        for name, x in named.items():
-            check_shape(f"weights.{name}", x, SHAPES[name], dims)
-        for name in ("E", "d", "P"):
-            if dims[name] == 0:
-                raise ValueError(f"weights: expected {name} >= 1, got 0")
-        check_same_dtype(("weights.w_in", self.w_in), **{f"weights.{n}": x for n, x in named.items()})
-        check_same_device(("weights.w_in", self.w_in), **{f"weights.{n}": x for n, x in named.items()})
-        if self.n_heads < 1 or dims["d"] % self.n_heads or dims["Hdv"] % self.n_heads:
-            raise ValueError(
-                f"n_heads: expected a divisor of d={dims['d']} and H dv={dims['Hdv']}, got {self.n_heads!r}"
-            )
-        if dims["J"] > MAX_DIRECT:
-            raise ValueError(f"weights.direct: expected at most {MAX_DIRECT} rows, got {dims['J']}")
-        if self.n_features < 0:
-            least = dims["Hdv"] + self.n_heads + dims["J"]
-            raise ValueError(f"weights.head_in: expected at least {least} columns before features, got {dims['X']}")
+        check_lens_score(named, self.n_heads)
 
     @classmethod
     def init(

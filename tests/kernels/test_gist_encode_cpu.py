@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mc_kernels import gist_encode, native
 from mc_kernels.gist_encode.cases import EMPTY, SMALL, Case
-from mc_kernels.gist_encode.weights import POOLS
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
+from mc_kernels.weight_shapes import POOLS
 
 LEVELS = [f"cpu-{level}" for level in native.isa_levels()]
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")

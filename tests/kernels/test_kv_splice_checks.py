@@ -11,8 +11,8 @@ from splice_model import same_bits
 from torch import Tensor
 
 from mc_kernels import BackendError, Edit, PageTable, RopeSpec, SplicePlan, kv_splice_
-from mc_kernels.kv_splice.memory import overlaps_itself, shares_memory
 from mc_kernels.kv_splice.op import pack_plans
+from mc_kernels.memory import overlaps_itself, shares_memory
 from mc_kernels.registry import IMPLS, Impl
 
 R, H, S, D, M = 4, 2, 12, 8, 1

@@ -15,12 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mc_kernels import native
+from mc_kernels import extension, native
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILER = shutil.which("cc") if os.name == "posix" else None
 built = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,24 +59,24 @@ def test_what_cannot_be_built_is_explained_once(
 
 
 def test_without_the_library_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    native._load.cache_clear()
+    monkeypatch.setattr(extension, "FOLDER", tmp_path)
+    extension._load.cache_clear()
     try:
         assert native.available() == "native code was not built (reinstall the package)"
-        native._load.cache_clear()
+        extension._load.cache_clear()
         (tmp_path / "not_built.txt").write_text("no C++ compiler found\n")
         assert native.available() == "native code was not built: no C++ compiler found"
         assert native.isa_levels() == []
         (tmp_path / "not_built.txt").unlink()
         (tmp_path / "_C.so").write_bytes(b"no library")
-        native._load.cache_clear()
+        extension._load.cache_clear()
         assert (native.available() or "").startswith("native code does not load: ")
         (tmp_path / "not_built.txt").write_text("no C++ compiler found\n")
-        native._load.cache_clear()
+        extension._load.cache_clear()
         with pytest.raises(RuntimeError, match=r"no C\+\+ compiler found"):
             native.library()
     finally:
-        native._load.cache_clear()
+        extension._load.cache_clear()
 
 
 SPLICE = """
@@ -154,24 +152,6 @@ print("both")
 def test_a_forked_child_has_threads_of_its_own() -> None:
     done = python(FORK)
     assert done.stdout.strip() == "both", done.stderr
-
-
-@built
-@needs_compiler
-def test_the_c_example(tmp_path: Path) -> None:
-    """The line at the top of the example, with warnings as errors: the header is C99."""
-    assert COMPILER is not None
-    source = ROOT / "examples" / "c" / "splice_cache.c"
-    command = source.read_text().partition(" *   cc ")[2].partition("\n *   ./splice_cache")[0]
-    words = command.replace("\\\n *", " ").replace("$PWD", str(ROOT)).split()
-    program = tmp_path / "splice_cache"
-    words[words.index("-o") + 1] = str(program)
-    strict = ["-Wall", "-Wextra", "-pedantic", "-Werror"]
-    done = subprocess.run([COMPILER, *strict, *words], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    ran = subprocess.run([program], text=True, capture_output=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "250 entries before, 219 after" in ran.stdout
 
 
 class Call:

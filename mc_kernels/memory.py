@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+
+from .contracts import Strided
 
 # Work units of numpy's solver; the layouts of caches need a handful.
 MAX_WORK = 10_000
@@ -15,7 +16,7 @@ _shares_memory: Any = np.shares_memory  # its stub knows only two values of max_
 class _Bytes:
     """A view's address, shape and strides in bytes, as numpy's array interface. Nothing reads through it."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Strided) -> None:
         size = x.element_size()
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
@@ -26,7 +27,7 @@ class _Bytes:
         }
 
 
-def overlaps_itself(x: Tensor) -> bool:
+def overlaps_itself(x: Strided) -> bool:
     """Whether two indices of `x` may name the same element: anything but nested strides counts as an overlap."""
     if x.numel() == 0:
         return False
@@ -38,7 +39,7 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def shares_memory(a: Tensor, b: Tensor) -> bool:
+def shares_memory(a: Strided, b: Strided) -> bool:
     """Whether `a` and `b` have a byte in common. True where the answer is too hard to find."""
     if not a.numel() or not b.numel() or a.device != b.device:
         return False
