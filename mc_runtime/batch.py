@@ -26,7 +26,7 @@ def answer_batch(
     params: SamplingParams,
 ) -> tuple[list[list[int]], list[TurnStats]]:
     """Token ids of the answers, end tokens excluded, and what each turn measured."""
-    cache = context.cache.stacked(len(prompts))
+    engine, cache = context.engine, context.cache.stacked(len(prompts))
     turns = [Turn(model, context.fork(cache.row(b)), focus.branch(), None) for b in range(len(prompts))]
     samplers = [Sampler(params) for _ in prompts]
     logits = [turn.read(model.chat.user_turn_ids(text), text) for turn, text in zip(turns, prompts, strict=True)]
@@ -50,8 +50,8 @@ def answer_batch(
         ids = torch.tensor([[tokens.get(b, 0)] for b in range(len(turns))], device=device)
         for b in active:
             cache.pos[b, at[b]] = at[b]
-        output = model.decoder(
-            model.decoder.embed(ids),
+        output = engine.forward(
+            engine.embed(ids),
             positions,
             cache.writer(slots, max(at) + 1),
             return_mass=focus.policy.needs_mass,
@@ -60,5 +60,5 @@ def answer_batch(
             turn = turns[b]
             turn.context.extend([tokens[b]])
             mass = None if output.mass is None else output.mass[:, b : b + 1, turn.context.slots]
-            logits[b] = turn.after_step(tokens[b], model.decoder.logits(output.hidden[b, -1]), mass)
+            logits[b] = turn.after_step(tokens[b], engine.logits(output.hidden[b, -1]), mass)
     return answers, [turn.stats for turn in turns]

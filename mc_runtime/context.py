@@ -20,11 +20,12 @@ from mc_kernels import Edit, SplicePlan
 
 from .archive import BlockArchive
 from .config import MemoryConfig, RefreshMode
+from .engines import CacheEngine
 from .errors import BudgetError
 from .focus.allocator import layout_entries
 from .gists import GistReader
 from .kv_cache import KVCache
-from .model import Decoder, DecoderOutput
+from .model import DecoderOutput
 from .nodes import NodeBuilder, Nodes
 from .profiling import timed
 from .refresh import entries_to_recompute
@@ -51,10 +52,14 @@ class WorkingContext:
 
     entries: in timeline order. slots: [N] int64 tensor, rank -> slot; slots [0, N) are in use at all times.
     expanded: level -> sorted node indices. pending: token ids that were run but are not in the tree yet.
+    engine: what runs entries. decoder: the model's weights, for those that read them.
     """
 
-    def __init__(self, tree: Tree, decoder: Decoder, reader: GistReader, config: MemoryConfig, cache: KVCache) -> None:
-        self.tree, self.decoder, self.reader, self.config, self.cache = tree, decoder, reader, config, cache
+    def __init__(
+        self, tree: Tree, engine: CacheEngine, reader: GistReader, config: MemoryConfig, cache: KVCache
+    ) -> None:
+        self.tree, self.engine, self.reader, self.config, self.cache = tree, engine, reader, config, cache
+        self.decoder = engine.decoder
         self.archive = BlockArchive(config.archive_kv)
         self.pending: list[int] = []
         self.clear()
@@ -91,7 +96,7 @@ class WorkingContext:
 
     def fork(self, cache: KVCache) -> WorkingContext:
         """A branch over a copy of this cache's row: it may append and change its layout; it must not commit."""
-        branch = WorkingContext(self.tree, self.decoder, self.reader, self.config, cache)
+        branch = WorkingContext(self.tree, self.engine, self.reader, self.config, cache)
         branch.entries, branch.slots = self.entries, self.slots.clone()
         branch.expanded = {level: index.copy() for level, index in self.expanded.items()}
         branch.counts_seen, branch.pending = self.counts_seen, list(self.pending)
@@ -185,7 +190,7 @@ class WorkingContext:
         slots, and each sees the whole context up to its own rank."""
         rank = torch.from_numpy(np.asarray(ranks, np.int64)).to(self.decoder.device)
         store = self.cache.writer(self.slots[rank][None], self.used)
-        return self.decoder(self._inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
+        return self.engine.forward(self._inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
 
     def _inputs(self, ranks: NDArray[np.int64]) -> Tensor:
         """[T, E] input rows of entries: token embeddings, or the vectors of gists of kind `embedding`."""
@@ -194,7 +199,7 @@ class WorkingContext:
         rows = rows.to(self.decoder.device)
         tokens, gists = (levels == 0).nonzero()[0], (levels > 0).nonzero()[0]
         if len(tokens):
-            rows[torch.from_numpy(tokens)] = self.decoder.embed(self._ids(index[tokens])[None])[0]
+            rows[torch.from_numpy(tokens)] = self.engine.embed(self._ids(index[tokens])[None])[0]
         if len(gists):
             rows[torch.from_numpy(gists)] = self.reader.read(self.tree, levels[gists], index[gists]).embeddings
         return rows
@@ -217,8 +222,8 @@ class WorkingContext:
         device = self.decoder.device
         slots = torch.arange(self.used, used, device=device)  # the used slots are [0, N): new ones follow
         self.cache.pos[0, slots] = slots
-        x = self.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
-        output = self.decoder(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
+        x = self.engine.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
+        output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
         self.extend(ids)
         if output.mass is None:
             return output

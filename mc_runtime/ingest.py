@@ -17,9 +17,8 @@ from torch import Tensor
 from mc_kernels import Edit, SplicePlan
 
 from .config import MemoryConfig
+from .engines import CacheEngine
 from .gistnet import GistNet
-from .kv_cache import KVCache
-from .model import Decoder
 from .nodes import NodeBuilder, Nodes
 from .profiling import timed
 from .sources import Source
@@ -34,7 +33,7 @@ FAST_BLOCKS = 512
 def ingest_document(
     tree: Tree,
     builder: NodeBuilder,
-    decoder: Decoder,
+    engine: CacheEngine,
     config: MemoryConfig,
     source: Source,
     kind: str,
@@ -47,7 +46,7 @@ def ingest_document(
     start = tree.length
     try:
         with tree.begin() as transaction:
-            ingest_tokens(tree, transaction, builder, decoder, config, source.ids, fast=fast, progress=progress)
+            ingest_tokens(tree, transaction, builder, engine, config, source.ids, fast=fast, progress=progress)
             return transaction.add_document(
                 kind=kind,
                 title=source.title,
@@ -66,7 +65,7 @@ def ingest_tokens(
     tree: Tree,
     transaction: Transaction,
     builder: NodeBuilder,
-    decoder: Decoder,
+    engine: CacheEngine,
     config: MemoryConfig,
     ids: Tokens,
     *,
@@ -84,9 +83,9 @@ def ingest_tokens(
     tokens = np.concatenate((tree.tokens(first, start).astype(np.int64), ids))
     tokens = tokens[: len(tokens) // size * size]
     if fast:
-        source = fast_nodes(decoder, builder.net, tokens.reshape(-1, size))
+        source = fast_nodes(engine, builder.net, tokens.reshape(-1, size))
     else:
-        source = contextual_nodes(tree, decoder, builder.net, config, first, tokens)
+        source = contextual_nodes(tree, engine, builder.net, config, first, tokens)
     done = first - start
     with timed("ingest"), torch.inference_mode():
         for nodes in source:
@@ -98,19 +97,19 @@ def ingest_tokens(
         progress(len(ids))
 
 
-def fast_nodes(decoder: Decoder, net: GistNet, blocks: Tokens) -> Iterator[Nodes]:
+def fast_nodes(engine: CacheEngine, net: GistNet, blocks: Tokens) -> Iterator[Nodes]:
     """Nodes of token blocks [N, K] from their embeddings alone."""
     for i in range(0, len(blocks), FAST_BLOCKS):
-        ids = torch.from_numpy(blocks[i : i + FAST_BLOCKS]).to(decoder.device)
-        yield Nodes(net.encode(decoder.embed(ids)))
+        ids = torch.from_numpy(blocks[i : i + FAST_BLOCKS]).to(engine.device)
+        yield Nodes(net.encode(engine.embed(ids)))
 
 
 def contextual_nodes(
-    tree: Tree, decoder: Decoder, net: GistNet, config: MemoryConfig, first: int, tokens: Tokens
+    tree: Tree, engine: CacheEngine, net: GistNet, config: MemoryConfig, first: int, tokens: Tokens
 ) -> Iterator[Nodes]:
     """Nodes of whole blocks `tokens`, which stand at `first` in the history, read in its context."""
     size, window = config.block_size, config.ingest_window
-    chunk = _Chunks(decoder, sink=size, window=window, chunk=config.ingest_chunk)
+    chunk = _Chunks(engine, sink=size, window=window, chunk=config.ingest_chunk)
     if first:
         before = max(size, first - window)
         known = np.concatenate((tree.tokens(0, min(size, first)), tree.tokens(min(before, first), first)))
@@ -122,8 +121,8 @@ def contextual_nodes(
         blocks = len(ids) // size
         with timed("gist"):
             pooled = net.pool(k.unflatten(2, (blocks, size)), v.unflatten(2, (blocks, size)))
-            rows = torch.from_numpy(ids.reshape(blocks, size)).to(decoder.device)
-            summary = net.encode(decoder.embed(rows))
+            rows = torch.from_numpy(ids.reshape(blocks, size)).to(engine.device)
+            summary = net.encode(engine.embed(rows))
             hidden = hidden.float().unflatten(0, (blocks, size)).mean(1)
         yield Nodes(summary, hidden, *(x.permute(2, 0, 1, 3) for x in pooled))
 
@@ -132,21 +131,21 @@ class _Chunks:
     """Runs text chunk by chunk over a sink and a sliding window, in a cache of fixed size. Keys are unrotated, so the
     window slides by dropping entries and renumbering the rest."""
 
-    def __init__(self, decoder: Decoder, *, sink: int, window: int, chunk: int) -> None:
-        self.decoder, self.sink, self.window = decoder, sink, window
-        self.cache = KVCache.allocate(decoder.config, sink + window + chunk, dtype=decoder.dtype, device=decoder.device)
-        self.slots = torch.zeros(0, dtype=torch.int64, device=decoder.device)
+    def __init__(self, engine: CacheEngine, *, sink: int, window: int, chunk: int) -> None:
+        self.engine, self.sink, self.window = engine, sink, window
+        self.cache = engine.allocate(sink + window + chunk)
+        self.slots = torch.zeros(0, dtype=torch.int64, device=engine.device)
 
     def run(self, ids: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """ids [n] -> k, v [L, Hkv, n, D] views of the cache (keys unrotated) and the hidden states [n, E] of the
         middle layer; valid until the next call."""
         self._make_room(len(ids))
-        device, n = self.decoder.device, len(self.slots)
+        device, n = self.engine.device, len(self.slots)
         slots = torch.arange(n, n + len(ids), device=device)
         self.cache.pos[0, slots] = slots
-        x = self.decoder.embed(torch.from_numpy(ids)[None].to(device))
+        x = self.engine.embed(torch.from_numpy(ids)[None].to(device))
         writer = self.cache.writer(slots[None], n + len(ids))
-        output = self.decoder(x, slots[None], writer, hidden_layer=self.decoder.config.n_layers // 2)
+        output = self.engine.forward(x, slots[None], writer, hidden_layer=self.engine.config.n_layers // 2)
         self.slots = torch.cat((self.slots, slots))
         span = slice(n, n + len(ids))
         assert output.tapped is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import MemoryConfig
+from .engines import CacheEngine, make_engine
 from .errors import InputError
 from .focus import LENSNET_POLICIES, make_policy
 from .gistnet import GistNet
@@ -19,9 +20,10 @@ from .tree import TreeSpec
 
 @dataclass(frozen=True)
 class Parts:
-    """spec: what a tree for this model, net and block size has to say of itself."""
+    """engine: runs the model. spec: what a tree for this model, net and block size has to say of itself."""
 
     model: LoadedModel
+    engine: CacheEngine
     gistnet: GistNet
     lensnet: LensNet | None
     spec: TreeSpec
@@ -44,9 +46,14 @@ def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, h
 
 
 def load_parts(
-    model: str | Path | LoadedModel, config: MemoryConfig, gistnet: Path | str | None, lensnet: Path | str | None
+    model: str | Path | LoadedModel,
+    config: MemoryConfig,
+    gistnet: Path | str | None,
+    lensnet: Path | str | None,
+    engine: str | CacheEngine,
 ) -> Parts:
-    """Load what is not loaded yet and check that the settings suit the model. gistnet, lensnet: see `shipped`."""
+    """Load what is not loaded yet and check that the settings suit the model. gistnet, lensnet: see `shipped`;
+    engine: see `make_engine`."""
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     c, size = loaded.config, config.block_size
     for name, needed in (
@@ -78,4 +85,4 @@ def load_parts(
         tokenizer=loaded.tokenizer.fingerprint,
         gistnet=net.fingerprint,
     )
-    return Parts(loaded, net, lens, spec)
+    return Parts(loaded, make_engine(engine, decoder), net, lens, spec)

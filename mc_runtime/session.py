@@ -16,6 +16,7 @@ from .answers import Answer
 from .batch import answer_batch
 from .config import IngestMode, MemoryConfig
 from .context import WorkingContext
+from .engines import CacheEngine
 from .errors import InputError
 from .focus import make_policy
 from .focus.controller import FocusController
@@ -23,7 +24,6 @@ from .focus.view import FocusPolicy
 from .focus_map import FocusFrame, FocusMap
 from .gists import gist_reader
 from .ingest import Progress, ingest_document
-from .kv_cache import KVCache
 from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
@@ -46,13 +46,11 @@ class Session:
         """Use `Session.open`."""
         model = parts.model
         self.path, self.tree, self.model, self.config = path, tree, model, config
-        decoder = model.decoder
+        self.engine = parts.engine
         self.builder = NodeBuilder(tree, parts.gistnet)
-        cache = KVCache.allocate(
-            decoder.config, config.budget, dtype=decoder.dtype, device=decoder.device, weighted=bool(config.gist_bias)
-        )
-        reader = gist_reader(config.gist_kind, decoder, parts.gistnet)
-        self.context = WorkingContext(tree, decoder, reader, config, cache)
+        cache = self.engine.allocate(config.budget, weighted=bool(config.gist_bias))
+        reader = gist_reader(config.gist_kind, model.decoder, parts.gistnet)
+        self.context = WorkingContext(tree, self.engine, reader, config, cache)
         self.retrieval = BlockIndex(tree, model.tokenizer, path)
         self._turns: list[TurnStats] = []
         self._frames: list[FocusFrame] = []
@@ -74,6 +72,7 @@ class Session:
         lensnet: Path | str | None = None,
         config: MemoryConfig | None = None,
         policy: FocusPolicy | str | None = None,
+        engine: str | CacheEngine = "native",
         **settings: Any,
     ) -> Session:
         """Create a memory in a directory, or reopen it where it stopped.
@@ -82,13 +81,14 @@ class Session:
         `shipped` (the package's, where it has some for the model, else untrained ones) or `untrained`. lensnet: those
         of the policies `lensnet` and `lensnet+retrieval`; by default the package's. config and settings: see
         `MemoryConfig`; settings (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
+        engine: what runs the model, `native` or `transformers`; a memory may be opened with either at any time.
         Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block size,
         TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
         """
         if isinstance(policy, str):
             settings["policy"], policy = policy, None
         config = read_settings(config, settings, has_lensnet=lensnet is not None)
-        parts = load_parts(model, config, gistnet, lensnet)
+        parts = load_parts(model, config, gistnet, lensnet, engine)
         if config.gist_bias is None:
             asked = parts.gistnet.gist_bias if config.gist_kind == "pooled" else 0.0
             config = replace(config, gist_bias=asked)
@@ -181,7 +181,7 @@ class Session:
         self, source: Source, kind: str, *, fast: bool, progress: Progress | None, score: float | None = None
     ) -> Document:
         document = ingest_document(
-            self.tree, self.builder, self.model.decoder, self.config, source, kind,
+            self.tree, self.builder, self.engine, self.config, source, kind,
             fast=fast, progress=progress, score=score,
         )  # fmt: skip
         self.retrieval.update()  # now, where time goes with the text, and not when the first question waits

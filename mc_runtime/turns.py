@@ -98,7 +98,7 @@ class Turn:
         return report
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.decoder.logits(hidden)
+        return self.context.engine.logits(hidden)
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:

@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         stop_layer: run only the first so many layers. hidden_layer: tap the stream after so many layers (0: x itself).
         Raises `InputError` for shapes and layer numbers that do not fit.
         """
-        n_layers = self._check(x, positions, stop_layer, hidden_layer)
+        n_layers = self.check_forward(x, positions, stop_layer, hidden_layer)
         context = SelfStore() if store is None else store
         begin = getattr(context, "begin", None)
         if begin is not None:
@@ -141,7 +141,8 @@ class Decoder(nn.Module):
             and native.available() is None
         )
 
-    def _check(self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None) -> int:
+    def check_forward(self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None) -> int:
+        """Raise what `forward` raises for its arguments; returns how many layers are run."""
         if x.dim() != 3 or x.shape[-1] != self.config.embed_dim or x.dtype != self.dtype:
             raise InputError(
                 f"x: expected [B, T, {self.config.embed_dim}] {self.dtype}, got {tuple(x.shape)} {x.dtype}"

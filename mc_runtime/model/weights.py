@@ -68,7 +68,7 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dt
     Raises `ModelError` when a tensor is missing, has the wrong shape, or has no place in the decoder.
     """
     decoder = Decoder(config, dtype=dtype, device=device)
-    places = _places(decoder)
+    places = tensor_places(decoder)
     missing, unknown = set(places), []
     for name, tensor in checkpoint.tensors():
         if name in places:
@@ -87,7 +87,7 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, *, dtype: torch.dt
     return decoder
 
 
-def _places(decoder: Decoder) -> dict[str, Tensor]:
+def tensor_places(decoder: Decoder) -> dict[str, Tensor]:
     """Hugging Face's tensor names -> the (views of) parameters that they fill."""
     config = decoder.config
     places: dict[str, Tensor] = {
