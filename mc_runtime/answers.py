@@ -48,21 +48,25 @@ class Answer:
             logits = turn.read(chat.user_turn_ids(self.prompt), self.prompt)
             self.frame = FocusFrame(self.prompt, self.context.entries, self.context.length)
             self._documents.kind = "assistant"
+            reason = "length"
             for step in range(params.max_new_tokens):
                 token = sampler(logits)
                 if step == 0:
                     turn.stats.time_to_first_token = time.perf_counter() - start
                 if token in self.model.tokenizer.eos_ids:
+                    reason = "stop"
                     break
                 logits = turn.step(token)
                 piece = stops.push(text.push(token))
                 if piece:
                     yield piece
                 if stops.hit:
+                    reason = "stop"
                     break
             rest = stops.push(text.flush()) + stops.flush()
             if rest:
                 yield rest
+            turn.stats.finish_reason = reason
         finally:
             turn.finish(end)
 

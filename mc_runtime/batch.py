@@ -61,4 +61,6 @@ def answer_batch(
             turn.context.extend([tokens[b]])
             mass = None if output.mass is None else output.mass[:, b : b + 1, turn.context.slots]
             logits[b] = turn.after_step(tokens[b], engine.logits(output.hidden[b, -1]), mass)
+    for turn, answer in zip(turns, answers, strict=True):
+        turn.stats.finish_reason = "length" if len(answer) == params.max_new_tokens else "stop"
     return answers, [turn.stats for turn in turns]

@@ -14,6 +14,7 @@ from rich.table import Table
 from . import inspection
 from .errors import MegaContextError
 from .eval.command import app as eval_app
+from .serve.command import serve
 from .shipped import SHIPPED
 from .train.command import app as train_app
 
@@ -26,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A memory that outgrows a frozen language model's window.\n\n"
     "A memory is a directory. [bold]mc ingest[/] puts texts into it, [bold]mc generate[/] asks one question, "
-    "[bold]mc chat[/] goes on with a conversation that survives a restart, [bold]mc inspect[/] shows what it holds.",
+    "[bold]mc chat[/] goes on with a conversation that survives a restart, [bold]mc inspect[/] shows what it holds, "
+    "[bold]mc serve[/] answers OpenAI's clients from many of them.",
 )
 # Titles, answers and messages are shown as they are: brackets and colons in them are text, lines are not broken.
 out = Console(highlight=False, markup=False, emoji=False)
@@ -218,6 +220,7 @@ def inspect(
         out.print(inspection.saved_focus_map(tree, columns), soft_wrap=True)
 
 
+app.command()(serve)
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 

@@ -7,7 +7,7 @@ nodes with pooled keys and values and hidden-state summaries. Memory is bounded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,32 +30,37 @@ Tokens = NDArray[np.int64]
 FAST_BLOCKS = 512
 
 
-def ingest_document(
+def ingest_documents(
     tree: Tree,
     builder: NodeBuilder,
     engine: CacheEngine,
     config: MemoryConfig,
-    source: Source,
-    kind: str,
+    parts: Sequence[tuple[Source, str]],
     *,
     fast: bool,
     progress: Progress | None = None,
     score: float | None = None,
-) -> Document:
-    """Write a document and all its nodes in one transaction: if anything fails, tree and builder are as before."""
-    start = tree.length
+) -> list[Document]:
+    """Write documents (text and kind of each) and all their nodes in one transaction: if anything fails, tree and
+    builder are as before."""
+    stop, written = tree.length, []
     try:
         with tree.begin() as transaction:
-            ingest_tokens(tree, transaction, builder, engine, config, source.ids, fast=fast, progress=progress)
-            return transaction.add_document(
-                kind=kind,
-                title=source.title,
-                source=source.origin,
-                start=start,
-                stop=start + len(source.ids),
-                ingest="fast" if fast else "contextual",
-                score=score,
-            )
+            ids = np.concatenate([source.ids for source, _ in parts])
+            ingest_tokens(tree, transaction, builder, engine, config, ids, fast=fast, progress=progress)
+            for source, kind in parts:
+                start, stop = stop, stop + len(source.ids)
+                document = transaction.add_document(
+                    kind=kind,
+                    title=source.title,
+                    source=source.origin,
+                    start=start,
+                    stop=stop,
+                    ingest="fast" if fast else "contextual",
+                    score=score,
+                )
+                written.append(document)
+        return written
     except BaseException:
         builder.reload()
         raise

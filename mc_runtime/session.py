@@ -23,7 +23,8 @@ from .focus.controller import FocusController
 from .focus.view import FocusPolicy
 from .focus_map import FocusFrame, FocusMap
 from .gists import gist_reader
-from .ingest import Progress, ingest_document
+from .ingest import Progress, ingest_documents
+from .messages import message_parts
 from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
@@ -107,7 +108,7 @@ class Session:
         ids = np.asarray(self.model.chat.system_ids(self.config.system_prompt), np.int64)
         if not len(ids):
             raise InputError("system_prompt: expected text that gives at least one token, got none")
-        self._ingest(Source(ids, "system prompt", None), "system", fast=False, progress=None)
+        self._ingest([(Source(ids, "system prompt", None), "system")], fast=False)
 
     def close(self) -> None:
         """Save the Working Context and release the memory. An answer that is still streaming ends here and is kept.
@@ -162,7 +163,18 @@ class Session:
         mode = mode or self.config.ingest
         if mode not in get_args(IngestMode):
             raise InputError(f"mode: expected one of {', '.join(get_args(IngestMode))}, got {mode!r}")
-        return self._ingest(source, "document", fast=mode == "fast", progress=progress)
+        return self._ingest([(source, "document")], fast=mode == "fast", progress=progress)[0]
+
+    def ingest_messages(self, messages: Sequence[Mapping[str, str]]) -> list[Document]:
+        """Remember a conversation that was held elsewhere, in the model's chat format; all or nothing.
+
+        messages: mappings with `role` (system, user or assistant) and `content`. A question without an answer gets an
+        empty one, and the other way round. Returns a document per message, those included. Raises InputError naming
+        the message that cannot be used.
+        """
+        self._check_idle()
+        parts = message_parts(messages, self.model, 1 + self.tree.count_documents("user"))
+        return self._ingest(parts, fast=self.config.ingest == "fast") if parts else []
 
     def ingest_evidence(self, hits: Iterable[Mapping[str, Any] | Hit]) -> list[Document]:
         """Remember retrieved passages: mappings with `text`, and `source` and `score` where known.
@@ -172,20 +184,24 @@ class Session:
         self._check_idle()
         passages = read_evidence(hits, self.model.tokenizer)
         fast = self.config.ingest == "fast"
-        documents = [self._ingest(s, "evidence", fast=fast, progress=None, score=score) for s, score in passages]
+        documents = [self._ingest([(s, "evidence")], fast=fast, score=score)[0] for s, score in passages]
         if documents:
             self.focus.hint_span(documents[0].start, documents[-1].stop)
         return documents
 
     def _ingest(
-        self, source: Source, kind: str, *, fast: bool, progress: Progress | None, score: float | None = None
-    ) -> Document:
-        document = ingest_document(
-            self.tree, self.builder, self.engine, self.config, source, kind,
-            fast=fast, progress=progress, score=score,
-        )  # fmt: skip
+        self,
+        parts: Sequence[tuple[Source, str]],
+        *,
+        fast: bool,
+        progress: Progress | None = None,
+        score: float | None = None,
+    ) -> list[Document]:
+        documents = ingest_documents(
+            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, score=score
+        )
         self.retrieval.update()  # now, where time goes with the text, and not when the first question waits
-        return document
+        return documents
 
     # -- out of the memory ------------------------------------------------------------------------------------------
 
@@ -229,9 +245,11 @@ class Session:
         answers, stats = answer_batch(self.model, self.context, self.focus, prompts, params)
         self._turns += stats
         texts = []
-        for ids in answers:
+        for ids, turn in zip(answers, stats, strict=True):
             stops = StopStrings(params.stop)
             texts.append(stops.push(self.model.tokenizer.decode(ids)) + stops.flush())
+            if stops.hit:
+                turn.finish_reason = "stop"
         return texts
 
     def _stream(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
@@ -307,6 +325,12 @@ class Session:
         slots = self.context.entries.per_level()
         documents = self.tree.count_documents()
         return SessionStats(self.tree.length, self.config.budget, slots, nodes, documents, list(self._turns))
+
+    def clear_stats(self) -> None:
+        """Forget what `stats` and `focus_map` keep of past turns, which otherwise grows with every one."""
+        self._check_idle()
+        self._turns.clear()
+        self._frames.clear()
 
     def _check_idle(self) -> None:
         if self._closed:

@@ -12,6 +12,8 @@ class TurnStats:
 
     time_to_first_token: from the call to the first sampled token: prompt, refocus and recomputation included.
     decode: time of each decode step without the refocus. refocus: each refocus of the turn.
+    finish_reason: `stop` (the model's end token, or a stop string), `length` (max_new_tokens), or `cut` (the stream was
+    closed before its end, or failed).
     """
 
     prompt: str = ""
@@ -21,6 +23,7 @@ class TurnStats:
     collapsed: int = 0
     recomputed: int = 0
     time_to_first_token: float = 0.0
+    finish_reason: str = "cut"
     refocus: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 

@@ -106,6 +106,22 @@ class ChatTemplate:
         """A user's message up to where the model's answer begins, as it follows a finished answer."""
         return self._to_ids(self._user_turn(self._escape(text)))
 
+    def system_turn_ids(self, text: str) -> list[int]:
+        """A system message that comes later, between a finished answer and a user's message. Where the template
+        refuses it there, or moves it, the text by itself, followed by an empty line."""
+        escaped, end, turn = self._escape(text), self._answer_end(), self._user_turn(_QUESTION)
+        messages = [("user", _QUESTION), ("assistant", _ANSWER), ("system", escaped), ("user", _QUESTION)]
+        try:
+            rendered = self.render([{"role": r, "content": c} for r, c in messages], add_generation_prompt=True)
+            rest = self._after_answer(rendered)
+        except ModelError:
+            rest = ""
+        if rest.startswith(end) and rest.endswith(turn):
+            between = rest[len(end) : len(rest) - len(turn)]
+            if escaped in between:
+                return self._to_ids(between)
+        return self._to_ids(escaped + "\n\n")
+
     def assistant_end_ids(self) -> list[int]:
         """What follows a finished answer, the end token included (which the model itself may have produced)."""
         return self._to_ids(self._answer_end())

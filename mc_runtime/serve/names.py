@@ -1,0 +1,24 @@
+"""From what a client calls its memory to a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from .errors import ApiError
+
+DEFAULT_NAME = "default"
+MAX_NAME = 256
+
+
+def folder_of(name: str) -> str:
+    """A folder's name for any text: letters and digits of it, for people, and 32 hex digits of its SHA-256, which tell
+    all names apart, also on a file system that ignores case. It holds nothing that means anything in a path."""
+    if not name.strip() or len(name) > MAX_NAME:
+        raise ApiError(400, f"user: expected 1 to {MAX_NAME} characters, got {len(name)}", param="user")
+    try:
+        digest = hashlib.sha256(name.encode("utf-8")).hexdigest()[:32]
+    except UnicodeEncodeError:
+        raise ApiError(400, "user: expected valid Unicode", param="user") from None
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32]
+    return f"{readable or 'memory'}-{digest}"
