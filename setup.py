@@ -1,4 +1,4 @@
-"""Build of the package. Settings are in pyproject.toml; build_native.py compiles csrc/."""
+"""Build of the package. Settings are in pyproject.toml; build_native.py and build_cuda.py compile csrc/."""
 
 import sys
 from pathlib import Path
@@ -9,16 +9,18 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # an isolated build does not have the project on its path
 
-from build_native import build_or_explain  # noqa: E402
+import build_cuda  # noqa: E402
+import build_native  # noqa: E402
 
 NATIVE = Path("mc_kernels") / "_native"
 
 
 class BuildNative(build_ext):
-    """The library and its extension into mc_kernels/_native: of the source tree (editable, --inplace) or the wheel."""
+    """Libraries and their extensions into mc_kernels/_native: of the source tree (editable, --inplace) or the wheel."""
 
     def run(self) -> None:
-        self.built = build_or_explain((HERE if self.inplace else Path(self.build_lib)) / NATIVE)
+        folder = (HERE if self.inplace else Path(self.build_lib)) / NATIVE
+        self.built = build_native.build_or_explain(folder) + build_cuda.build_or_explain(folder)
 
     def get_outputs(self) -> list[str]:
         return [str(p) for p in getattr(self, "built", [])]

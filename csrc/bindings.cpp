@@ -2,80 +2,26 @@
 // torch header: one build serves every torch version.
 //
 // A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0: NULL.
-#include <pybind11/pybind11.h>
-
 #include <iterator>
 #include <string>
 #include <utility>
 
+#include "bindings.h"
 #include "dlpack.h"
-#include "mc_kernels.h"
 #include "openmp.h"
-
-namespace py = pybind11;
-using namespace py::literals;
 
 namespace {
 
-mc_tensor tensor(const char* name, const py::handle& given) {
-    mc_tensor out{};
-    if (given.is_none()) return out;
-    const auto parts = py::cast<py::tuple>(given);
-    if (parts.size() != 4) throw py::value_error(std::string(name) + ": expected (address, dtype, sizes, strides)");
-    const auto sizes = py::cast<py::tuple>(parts[2]), strides = py::cast<py::tuple>(parts[3]);
-    if (sizes.size() != strides.size() || sizes.size() > MC_MAX_DIMS) {
-        throw py::value_error(std::string(name) + ": expected as many sizes as strides, at most " +
-                              std::to_string(MC_MAX_DIMS) + ", got " + std::to_string(sizes.size()) + " and " +
-                              std::to_string(strides.size()));
-    }
-    out.data = reinterpret_cast<void*>(py::cast<uintptr_t>(parts[0]));
-    out.dtype = py::cast<int32_t>(parts[1]);
-    out.ndim = static_cast<int32_t>(sizes.size());
-    for (size_t i = 0; i < sizes.size(); ++i) {
-        out.size[i] = py::cast<int64_t>(sizes[i]);
-        out.stride[i] = py::cast<int64_t>(strides[i]);
-    }
-    return out;
-}
-
-template <class T>
-const T* array(uintptr_t address) {
-    return reinterpret_cast<const T*>(address);
-}
-
-void raise(int32_t status) {
-    if (status == MC_OK) return;
-    if (status == MC_OUT_OF_MEMORY) throw std::bad_alloc();
-    const std::string text = mc_last_error();
-    if (status == MC_INVALID_DTYPE) throw py::type_error(text);
-    throw py::value_error(text);
-}
+void raise(int32_t status) { raise_with(status, mc_last_error); }
 
 void kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new, const py::handle& v_new,
                const py::handle& table, int64_t n_plans, uintptr_t offsets, uintptr_t rows, uintptr_t segments,
                uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions,
                int64_t inv_freq_rows, uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling,
                int32_t n_threads) {
-    mc_kv_splice_args a{};
-    a.struct_size = sizeof a;
-    a.k = tensor("k", k);
-    a.v = tensor("v", v);
-    a.k_new = tensor("k_new", k_new);
-    a.v_new = tensor("v_new", v_new);
-    a.table = tensor("table", table);
-    a.n_plans = n_plans;
-    a.offsets = array<int64_t>(offsets);
-    a.rows = array<int64_t>(rows);
-    a.segments = array<int64_t>(segments);
-    a.stays = array<int64_t>(stays);
-    a.insert_slots = array<int64_t>(insert_slots);
-    a.positions = array<int64_t>(positions);
-    a.new_positions = array<int64_t>(new_positions);
-    a.inv_freq_rows = inv_freq_rows;
-    a.inv_freq = array<double>(inv_freq);
-    a.half = half;
-    a.interleaved = interleaved;
-    a.attention_scaling = attention_scaling;
+    const mc_kv_splice_args a =
+        splice_args(k, v, k_new, v_new, table, n_plans, offsets, rows, segments, stays, insert_slots, positions,
+                    new_positions, inv_freq_rows, inv_freq, half, interleaved, attention_scaling);
     int32_t status;
     {
         py::gil_scoped_release release;

@@ -34,7 +34,8 @@ enum {
     MC_INVALID_ARGUMENT = 1, /* a value, shape, stride or index; the text names the argument */
     MC_INVALID_DTYPE = 2,    /* a dtype that the op does not take, or that differs from another argument's */
     MC_UNAVAILABLE = 3,      /* an instruction set that was asked for is unknown or not on this machine */
-    MC_OUT_OF_MEMORY = 4     /* no memory for scratch; nothing was written */
+    MC_OUT_OF_MEMORY = 4,    /* no memory for scratch; nothing was written */
+    MC_DEVICE_ERROR = 5      /* the CUDA runtime refused a launch; what was launched before it may have written */
 };
 
 /* Dtype codes. */
@@ -401,6 +402,31 @@ typedef struct mc_gist_encode_args {
 /* n_threads: as for mc_kv_splice_cpu. A window's gists depend on neither it nor the other windows. N may be 0. Memory
  * beside packed weights: about 3 MB a thread, more for windows of more than some hundred entries. */
 MC_API int32_t mc_gist_encode_cpu(const mc_gist_encode_args* args, int32_t n_threads);
+
+/* The same operations on a CUDA device, in a library of its own, libmc_kernels_cuda. Views are of device memory, and so
+ * are arrays that are said to be; all else is read before the call returns.
+ *
+ * stream: a cudaStream_t (or CUstream) of the current device, NULL for its default stream. A call launches on it and
+ * returns: it never waits for the device, allocates nothing, leaves the current device as it is, and may be captured in
+ * a graph. What the work reads must stay as it is until the stream has passed it.
+ * workspace: device memory on a multiple of 16 for the call alone, of at least as many bytes as mc_..._cuda_workspace
+ * writes to *bytes for these arguments; NULL where that is 0. Its contents need not be set and are not kept.
+ *
+ * Arguments are checked as on a CPU, apart from what lies in device memory. Sizes and strides whose index does not fit
+ * 32 bits where the device counts in 32 are MC_INVALID_ARGUMENT. */
+
+/* What the last call of this thread into libmc_kernels_cuda that did not return MC_OK had to say. */
+MC_API const char* mc_cuda_last_error(void);
+
+/* Version of libmc_kernels_cuda, and the architectures that it holds machine code for, as "80;90a;100". */
+MC_API const char* mc_cuda_version(void);
+MC_API const char* mc_cuda_architectures(void);
+
+/* k, v, k_new, v_new, the table's data, positions, new_positions and inv_freq are device memory; offsets, rows, segments,
+ * stays and insert_slots are not. Page ids in the table are not looked at: the caller's duty. Plans of some dozen edits
+ * travel with the launch and need no workspace. */
+MC_API int32_t mc_kv_splice_cuda_workspace(const mc_kv_splice_args* args, int64_t* bytes);
+MC_API int32_t mc_kv_splice_cuda(const mc_kv_splice_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 
 #ifdef __cplusplus
 }

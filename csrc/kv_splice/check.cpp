@@ -1,4 +1,4 @@
-// Checks of mc_kv_splice_cpu. Whatever could make the kernel leave the caller's memory is refused here.
+// Checks of mc_kv_splice_cpu and mc_kv_splice_cuda. Whatever could make the kernel leave the caller's memory is refused here.
 #include "check.h"
 
 #include <algorithm>
@@ -156,7 +156,7 @@ void check_pages(const mc_kv_splice_args& a, const Cache& c) {
 
 }  // namespace
 
-Cache check_kv_splice(const mc_kv_splice_args& a) {
+Cache check_kv_splice(const mc_kv_splice_args& a, bool table_readable) {
     if (a.struct_size != sizeof(mc_kv_splice_args)) {
         invalid("struct_size: expected " + std::to_string(sizeof(mc_kv_splice_args)) + ", got " +
                 std::to_string(a.struct_size) + " (another version of mc_kernels.h?)");
@@ -164,7 +164,7 @@ Cache check_kv_splice(const mc_kv_splice_args& a) {
     const Cache c = check_tensors(a);
     check_plans(a, c);
     check_rotation(a, c);
-    check_pages(a, c);
+    if (table_readable) check_pages(a, c);
     return c;
 }
 

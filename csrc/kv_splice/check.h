@@ -17,6 +17,7 @@ struct Cache {
 };
 
 // Throws Error for whatever the ABI promises to refuse. Nothing has been written then.
-Cache check_kv_splice(const mc_kv_splice_args& a);
+// table_readable: false where the table lies in device memory; page ids are then not looked at.
+Cache check_kv_splice(const mc_kv_splice_args& a, bool table_readable = true);
 
 }  // namespace mc

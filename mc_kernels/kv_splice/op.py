@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cuda_backend
 from ..library import define_op
 from ..rope import RopeSpec
 from ..splice_checks import plan_offsets
@@ -38,7 +39,14 @@ def _triton_supports(
     return refuse_device((k, v, k_new, v_new, table)) or refuse_fp64((k,))
 
 
+def _cuda_supports(
+    k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor, table: Tensor | None, *rest: object
+) -> str | None:
+    return cuda_backend.refuse_device((k, v, k_new, v_new, table)) or refuse_fp64((k,))
+
+
 register_triton("kv_splice_", "mc_kernels.kv_splice.triton_kernel", "kv_splice_triton", _triton_supports)
+cuda_backend.register_cuda("kv_splice_", "mc_kernels.kv_splice.cuda", "kv_splice_cuda", _cuda_supports)
 
 
 class PackedPlans(NamedTuple):

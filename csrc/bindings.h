@@ -1,0 +1,78 @@
+// What the extensions share: addresses and integers to the structs of the C ABI, a status to an exception.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "mc_kernels.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+mc_tensor tensor(const char* name, const py::handle& given) {
+    mc_tensor out{};
+    if (given.is_none()) return out;
+    const auto parts = py::cast<py::tuple>(given);
+    if (parts.size() != 4) throw py::value_error(std::string(name) + ": expected (address, dtype, sizes, strides)");
+    const auto sizes = py::cast<py::tuple>(parts[2]), strides = py::cast<py::tuple>(parts[3]);
+    if (sizes.size() != strides.size() || sizes.size() > MC_MAX_DIMS) {
+        throw py::value_error(std::string(name) + ": expected as many sizes as strides, at most " +
+                              std::to_string(MC_MAX_DIMS) + ", got " + std::to_string(sizes.size()) + " and " +
+                              std::to_string(strides.size()));
+    }
+    out.data = reinterpret_cast<void*>(py::cast<uintptr_t>(parts[0]));
+    out.dtype = py::cast<int32_t>(parts[1]);
+    out.ndim = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        out.size[i] = py::cast<int64_t>(sizes[i]);
+        out.stride[i] = py::cast<int64_t>(strides[i]);
+    }
+    return out;
+}
+
+template <class T>
+const T* array(uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+// text: what the library that gave the status has to say of it.
+void raise_with(int32_t status, const char* (*text)()) {
+    if (status == MC_OK) return;
+    if (status == MC_OUT_OF_MEMORY) throw std::bad_alloc();
+    if (status == MC_INVALID_DTYPE) throw py::type_error(text());
+    if (status == MC_DEVICE_ERROR) throw std::runtime_error(text());
+    throw py::value_error(text());
+}
+
+mc_kv_splice_args splice_args(const py::handle& k, const py::handle& v, const py::handle& k_new,
+                              const py::handle& v_new, const py::handle& table, int64_t n_plans, uintptr_t offsets,
+                              uintptr_t rows, uintptr_t segments, uintptr_t stays, uintptr_t insert_slots,
+                              uintptr_t positions, uintptr_t new_positions, int64_t inv_freq_rows, uintptr_t inv_freq,
+                              int64_t half, bool interleaved, double attention_scaling) {
+    mc_kv_splice_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.k_new = tensor("k_new", k_new);
+    a.v_new = tensor("v_new", v_new);
+    a.table = tensor("table", table);
+    a.n_plans = n_plans;
+    a.offsets = array<int64_t>(offsets);
+    a.rows = array<int64_t>(rows);
+    a.segments = array<int64_t>(segments);
+    a.stays = array<int64_t>(stays);
+    a.insert_slots = array<int64_t>(insert_slots);
+    a.positions = array<int64_t>(positions);
+    a.new_positions = array<int64_t>(new_positions);
+    a.inv_freq_rows = inv_freq_rows;
+    a.inv_freq = array<double>(inv_freq);
+    a.half = half;
+    a.interleaved = interleaved;
+    a.attention_scaling = attention_scaling;
+    return a;
+}
+
+}  // namespace

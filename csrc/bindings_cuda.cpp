@@ -1,0 +1,59 @@
+// Python's way to the CUDA library, and to its emulated build: as bindings.cpp, with a workspace and a stream as addresses.
+#include "bindings.h"
+
+#if defined(MC_EMULATED)
+extern "C" void mc_emulate(uint64_t seed, int32_t threads, int32_t blocks, int32_t fault);
+#endif
+
+namespace {
+
+void raise(int32_t status) { raise_with(status, mc_cuda_last_error); }
+
+// Launches return at once, so the interpreter lock is kept.
+#if defined(MC_EMULATED)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
+struct Where {
+    uintptr_t workspace;
+    int64_t bytes;
+    uintptr_t stream;
+
+    void* memory() const { return reinterpret_cast<void*>(workspace); }
+    void* on() const { return reinterpret_cast<void*>(stream); }
+};
+
+// where: NULL asks for the bytes of workspace.
+int64_t kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_new, const py::handle& v_new,
+                  const py::handle& table, int64_t n_plans, uintptr_t offsets, uintptr_t rows, uintptr_t segments,
+                  uintptr_t stays, uintptr_t insert_slots, uintptr_t positions, uintptr_t new_positions,
+                  int64_t inv_freq_rows, uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling,
+                  const Where* where) {
+    const mc_kv_splice_args a =
+        splice_args(k, v, k_new, v_new, table, n_plans, offsets, rows, segments, stays, insert_slots, positions,
+                    new_positions, inv_freq_rows, inv_freq, half, interleaved, attention_scaling);
+    int64_t bytes = 0;
+    raise(where ? mc_kv_splice_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_kv_splice_cuda_workspace(&a, &bytes));
+    return bytes;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MC_MODULE, m) {
+    m.attr("emulated") = kEmulated;
+    m.def("version", &mc_cuda_version);
+    m.def("architectures", &mc_cuda_architectures);
+#if defined(MC_EMULATED)
+    m.def("emulate", &mc_emulate, "seed"_a, "threads"_a, "blocks"_a, "fault"_a);
+#endif
+    py::class_<Where>(m, "Where")
+        .def(py::init(
+                 [](uintptr_t workspace, int64_t bytes, uintptr_t stream) { return Where{workspace, bytes, stream}; }),
+             "workspace"_a, "bytes"_a, "stream"_a);
+    m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
+          "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
+          "half"_a, "interleaved"_a, "attention_scaling"_a, "where"_a.none(true));
+}

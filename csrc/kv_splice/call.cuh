@@ -1,0 +1,77 @@
+// What the splice kernels are told: one struct, passed by value. Plans of a few edits travel in it, so that a splice is
+// one launch and no copy.
+#pragma once
+
+#include "device_types.cuh"
+
+namespace mc::cuda {
+
+// Bytes.
+struct CacheSteps {
+    int64_t layer, b_or_page, head, slot;
+};
+struct FreshSteps {
+    int64_t row, head, entry;
+};
+
+// How the columns of one kind of lane are dealt out. An item is what a thread holds of an entry: V bands (two packs) of
+// a key that turns, or one pack. A lane has `columns` of them, the last one of `parts` perhaps fewer.
+struct Split {
+    int32_t items, columns, parts, heads, tiles;  // heads of a lane; tiles: see splice_slots
+};
+
+enum Kind : int { kTurn, kKeyRest, kValue, kKinds };
+
+// A plan's header within the words. moves: (source, destination, count, how many entries the moves before it have), those
+// that move first, then those that stay. before_at, after_at: where its positions begin.
+struct PlanWords {
+    int32_t first_move, n_moves, n_stays, moved, stayed, first_insert, n_inserts, before_at, after_at;
+};
+constexpr int kPlanWords = 9, kMoveWords = 4;
+
+// So many words go with the launch, without a workspace.
+constexpr int kInlineWords = 896;
+
+struct SpliceCall {
+    char *k, *v;
+    const char *k_new, *v_new;
+    CacheSteps k_steps, v_steps;
+    FreshSteps k_new_steps, v_new_steps;
+    const char* table;            // nullptr: contiguous
+    int64_t table_b, table_page;  // bytes
+    const int64_t *positions, *new_positions;
+    const double* inv_freq;
+    int64_t inv_freq_row;  // doubles from row to row
+    float scaling;
+    int32_t n_rows, batch, heads, page, half;
+    bool wide_table, interleaved, rotates, explicit_positions;
+    Split split[kKinds];
+    int32_t rows_at, plans_at;  // in words; rows_at < 0: plan 0 for all rows
+    const int32_t* words;       // nullptr: the inline ones
+    int32_t inline_words[kInlineWords];
+
+    MC_DEVICE int word(int i) const {
+#if !defined(__CUDACC__)
+        if (!words && (i < 0 || i >= kInlineWords)) emulate::fail("word " + std::to_string(i) + " of the plan");
+#endif
+        return words ? read_constant<int32_t>(words + i) : inline_words[i];
+    }
+
+    // False: the row is left alone.
+    MC_DEVICE bool plan_of(int row, PlanWords& p) const {
+        const int plan = rows_at < 0 ? 0 : word(rows_at + row), at = plans_at + kPlanWords * plan;
+        if (plan < 0) return false;
+        p = {word(at),     word(at + 1), word(at + 2), word(at + 3), word(at + 4),
+             word(at + 5), word(at + 6), word(at + 7), word(at + 8)};
+        return true;
+    }
+};
+
+// Moves entries of `words` into a workspace, a launch's worth at a time, where a plan does not fit into a launch.
+struct PutWords {
+    int32_t* to;
+    int32_t count;
+    int32_t words[kInlineWords];
+};
+
+}  // namespace mc::cuda

@@ -1,0 +1,116 @@
+"""What the CUDA kernels take, read from the compiler's own words at the build: registers, shared memory, spills.
+
+`python build_cuda.py --resources docs/cuda_resources.md`. A kernel that spills registers or uses a stack is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_cuda import WORK, _ninja_file, architectures, toolkit
+from build_native import BuildError, run_ninja
+
+_KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel on one architecture: registers and local bytes (spills, stack) a thread, static shared bytes a
+    block."""
+
+    op: str
+    kernel: str
+    architecture: str
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+def read(op: str, log: str) -> list[Resources]:
+    """The kernels that a log of `nvcc -Xptxas -v` speaks of."""
+    out = []
+    for found in _KERNEL.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", found["rest"])
+        local = max(int(found["stack"]), int(found["stores"]), int(found["loads"]))
+        kernel = found["name"]
+        out.append(
+            Resources(op, kernel, found["arch"], int(found["registers"]), local, int(shared[1]) if shared else 0)
+        )
+    return out
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    """Readable names: without namespaces, arguments and the words that all have in common."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), text=True, capture_output=True, check=True)
+    plain = [
+        re.sub(r"^void |mc::cuda::|\(anonymous namespace\)::|\(.*\)$", "", line) for line in done.stdout.split("\n")
+    ]
+    return dict(zip(names, plain, strict=False))
+
+
+def table(rows: list[Resources], version: str) -> str:
+    """The rows as a Markdown page: one line a kernel, the architectures side by side."""
+    names = demangled(sorted({row.kernel for row in rows}))
+    archs = list(dict.fromkeys(row.architecture for row in rows))
+    archs.sort(key=lambda a: int(a.rstrip("a")))
+    lines = [
+        "# What the CUDA kernels take",
+        "",
+        f"`make cuda-resources`, nvcc {version}. Registers and spilled bytes (or stack) are per thread, static shared",
+        "memory is per block.",
+        "",
+        f"| op | kernel | {' | '.join(f'sm_{a}: registers / spilled / shared bytes' for a in archs)} |",
+        f"|---|---|{'---|' * len(archs)}",
+    ]
+    by_kernel: dict[tuple[str, str], dict[str, Resources]] = {}
+    for row in rows:
+        by_kernel.setdefault((row.op, names[row.kernel]), {})[row.architecture] = row
+    for (op, kernel), found in sorted(by_kernel.items()):
+        cells = [
+            f"{found[a].registers} / {found[a].local_bytes} / {found[a].shared_bytes}" if a in found else ""
+            for a in archs
+        ]
+        lines.append(f"| {op} | {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(out: Path) -> int:
+    """Build, write the table, name what spills. Returns the exit status."""
+    try:
+        nvcc = toolkit()
+        archs = architectures(nvcc)
+        if not archs:
+            raise BuildError("no architecture to build for (MC_CUDA_ARCHS)")
+    except BuildError as e:
+        print(f"SKIPPED: the table of CUDA resources: {e}", file=sys.stderr)
+        return 0
+    try:
+        run_ninja(_ninja_file(nvcc, archs), WORK)
+    except BuildError as e:
+        print(f"the CUDA kernels were not built: {e}", file=sys.stderr)
+        return 1
+    rows = []
+    for log in sorted(WORK.glob("*_cuda.o.log")):
+        rows += read(log.name.removesuffix("_cuda_cuda.o.log"), log.read_text())
+    version = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", version)
+    out.write_text(table(rows, found[1] if found else "?"))
+    bad = [row for row in rows if row.local_bytes]
+    names = demangled([row.kernel for row in bad])
+    for row in bad:
+        print(
+            f"{names[row.kernel]} on sm_{row.architecture}: {row.local_bytes} bytes spilled or on a stack",
+            file=sys.stderr,
+        )
+    if not rows:
+        print("no kernel was found in the compiler's logs", file=sys.stderr)
+    return 1 if bad or not rows else 0

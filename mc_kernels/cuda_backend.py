@@ -1,0 +1,144 @@
+"""What the CUDA C++ versions of the ops share: the library `libmc_kernels_cuda`, whether it can run here, registration.
+
+The library and its extension `_cuda` lie beside the CPU's (build_cuda.py). Tests run the same kernels without a GPU, as
+plain C++ on emulated blocks and threads: `emulate(folder)` names a folder with that build, and tensors are then
+expected on the CPU. The registry never picks CUDA kernels for CPU tensors by itself, there they have to be named.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension as native_extension
+from .registry import register
+
+_emulation: Path | None = None
+
+
+@contextmanager
+def emulate(folder: Path) -> Iterator[Any]:
+    """Within this context the ops' CUDA kernels are those of the emulated build in `folder`. Yields its extension."""
+    global _emulation
+    before, _emulation = _emulation, folder
+    try:
+        yield library()
+    finally:
+        _emulation = before
+
+
+def emulated() -> bool:
+    """Do kernels run on emulated threads, on the CPU?"""
+    return _emulation is not None
+
+
+@functools.cache
+def _load(folder: Path, extension: str) -> Any:
+    """The extension module, or the reason why there is none."""
+    spec = importlib.machinery.PathFinder.find_spec(f"mc_kernels._native.{extension}", [str(folder)])
+    if spec is None or spec.loader is None:
+        reason = folder / "cuda_not_built.txt"
+        said = reason.read_text().strip() if reason.exists() else "reinstall the package where nvcc is"
+        return f"the CUDA library was not built: {said}"
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as e:
+        return f"the CUDA library does not load: {e}"
+
+
+def _found() -> Any:
+    return _load(native_extension.FOLDER, "_cuda") if _emulation is None else _load(_emulation, "_cuda_emulated")
+
+
+@functools.cache
+def _unserved(architectures: str, capability: tuple[int, int]) -> str | None:
+    """Reason why a device of this compute capability cannot run machine code for these architectures ("80;90a;100"; the
+    last one without a letter comes as PTX too), or None."""
+    major, minor = capability
+    names = architectures.split(";")
+    numbers = [(int(n.rstrip("af")[:-1]), int(n.rstrip("af")[-1]), n[-1] in "af") for n in names]
+    if any(a == major and (b == minor if exact else b <= minor) for a, b, exact in numbers):
+        return None
+    plain = [(a, b) for a, b, exact in numbers if not exact]
+    if plain and plain[-1] <= capability:
+        return None
+    return f"the CUDA library was built for sm_{', sm_'.join(names)}, this device is sm_{major}{minor} (MC_CUDA_ARCHS)"
+
+
+def available() -> str | None:
+    """Reason why the CUDA library cannot serve here, or None."""
+    found = _found()
+    if isinstance(found, str):
+        return found
+    if emulated():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _unserved(found.architectures(), torch.cuda.get_device_capability())
+
+
+def library() -> Any:
+    """The extension module; RuntimeError with the reason where there is none."""
+    found = _found()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def refuse_device(tensors: Iterable[Tensor | None]) -> str | None:
+    """Reason why CUDA kernels cannot take tensors that live where these do, or None."""
+    expected = "cpu" if emulated() else "cuda"
+    for x in tensors:
+        if x is not None and x.device.type != expected:
+            return f"expected {expected} tensors{' (kernels are emulated)' if emulated() else ''}, got {x.device}"
+    return None
+
+
+def refuse(*args: object) -> str | None:
+    """`supports` of most ops: every tensor among the arguments on the right device, none of them fp64."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    wide = any(x.dtype == torch.float64 for x in tensors)
+    return refuse_device(tensors) or ("fp64 is for the oracle" if wide else None)
+
+
+def register_cuda(
+    op: str, module: str, function: str, supports: Callable[..., str | None] = refuse
+) -> Callable[..., Any]:
+    """Register `module.function` as the CUDA version of `op`; the module is imported at the first call."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    call.__name__ = function
+    return register(op, "cuda", available=available, supports=supports)(call)
+
+
+def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None) -> None:
+    """Run `call` on the current stream of `like`'s device, with a workspace.
+
+    call: takes the library's `Where`, or None: then it launches nothing and returns the bytes of workspace it needs.
+    workspace: uint8, contiguous, on `like`'s device, at least so many bytes on a multiple of 16; None: allocated here
+        where one is needed, by torch, for the stream.
+    """
+    with torch.cuda.device_of(like):
+        if workspace is None:
+            needed = call(None)
+            workspace = torch.empty(needed, dtype=torch.uint8, device=like.device) if needed else None
+        elif workspace.dtype != torch.uint8 or workspace.device != like.device or not workspace.is_contiguous():
+            raise ValueError(
+                f"workspace: expected contiguous uint8 on {like.device}, got {workspace.dtype} on {workspace.device}"
+            )
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
+        call(library().Where(address, size, stream))
