@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mc_kernels import cuda_backend, native
+from mc_kernels import cuda_backend, extension, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
@@ -25,7 +25,7 @@ NVCC = shutil.which("nvcc")
 def library(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The extension: of the library that ships, which loads without a device, and of the emulated build."""
     if request.param == "native":
-        found = cuda_backend._load(native.FOLDER, "_cuda")
+        found = cuda_backend._load(extension.FOLDER, "_cuda")
         if isinstance(found, str):
             pytest.skip(found)
         yield found
@@ -37,7 +37,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.mark.skipif(NVCC is None or os.environ.get("MC_CUDA_ARCHS") == "", reason="no nvcc")
 def test_where_there_is_nvcc_the_library_is_there() -> None:
     """Otherwise every test of it would skip and nobody would notice."""
-    assert not isinstance(cuda_backend._load(native.FOLDER, "_cuda"), str)
+    assert not isinstance(cuda_backend._load(extension.FOLDER, "_cuda"), str)
 
 
 def test_versions(library: Any) -> None:
@@ -190,7 +190,7 @@ def test_only_the_abi_is_exported(library: Any) -> None:
     if library.emulated:
         pytest.skip("the emulated build is for tests")
     shown = subprocess.run(
-        ["nm", "-D", "--defined-only", str(native.FOLDER / "libmc_kernels_cuda.so")], text=True, capture_output=True
+        ["nm", "-D", "--defined-only", str(extension.FOLDER / "libmc_kernels_cuda.so")], text=True, capture_output=True
     )
     names = {line.split()[-1] for line in shown.stdout.splitlines() if line.split()[-2] in "TDBV"}
     assert names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mc_runtime.errors import InputError
 
-out_console = Console(highlight=False, markup=False, emoji=False)
+# Rich takes a file or a pipe for 80 columns wide, where wide tables lose their cells.
+FILE_WIDTH = 200
+
+out_console = Console(
+    width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False, markup=False, emoji=False
+)  # fmt: skip
 err_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Texts = Annotated[list[str], typer.Argument(help="Held-out text files (.txt, .txt.xz) or folders.", show_default=False)]
