@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mc_kernels import native
+from mc_kernels import extension, native
 from mc_kernels.testing import Guarded, poison_
 
 LEVELS = native.isa_levels()
@@ -44,7 +44,7 @@ def _level_afterwards() -> Iterator[None]:
 def product(a: Tensor, w: Tensor, c: Tensor, *, level: str, add: bool = False) -> None:
     """c (+)= a w^T through the library's own entry, which its header does not show."""
     native.library().set_cpu_isa(level)
-    library = ctypes.CDLL(next(str(p) for p in native.FOLDER.glob("libmc_kernels.*")))
+    library = ctypes.CDLL(next(str(p) for p in extension.FOLDER.glob("libmc_kernels.*")))
     library.mc_last_error.restype = ctypes.c_char_p
     status = library.mc_probe_matmul(*(ctypes.byref(view(x)) for x in (a, w, c)), int(add))
     assert status == 0, library.mc_last_error()

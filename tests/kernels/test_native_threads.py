@@ -18,7 +18,7 @@ from splice_model import same_bits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mc_kernels import context_attention, native
+from mc_kernels import context_attention, extension, native
 from mc_kernels.context_attention.cases import Case
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
@@ -66,7 +66,7 @@ def test_the_result_is_the_same_on_any_threads() -> None:
 
 COUNT = f"""
 import os, torch
-from mc_kernels import context_attention, native
+from mc_kernels import context_attention, extension, native
 from mc_kernels.context_attention.cases import Case
 torch.set_num_threads(3)
 args = {CASE!r}.make(torch.bfloat16)
@@ -95,7 +95,7 @@ def test_why_torch_threads_do_not_serve() -> None:
     with pytest.raises(RuntimeError, match=r"/nowhere/libtorch_cpu\.so is not loaded"):
         native.library().use_openmp_of("/nowhere/libtorch_cpu.so")
     with pytest.raises(RuntimeError, match="depends on no OpenMP runtime"):
-        native.library().use_openmp_of(str(native.FOLDER / "libmc_kernels.so"))
+        native.library().use_openmp_of(str(extension.FOLDER / "libmc_kernels.so"))
 
 
 def test_without_an_openmp_runtime_the_own_threads_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def use_runner(runner: Runner) -> Any:
         runner(n_tasks, n_threads, lambda i: task(context, i))
 
     function = RUNNER(entry)
-    library = ctypes.CDLL(str(native.FOLDER / f"libmc_kernels.{'dylib' if sys.platform == 'darwin' else 'so'}"))
+    library = ctypes.CDLL(str(extension.FOLDER / f"libmc_kernels.{'dylib' if sys.platform == 'darwin' else 'so'}"))
     assert library.mc_set_parallel_runner(function, ctypes.c_void_p(7)) == 0
     return function
 
