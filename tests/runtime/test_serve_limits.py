@@ -115,7 +115,8 @@ def test_other_errors_have_the_same_shape(server: Live) -> None:
     check_error(post(server, change(model="gpt-5")), 404, "there is no model 'gpt-5' here; there is 'tiny'")
     check_error(post(server, HELLO, path="/v1/embeddings"), 404, "Not Found")
     check_error(post(server, HELLO, path="/health"), 405, "Method Not Allowed")
-    check_error(post(server, HELLO, content_type="text/plain"), 400, "")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what a foreign web page could send
+        check_error(post(server, HELLO, content_type=kind), 400, "")
     check_error(post(server, HELLO, host="memory.example:80"), 403, "127.0.0.1 and localhost")
 
 
