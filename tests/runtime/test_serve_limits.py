@@ -240,6 +240,15 @@ def test_hostile_names_are_memories_like_any_other(tmp_path: Path, model: Loaded
     )
 
 
+def test_a_name_is_the_same_in_a_header(tmp_path: Path, model: LoadedModel) -> None:
+    with live(tmp_path / "root", model) as server:
+        server.ask("hello", user="änn")
+        assert post(server, HELLO, x_session_id="änn".encode().decode("latin-1"))[0] == 200  # as UTF-8
+        assert post(server, HELLO, x_session_id="änn")[0] == 200  # as latin-1
+        check_error(post(server, HELLO, x_session_id=""), 400, "user: expected 1 to 256 characters")
+    assert os.listdir(tmp_path / "root") == [folder_of("änn")]
+
+
 def test_limits_of_memories(tmp_path: Path, model: LoadedModel) -> None:
     with live(tmp_path / "root", model, max_memories=2, max_memory_tokens=150) as server:
         server.ask("hello", user="a")
