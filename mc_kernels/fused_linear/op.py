@@ -94,7 +94,9 @@ def fused_linear(
         [..., M] in x's dtype, M = O, or O/2 with swiglu; contiguous, aliasing nothing. fp32 in between, rounded once.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+        TypeError: dtype or device.
+        ValueError: shape, stride or value.
+        BackendError: the named backend cannot serve.
 
     Gradients flow to all tensors (once: no second derivative).
     """

@@ -95,7 +95,9 @@ def gist_encode(blocks: Tensor, weights: GistEncodeWeights, *, level: int = 1, b
         gives finite numbers.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+        TypeError: dtype or device.
+        ValueError: shape, stride or value.
+        BackendError: the named backend cannot serve.
 
     Gradients flow to blocks and every tensor of the weights (once: no second derivative). The formula is in `ref`.
     Source: gisting (Mu et al. 2023) and In-context Autoencoder (Ge et al. 2024) for the idea; `ref` names the layers'.

@@ -134,8 +134,11 @@ def collapse_(
     Empty children, batches and layers are legal. Slots that are not named are neither read nor written.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride, slot or aliasing. BackendError: the named backend cannot
-        serve. All before anything is written. Under `torch.compile` what needs values or addresses is not checked.
+        TypeError: dtype or device.
+        ValueError: shape, stride, slot or aliasing.
+        BackendError: the named backend cannot serve.
+
+    All before anything is written. Under `torch.compile` what needs values or addresses is not checked.
 
     Not differentiable: with gradients enabled, tensors that require them are refused.
     """

@@ -93,7 +93,9 @@ def gist_pool(k: Tensor, v: Tensor, weights: GistPoolWeights, *, backend: str | 
         `GistPoolWeights.zeros` they are the mean of the block's keys and values. Empty R, Hkv or N give empty outputs.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape or stride. BackendError: the named backend cannot serve.
+        TypeError: dtype or device.
+        ValueError: shape or stride.
+        BackendError: the named backend cannot serve.
 
     Gradients flow to k, v and every tensor of the weights (once: no second derivative).
     Per row, block and gist, with x_j = [k_j; v_j] and n_j = x_j / rms(x_j) (0 for a zero x_j, see `ref.RMS_EPS`):

@@ -122,9 +122,12 @@ def kv_splice_(
     Empty plans, caches and batches are legal and do nothing.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride, value or aliasing. BackendError: the named backend
-        cannot serve. All before anything is written. Under `torch.compile` what needs values or addresses (positions,
-        pages, aliasing) is not checked.
+        TypeError: dtype or device.
+        ValueError: shape, stride, value or aliasing.
+        BackendError: the named backend cannot serve.
+
+    All before anything is written. Under `torch.compile` what needs values or addresses (positions, pages, aliasing)
+    is not checked.
 
     Under `torch.compile`, torch 2.13 keeps the offsets of the first call where k and v are interleaved views of one
     allocation whose offset changes between calls (some of its layers): pass the whole cache, or separate allocations.

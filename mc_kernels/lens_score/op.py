@@ -103,7 +103,9 @@ def lens_score(
         N = 0 gives an empty output.
 
     Raises:
-        TypeError: dtype or device. ValueError: shape, stride or value. BackendError: the named backend cannot serve.
+        TypeError: dtype or device.
+        ValueError: shape, stride or value.
+        BackendError: the named backend cannot serve.
 
     Gradients flow to entries, features, queries and every tensor of the weights (once: no second derivative).
     The formula, and how every projection is absorbed into the side of the queries, is in `ref`.

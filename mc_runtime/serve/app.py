@@ -18,7 +18,7 @@ from .error_handlers import add_error_handlers
 from .errors import ApiError
 from .guard import Guard
 from .history import Conversation
-from .names import DEFAULT_NAME, folder_of
+from .names import folder_of, memory_name
 from .schema import ChatRequest, Envelope
 from .service import Completion, Service
 from .settings import ServeSettings
@@ -55,7 +55,7 @@ class ServeApp(FastAPI):
         ) -> Response:
             self._check_model(body.model)
             sampling = body.sampling(settings.sampling)
-            folder = folder_of(x_session_id if x_session_id is not None else body.user or DEFAULT_NAME)
+            folder = folder_of(memory_name(x_session_id, body.user))
             assert self.service is not None, "requests come between startup and shutdown"
             completion = self.service.start(folder, Conversation.of(body.messages), sampling)
             envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", settings.model_name, model.fingerprint)

@@ -19,6 +19,9 @@ from ..model import LoadedModel
 from ..tree import Document, Tree
 from .schema import Message
 
+# Questions of which a memory keeps the digests that it has computed: 4 MB.
+MAX_ASKED = 20_000
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -92,6 +95,7 @@ class History:
         self.turns: list[Held] = []
         self.systems: dict[str, Document] = {}
         self._by_question: dict[str, list[int]] = {}
+        self._asked: dict[bytes, tuple[str, int]] = {}
         self._known = 0
         self._end = model.chat.assistant_end_ids()
         self.update()
@@ -111,33 +115,54 @@ class History:
     def reading(self, conversation: Conversation) -> Reading:
         """What has to be read for a conversation, its instructions aside."""
         result, used = Reading(), set[int]()
+        left: dict[str, list[int]] = {}
         past = conversation.past
         for number, turn in enumerate(past):
-            at = self._find(turn, past[number + 1] if number + 1 < len(past) else None, used)
+            at = self._find(turn, past[number + 1] if number + 1 < len(past) else None, used, left)
             if at is not None:
                 used.add(at)
                 result.total += self.turns[at].tokens
                 continue
             result.new.append(turn)
             answer = self.model.tokenizer.encode(turn.answer or "")
-            count = len(self.model.chat.user_turn_ids(turn.question or "")) + len(answer) + len(self._end)
+            count = self._question(turn.question or "")[1] + len(answer) + len(self._end)
             result.total, result.read = result.total + count, result.read + count
-        count = len(self.model.chat.user_turn_ids(conversation.question))
+        count = self._question(conversation.question)[1]
         result.total, result.read = result.total + count, result.read + count
         return result
 
-    def _find(self, turn: Turn, following: Turn | None, used: set[int]) -> int | None:
+    def _find(self, turn: Turn, following: Turn | None, used: set[int], left: dict[str, list[int]]) -> int | None:
         """The newest remembered turn that stands for `turn` and for none before. Of an answer without its question
-        (the client has dropped it) the neighbours are looked at, newest first: those before `following`."""
+        (the client has dropped it) the neighbours are looked at, newest first: those before `following`.
+
+        left: by question, what is not used; so a question that came a thousand times costs no thousand looks each.
+        """
         if turn.question is not None:
-            candidates = self._by_question.get(self._digest(self.model.chat.user_turn_ids(turn.question)), [])
+            digest = self._question(turn.question)[0]
+            candidates = left.setdefault(digest, list(self._by_question.get(digest, ())))
         elif following is not None and following.question is not None:
-            after = self._by_question.get(self._digest(self.model.chat.user_turn_ids(following.question)), [])
+            after = self._by_question.get(self._question(following.question)[0], [])
             candidates = [at - 1 for at in after if at]
         else:
             candidates = [len(self.turns) - 1] if self.turns else []
         answer = (turn.answer or "").strip()
-        return next((at for at in reversed(candidates) if at not in used and self._text(at).startswith(answer)), None)
+        for place in range(len(candidates) - 1, -1, -1):
+            at = candidates[place]
+            if at not in used and self._text(at).startswith(answer):
+                del candidates[place]
+                return at
+        return None
+
+    def _question(self, text: str) -> tuple[str, int]:
+        """Digest and number of a question's tokens. Kept: a client sends the same ones again, and the template takes
+        longer than all else."""
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        if key not in self._asked:
+            if len(self._asked) >= MAX_ASKED:
+                self._asked.clear()
+            ids = self.model.chat.user_turn_ids(text)
+            self._asked[key] = self._digest(ids), len(ids)
+        return self._asked[key]
 
     def _text(self, at: int) -> str:
         held = self.turns[at]

@@ -11,6 +11,19 @@ DEFAULT_NAME = "default"
 MAX_NAME = 256
 
 
+def memory_name(header: str | None, user: str | None) -> str:
+    """The name that a request gives: its header's (a proxy may set it), else its user's, else the default.
+
+    header: as HTTP libraries hand it over, in latin-1; read as UTF-8 where it is that.
+    """
+    if header is None:
+        return user or DEFAULT_NAME
+    try:
+        return header.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return header
+
+
 def folder_of(name: str) -> str:
     """A folder's name for any text: letters and digits of it, for people, and 32 hex digits of its SHA-256, which tell
     all names apart, also on a file system that ignores case. It holds nothing that means anything in a path."""

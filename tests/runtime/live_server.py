@@ -48,8 +48,8 @@ def live(root: Path, model: LoadedModel, **settings: Any) -> Iterator[Live]:
     """Serve the memories in `root` until the block ends, then shut down as on SIGTERM."""
     session = settings.pop("session", SMALL)
     sampling = SamplingParams(max_new_tokens=16)
-    given = {"port": 0, "session": session, "sampling": sampling} | settings
-    server = Server(ServeSettings(root=root, model_name=MODEL, **given), model)
+    given = {"port": 0, "session": session, "sampling": sampling, "model_name": MODEL} | settings
+    server = Server(ServeSettings(root=root, **given), model)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -139,6 +139,20 @@ def test_a_turn_that_was_said_twice_counts_twice(server: Live) -> None:
     assert documents(server)[1:] == [*turn("yes", answer), *turn("yes", answer), *turn("no", again)]
 
 
+def test_a_memory_of_the_command_line_is_one_of_the_servers(server: Live, model: LoadedModel) -> None:
+    """What was said before there was a server counts as held, and texts that were ingested are no turns."""
+    root = server.server.app.settings.root
+    with Session.open(root / folder_of("ann"), model, **SMALL) as session:
+        session.ingest("a text about the sea")
+        first = session.generate("one?", max_new_tokens=4)
+    messages: Messages = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": f" {first}\n"}]
+    answer = server.ask([*messages, {"role": "user", "content": "two?"}])
+    assert documents(server)[2:] == [*turn("one?", first), *turn("two?", said(answer))]
+    assert answer.usage.prompt_tokens - answer.usage.prompt_tokens_details.cached_tokens == len(
+        model.chat.user_turn_ids("two?")
+    )
+
+
 def test_an_answer_can_be_asked_for_again(server: Live) -> None:
     sampling = {"temperature": 1.5, "max_tokens": 12, "extra_body": {"top_k": 50}}
     first, second = (said(server.ask("tell me", seed=seed, **sampling)) for seed in (1, 2))
@@ -217,7 +231,8 @@ def test_the_header_names_the_memory_before_the_user_does(server: Live) -> None:
     with server.client() as client:
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "two?"}], max_tokens=2)
     root = server.server.app.settings.root
-    assert {entry.name for entry in root.iterdir()} == {folder_of("bob"), folder_of("default")}
+    server.ask("three?", user="")
+    assert {entry.name for entry in root.iterdir()} == {folder_of(name) for name in ("bob", "default")}
 
 
 def test_models(server: Live) -> None:

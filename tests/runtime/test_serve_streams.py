@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,21 @@ from mc_runtime.turns import Turn
 Messages = Any
 
 
+class Gate(threading.Event):
+    """Decoding waits before its fourth token until this is set; `reached` is set when it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Decoding waits before its fourth token until the event is set."""
-    event, plain = threading.Event(), Turn.step
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    event, plain = Gate(), Turn.step
 
     def step(self: Turn, token: int) -> Any:
         if self.stats.new_tokens == 3:
+            event.reached.set()
             assert event.wait(60)
         return plain(self, token)
 
@@ -78,15 +88,22 @@ def test_a_stream_that_the_client_leaves_ends_and_is_kept(tmp_path: Path, model:
     assert len(text) < 50_000
 
 
-def test_a_client_that_leaves_before_its_answer(tmp_path: Path, model: LoadedModel, gate: threading.Event) -> None:
+def test_a_client_that_leaves_before_its_answer(tmp_path: Path, model: LoadedModel, gate: Gate) -> None:
     """One whose turn is running is cut short, one that waits for the memory is never asked."""
     with live(tmp_path / "root", model) as server:
-        for text in ("the first", "the second"):
-            messages: Messages = [{"role": "user", "content": text}]
-            with server.client(timeout=1) as client, pytest.raises(openai.APITimeoutError):
-                client.chat.completions.create(model=MODEL, messages=messages, user="ann", max_tokens=500)
+        tasks, connections = server.server.app.service._tasks, []
+        for number, text in enumerate(("the first", "the second"), 1):
+            message = {"role": "user", "content": text}
+            body = json.dumps({"model": MODEL, "messages": [message], "user": "ann", "max_tokens": 500})
+            connections.append(HTTPConnection("127.0.0.1", server.port))
+            connections[-1].request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+            until(lambda n=number: len(tasks) == n)  # type: ignore[misc]
+        assert gate.reached.wait(60)
+        for connection in connections:
+            connection.close()
+        until(lambda: not server.server.server_state.connections)
         gate.set()
-        until(lambda: not server.server.app.service._tasks)
+        until(lambda: not tasks)
     kinds, answer = held(tmp_path / "root", model)
     assert kinds == ["system", "user", "assistant"]
     assert len(answer) < 100
@@ -94,7 +111,7 @@ def test_a_client_that_leaves_before_its_answer(tmp_path: Path, model: LoadedMod
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "plain"])
 def test_shutdown_ends_answers_under_way_and_keeps_them(
-    tmp_path: Path, model: LoadedModel, gate: threading.Event, streamed: bool
+    tmp_path: Path, model: LoadedModel, gate: Gate, streamed: bool
 ) -> None:
     got: dict[str, Any] = {}
 
@@ -121,7 +138,7 @@ def test_shutdown_ends_answers_under_way_and_keeps_them(
         for number, thread in enumerate(threads, 1):
             thread.start()
             until(lambda n=number: len(server.server.app.service._tasks) == n)  # type: ignore[misc]
-        until(lambda: bool(server.server.app.service.memories._open))
+        assert gate.reached.wait(60)
         server.server.handle_exit(signal.SIGTERM, None)
         gate.set()
         for thread in threads:
