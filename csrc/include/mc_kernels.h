@@ -279,7 +279,9 @@ typedef struct mc_fused_linear_args {
     mc_tensor out;
 } mc_fused_linear_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
+/* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
+ * (and subnormal numbers are taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
 /* LensNet: what each of N entries would gain expanded and cost collapsed, in nats.
