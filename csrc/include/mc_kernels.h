@@ -192,7 +192,10 @@ typedef struct mc_context_attention_args {
     float* mass;   /* [B, S] contiguous, or NULL: not wanted */
 } mc_context_attention_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
+/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, heads of 64 or 128 dimensions that turn
+ * whole and by halves are multiplied so: turned queries and keys and what the softmax gives an entry are rounded to it
+ * (and subnormal numbers taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
  * nothing. */
 MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, int32_t n_threads);
 
