@@ -59,14 +59,17 @@ struct HeadBlock {
     const float* phase;  // [count, 2 * width]; NULL: nothing turns
     const float* add;    // [n_times, kBlock] or NULL
     int64_t n_times;
-    const float* q;  // [rows, padded]
+    const float* q;           // [rows, padded]
+    const uint16_t* q_pairs;  // for bf16 products: [rows, dims] as narrow_query leaves them
     int64_t rows;
     float* turned;  // scratch [kPad, padded]
-    float* p;       // [rows, kBlock], becomes 2^(score - top)
+    float* p;           // [rows, kBlock], becomes 2^(score - top)
+    uint16_t* p_pairs;  // for bf16 products: scratch [rows, kBlock]
     float *top, *total, *out;
     int64_t out_step;
     const char* next;  // what is read next, kBlock rows next_step bytes apart: fetched meanwhile. NULL: nothing
     int64_t next_step;
+    const char* next_v;  // the values at slot 0 of what is read next
     const RowShape* shape;
 };
 
@@ -76,11 +79,22 @@ struct AttendOps {
     void (*turn[kDtypes][2])(const TurnRows&);  // [dtype][interleaved]
     void (*attend[kDtypes][2])(const HeadBlock&);
     void (*store[kDtypes])(const float* src, int64_t n, float scale, char* dst);
+    // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and keys
+    // and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries lie
+    // with the even pairs first (Frequencies).
+    void (*narrow_query)(const float* q, int64_t dims, uint16_t* out);
+    void (*attend_pairs)(const HeadBlock&);
 };
+
+// Heads that bf16 products are made for: all of a row turns, by halves.
+static inline bool in_pairs(const RowShape& s, bool interleaved) {
+    return !interleaved && s.dims == 2 * s.half && (s.dims == 64 || s.dims == 128);
+}
 
 // nullptr where the build has no such level.
 const AttendOps* attend_scalar();
 const AttendOps* attend_avx2();
 const AttendOps* attend_avx512();
+const AttendOps* attend_avx512bf16();
 
 }  // namespace mc

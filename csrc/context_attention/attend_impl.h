@@ -25,7 +25,7 @@ inline void fetch(const char* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-void phases_of(const PhaseRows& a) {
+inline void phases_of(const PhaseRows& a) {
     const int64_t width = a.width, mask = (int64_t{1} << a.bits) - 1;
     for (int64_t i = 0; i < a.n; ++i) {
         const float* high = a.high + (a.position[i] >> a.bits) * 2 * width;
@@ -236,7 +236,7 @@ void store_row(const float* src, int64_t n, float scale, char* dst) {
     Vec::store_part(T{}, dst + i * T::kBytes, part, mul(last, by));
 }
 
-AttendOps attend_table(const char* name) {
+inline AttendOps attend_table(const char* name) {
     return {name,
             phases_of,
             {{turn<F32, false>, turn<F32, true>},
@@ -245,7 +245,9 @@ AttendOps attend_table(const char* name) {
             {{attend<F32, false>, attend<F32, true>},
              {attend<F16, false>, attend<F16, true>},
              {attend<BF16, false>, attend<BF16, true>}},
-            {store_row<F32>, store_row<F16>, store_row<BF16>}};
+            {store_row<F32>, store_row<F16>, store_row<BF16>},
+            nullptr,
+            nullptr};
 }
 
 }  // namespace

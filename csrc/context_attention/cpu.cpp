@@ -8,6 +8,8 @@
 // - A key turns once for all queries that its head serves, 4 operations for each pair of vectors next to 2 a query; it
 //   goes into a strip of a few keys in the first-level cache, from which all queries read it.
 // - Scores are summed a vector of keys at a time, so that the sum across a register costs 3 operations a score.
+// - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h). What is read next, keys and
+//   values, is fetched evenly over all steps then: fetches in bursts wait for each other.
 //
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): scale, magnitude and log2 e are in the queries.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
@@ -32,8 +34,8 @@ constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed 
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-const AttendOps& attend_ops(const RowOps& rows) {
-    return ops_beside(rows, "context_attention", {attend_avx512(), attend_avx2(), attend_scalar()});
+const AttendOps& attend_ops(const IsaLevel& level) {
+    return ops_of(level, "context_attention", {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_scalar()});
 }
 
 int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
@@ -41,7 +43,11 @@ int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
 class Call {
 public:
     Call(const mc_context_attention_args& a, int n_threads)
-        : a_(a), x_(check_context_attention(a)), row_ops_(row_ops()), ops_(attend_ops(row_ops_)) {
+        : a_(a),
+          x_(check_context_attention(a)),
+          row_ops_(*isa_level().rows),
+          ops_(attend_ops(isa_level())),
+          in_pairs_(ops_.attend_pairs && x_.dtype == kBF16 && rotates() && in_pairs(x_.row, x_.interleaved)) {
         out_step_ = (x_.row.dims + kPad - 1) / kPad * kPad;
         run_ = std::max(kRun, blocks_of((x_.slots + kMostRuns - 1) / kMostRuns) * kBlock);
         runs_ = (x_.slots + run_ - 1) / run_;
@@ -74,14 +80,15 @@ public:
 private:
     // Where a task's scratch has its parts, in floats.
     struct Scratch {
-        int64_t far, turned, p, add, total;
+        int64_t far, turned, p, p_pairs, add, total;
 
         explicit Scratch(const Call& c) {
             const int64_t phases = kBlock * 2 * c.x_.row.width;
             far = phases;
             turned = far + (c.phases_ ? c.phases_->scratch() : 0);
             p = turned + kPad * c.x_.row.padded;
-            add = p + (c.a_.mass ? 0 : c.x_.rows * kBlock);
+            p_pairs = p + (c.a_.mass ? 0 : c.x_.rows * kBlock);
+            add = p_pairs + (c.in_pairs_ ? c.x_.rows * kBlock / 2 : 0);
             total = add + c.x_.queries * kBlock;
         }
     };
@@ -107,6 +114,7 @@ private:
     // What does not depend on the entries: turned queries, tables, room for partial results.
     void prepare() {
         q_ = Floats(x_.batch * all_rows() * x_.row.padded);
+        if (in_pairs_) q_pairs_ = Floats(x_.batch * all_rows() * x_.row.dims / 2);
         partial_ = Floats(x_.batch * runs_ * all_rows() * out_step_);
         top_ = Floats(x_.batch * runs_ * all_rows());
         total_ = Floats(x_.batch * runs_ * all_rows());
@@ -131,7 +139,7 @@ private:
                 furthest = 0;
                 for (int64_t i = 0; i < x_.batch * x_.slots; ++i) furthest = std::max(furthest, a_.kv_pos[i]);
             }
-            phases_ = std::make_unique<const Phases>(a_, x_, row_ops_, furthest);
+            phases_ = std::make_unique<const Phases>(a_, x_, row_ops_, furthest, in_pairs_);
             scale *= a_.attention_scaling * a_.attention_scaling;
         }
         turn_queries(scale);
@@ -150,7 +158,12 @@ private:
                     {base, x_.q_stride[2], x_.queries, phases.data(), static_cast<float>(scale), out, &x_.row});
             }
         }
+        for (int64_t i = 0; in_pairs_ && i < x_.batch * all_rows(); ++i) {
+            ops_.narrow_query(q_.get() + i * x_.row.padded, x_.row.dims, q_pairs(i));
+        }
     }
+
+    uint16_t* q_pairs(int64_t row) const { return reinterpret_cast<uint16_t*>(q_pairs_.get()) + row * x_.row.dims; }
 
     // Entries of a block that some query of the sequence sees.
     void visible(int64_t b, int64_t block, Entries& out) const {
@@ -203,9 +216,9 @@ private:
             }
             const int64_t n_times = write_add(b, block, entries, scratch + at.add);
             for (int64_t h = 0; h < x_.kv_heads; ++h) {
-                const char* next = h + 1 < x_.kv_heads ? k + (h + 1) * x_.k_stride[1] + slot * x_.k_stride[2]
-                                   : block + 1 < end   ? k + (slot + kBlock) * x_.k_stride[2]
-                                                       : nullptr;
+                const bool more = h + 1 < x_.kv_heads;
+                const int64_t next_head = more ? h + 1 : 0, next_slot = more ? slot : slot + kBlock;
+                const bool none = !more && block + 1 == blocks_of(x_.slots);
                 const int64_t row = h * x_.rows;
                 HeadBlock work{};
                 work.k = k + h * x_.k_stride[1] + slot * x_.k_stride[2];
@@ -217,17 +230,20 @@ private:
                 work.add = n_times ? scratch + at.add : nullptr;
                 work.n_times = n_times;
                 work.q = q_.get() + (b * rows + row) * x_.row.padded;
+                work.q_pairs = in_pairs_ ? q_pairs(b * rows + row) : nullptr;
                 work.rows = x_.rows;
                 work.turned = scratch + at.turned;
                 work.p = a_.mass ? p_.get() + (numbered + row) * kBlock : scratch + at.p;
+                work.p_pairs = reinterpret_cast<uint16_t*>(scratch + at.p_pairs);
                 work.top = top + row;
                 work.total = total + row;
                 work.out = out + row * out_step_;
                 work.out_step = out_step_;
-                work.next = next;
+                work.next = none ? nullptr : k + next_head * x_.k_stride[1] + next_slot * x_.k_stride[2];
+                work.next_v = none ? nullptr : v + next_head * x_.v_stride[1] + next_slot * x_.v_stride[2];
                 work.next_step = x_.k_stride[2];
                 work.shape = &x_.row;
-                ops_.attend[x_.dtype][x_.interleaved](work);
+                (in_pairs_ ? ops_.attend_pairs : ops_.attend[x_.dtype][x_.interleaved])(work);
             }
             if (a_.mass) std::copy(top, top + rows, block_top_.get() + numbered);
         }
@@ -281,10 +297,11 @@ private:
     const Attention x_;
     const RowOps& row_ops_;
     const AttendOps& ops_;
+    const bool in_pairs_;
     int64_t out_step_, run_, runs_, threads_;
     std::unique_ptr<const Phases> phases_;  // none: nothing turns
     std::vector<int64_t> least_, most_;     // [B] positions of the queries
-    Floats q_;                              // [B, Hq * T, padded]
+    Floats q_, q_pairs_;                    // [B, Hq * T, padded], [B, Hq * T, dims] of bf16
     Floats partial_, top_, total_;          // [B, runs, Hq * T(, out_step)]
     Floats p_, block_top_;                  // [B, blocks, Hq * T(, kBlock)], where mass is wanted
 };

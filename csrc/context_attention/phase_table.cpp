@@ -19,12 +19,13 @@ constexpr std::align_val_t kLine{64};
 
 struct Kept {
     std::vector<double> inv_freq;
-    bool interleaved;
+    bool interleaved, even_first;
     int bits;
     std::shared_ptr<const PhaseTable> table;
 
     bool is(const Frequencies& f, int n) const {
-        return bits == n && interleaved == f.interleaved && static_cast<int64_t>(inv_freq.size()) == f.half &&
+        return bits == n && interleaved == f.interleaved && even_first == f.even_first &&
+               static_cast<int64_t>(inv_freq.size()) == f.half &&
                (f.half == 0 || !std::memcmp(inv_freq.data(), f.inv_freq, static_cast<size_t>(f.half) * sizeof(double)));
     }
 };
@@ -75,6 +76,17 @@ Floats::Floats(int64_t n)
 
 void Floats::Free::operator()(float* p) const { ::operator delete[](p, kLine); }
 
+void put_even_first(float* x, int64_t n) {
+    for (const float* end = x + n; x != end; x += 32) {
+        float lying[32];
+        std::copy(x, x + 32, lying);
+        for (int i = 0; i < 16; ++i) {
+            x[i] = lying[2 * i];
+            x[16 + i] = lying[2 * i + 1];
+        }
+    }
+}
+
 void write_phase(const RowOps& ops, const Frequencies& f, const double* turns, int64_t position, double scale,
                  float* out) {
     const int64_t used = f.interleaved ? 2 * f.half : f.half;
@@ -83,6 +95,7 @@ void write_phase(const RowOps& ops, const Frequencies& f, const double* turns, i
     std::memmove(out + f.width, out + used, static_cast<size_t>(used) * sizeof(float));
     std::fill(out + used, out + f.width, 0.0f);
     std::fill(out + f.width + used, out + 2 * f.width, 0.0f);
+    if (f.even_first) put_even_first(out, 2 * f.width);
 }
 
 std::shared_ptr<const PhaseTable> phase_table(const RowOps& ops, const Frequencies& f, int64_t most) {
@@ -99,7 +112,7 @@ std::shared_ptr<const PhaseTable> phase_table(const RowOps& ops, const Frequenci
         }
     }
     // Made outside of the lock: two threads may both make it, which costs time and nothing else.
-    Kept fresh{std::vector<double>(f.inv_freq, f.inv_freq + f.half), f.interleaved, n, make(ops, f, n)};
+    Kept fresh{std::vector<double>(f.inv_freq, f.inv_freq + f.half), f.interleaved, f.even_first, n, make(ops, f, n)};
     std::shared_ptr<const PhaseTable> table = fresh.table;
     if (shared) {
         std::lock_guard<std::mutex> lock(shared->mutex);

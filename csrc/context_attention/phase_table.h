@@ -28,8 +28,12 @@ struct Frequencies {
     const double* inv_freq;  // [half]
     int64_t half;
     bool interleaved;
-    int64_t width;  // of a padded phase
+    int64_t width;    // of a padded phase
+    bool even_first;  // of every 32 pairs the even ones come first, as a register of bf16 is widened; width is a multiple
 };
+
+// Puts n floats, a multiple of 32, in that order.
+void put_even_first(float* x, int64_t n);
 
 // Tables reach to positions below 2^kMostBits.
 constexpr int kMostBits = 28;

@@ -12,9 +12,12 @@ namespace mc {
 
 class Phases {
 public:
-    // furthest: at least the position of every entry that is seen.
-    Phases(const mc_context_attention_args& a, const Attention& x, const RowOps& row_ops, int64_t furthest)
-        : row_ops_(row_ops), frequencies_{a.inv_freq, a.half, x.interleaved, x.row.width}, width_(x.row.width) {
+    // furthest: at least the position of every entry that is seen. even_first: order of entries' phases.
+    Phases(const mc_context_attention_args& a, const Attention& x, const RowOps& row_ops, int64_t furthest,
+           bool even_first)
+        : row_ops_(row_ops),
+          frequencies_{a.inv_freq, a.half, x.interleaved, x.row.width, even_first},
+          width_(x.row.width) {
         if (furthest >> kMostBits == 0) table_ = phase_table(row_ops, frequencies_, furthest);
         turns_.resize(static_cast<size_t>(a.half));
         inv_freq_.assign(static_cast<size_t>(width_), 0.0f);
@@ -24,6 +27,7 @@ public:
                 inv_freq_[static_cast<size_t>(x.interleaved ? 2 * i + j : i)] = static_cast<float>(a.inv_freq[i]);
             }
         }
+        if (even_first) put_even_first(inv_freq_.data(), width_);
         unturned_.assign(static_cast<size_t>(2 * width_), 0.0f);
         std::fill(unturned_.begin(), unturned_.begin() + width_, 1.0f);
     }
@@ -31,8 +35,11 @@ public:
     // Floats of scratch that `entries` needs: where positions lie beyond the tables.
     int64_t scratch() const { return table_ ? 0 : kBlock * 2 * width_; }
 
+    // As pairs lie.
     void query(int64_t position, double scale, float* out) const {
-        write_phase(row_ops_, frequencies_, turns_.data(), position, scale, out);
+        Frequencies in_order = frequencies_;
+        in_order.even_first = false;
+        write_phase(row_ops_, in_order, turns_.data(), position, scale, out);
     }
 
     // out [count, 2 * width]. sigma: by slot relative to the block, or NULL.
@@ -49,7 +56,7 @@ public:
         } else {  // each entry's own phase in the place of a high part, none in that of the low
             for (int64_t i = 0; i < e.count; ++i) {
                 numbers[i] = i;
-                query(e.position[i], 1.0, scratch + i * 2 * width_);
+                write_phase(row_ops_, frequencies_, turns_.data(), e.position[i], 1.0, scratch + i * 2 * width_);
             }
             rows.high = scratch;
             rows.low = unturned_.data();

@@ -4,7 +4,8 @@
 // - W is read in the order of memory, a few rows at a time with the next ones fetched ahead: reading rows side by side
 //   without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
-//   Rows of W that more rows of x need are read again from the first-level cache, not from memory.
+//   Rows of W that more rows of x need are read again from the first-level cache, not from memory. Where a level
+//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h.
 // - Sums across a register are done for a whole vector of outputs at a time.
 // - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
 //
@@ -25,8 +26,8 @@ constexpr int64_t kThreadBytes = 1 << 18;  // of weights that are worth waking a
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
 
-const LinearOps& linear_ops(const RowOps& rows) {
-    return ops_beside(rows, "fused_linear", {linear_avx512(), linear_avx2(), linear_scalar()});
+const LinearOps& linear_ops(const IsaLevel& level) {
+    return ops_of(level, "fused_linear", {linear_avx512bf16(), linear_avx512(), linear_avx2(), linear_scalar()});
 }
 
 class Floats {
@@ -46,9 +47,10 @@ public:
     Call(const mc_fused_linear_args& a, int n_threads)
         : a_(a),
           x_(check_fused_linear(a)),
-          ops_(linear_ops(row_ops())),
+          ops_(linear_ops(isa_level())),
+          in_pairs_(ops_.dot_pairs && a.x.dtype == MC_BF16 && a.weight.dtype == MC_BF16),
           padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
-          wide_x_(x_.rows * padded_),
+          ready_x_(in_pairs_ ? x_.rows * padded_ / 2 : x_.rows * padded_),
           gain_(x_.norm ? x_.inputs : 0),
           bias_(x_.bias ? a.weight.size[0] : 0) {
         const int64_t bytes = a.weight.size[0] * x_.inputs * dtype_bytes(a.weight.dtype);
@@ -57,7 +59,7 @@ public:
 
     void run() {
         if (x_.rows == 0 || x_.outputs == 0) return;
-        widen();
+        make_ready();
         const int64_t units = (x_.outputs + kUnit - 1) / kUnit;
         const int64_t tasks = threads_ == 1 ? 1 : std::min(units, threads_ * kTasksPerThread);
         auto body = [&](int64_t i) {
@@ -76,16 +78,24 @@ private:
         }
     }
 
-    void widen() {
+    void make_ready() {
         widen_vector(a_.norm, gain_);
         widen_vector(a_.bias, bias_);
         const float* gain = x_.norm ? gain_.get() : nullptr;
+        const float eps = static_cast<float>(a_.eps);
         for (int64_t r = 0; r < x_.rows; ++r) {
-            ops_.widen[a_.x.dtype][a_.weight.dtype == MC_BF16]({x_.x + r * x_.x_step, x_.inputs, padded_, gain,
-                                                                static_cast<float>(a_.eps),
-                                                                wide_x_.get() + r * padded_});
+            const char* x = x_.x + r * x_.x_step;
+            if (in_pairs_) {
+                ops_.narrow({x, x_.inputs, padded_, gain, eps, pairs(r)});
+            } else {
+                const int even_first = a_.weight.dtype == MC_BF16;
+                ops_.widen[a_.x.dtype][even_first]({x, x_.inputs, padded_, gain, eps, ready_x_.get() + r * padded_});
+            }
         }
     }
+
+    int64_t pairs_step() const { return padded_ * 2; }
+    char* pairs(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * pairs_step(); }
 
     // Outputs [first, first + n) of all rows of x, n at most kColumns.
     void columns(int64_t first, int64_t n) {
@@ -111,16 +121,21 @@ private:
     }
 
     void dot(int64_t row, int64_t n, int64_t next, int64_t x_row, int64_t x_rows, float* out) {
-        ops_.dot[a_.weight.dtype]({x_.weight + row * x_.weight_step, x_.weight + next * x_.weight_step,
-                                   x_.weight_step, n, x_.inputs, wide_x_.get() + x_row * padded_, x_rows, padded_,
-                                   out});
+        const char *w = x_.weight + row * x_.weight_step, *then = x_.weight + next * x_.weight_step;
+        if (in_pairs_) {
+            ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out});
+        } else {
+            ops_.dot[a_.weight.dtype]({w, then, x_.weight_step, n, x_.inputs, ready_x_.get() + x_row * padded_, x_rows,
+                                       padded_, out});
+        }
     }
 
     const mc_fused_linear_args& a_;
     const Linear x_;
     const LinearOps& ops_;
+    const bool in_pairs_;
     const int64_t padded_;
-    Floats wide_x_, gain_, bias_;  // [N, padded], [E], [O]
+    Floats ready_x_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [E], [O]
     int64_t threads_;
 };
 

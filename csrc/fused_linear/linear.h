@@ -2,17 +2,26 @@
 //
 // A row of x is widened to fp32 once a call, in the order in which a row of W is widened while it is read: `kSpan`
 // elements at a time. A span of bf16 gives its even elements, then its odd ones (each takes one operation on the whole
-// register); other dtypes stay in order. A row ends in zeros up to a whole span.
+// register); other dtypes stay in order. A row ends in zeros up to a whole span. Where a level multiplies bf16, rows of x
+// that are bf16 as W is stay so.
 #pragma once
 
 #include <cstdint>
 
 #include "rows.h"
 
+// Accumulators live in registers only if loops over them are unrolled, which is too much for GCC's own limit.
+#if defined(__clang__)
+#define MC_UNROLL _Pragma("unroll")
+#else
+#define MC_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace mc {
 
 constexpr int64_t kSpan = 32;     // elements: two of the widest vectors
-constexpr int64_t kXRows = 16;    // rows of x that one dot takes, at most
+constexpr int kTileX = 4;         // rows of x that share a read of W from a register
+constexpr int64_t kXRows = 32;    // rows of x that one dot takes, at most
 constexpr int64_t kColumns = 64;  // rows of W that one dot takes, at most
 
 // x [n] -> out [padded]: x, or with gain [n] (fp32) x / sqrt(mean(x^2) + eps) * gain.
@@ -24,6 +33,15 @@ struct WidenRow {
     float* out;
 };
 
+// The same for bf16 that stays bf16: what is normed is rounded.
+struct NarrowRow {
+    const char* x;
+    int64_t n, padded;
+    const float* gain;
+    float eps;
+    char* out;
+};
+
 // out[r, j] = <W[j], x[r]>: x [x_rows, padded] as WidenRow leaves it, out [x_rows, kColumns].
 struct DotRows {
     const char* w;     // the first of w_rows rows, w_step bytes apart, n elements each
@@ -31,6 +49,15 @@ struct DotRows {
     int64_t w_step, w_rows, n;
     const float* x;
     int64_t x_rows, padded;
+    float* out;
+};
+
+// The same of bf16 by bf16 products: x as NarrowRow leaves it, its rows x_step bytes apart.
+struct DotPairs {
+    const char *w, *next;
+    int64_t w_step, w_rows, n;
+    const char* x;
+    int64_t x_rows, x_step;
     float* out;
 };
 
@@ -47,11 +74,15 @@ struct LinearOps {
     void (*widen[kDtypes][2])(const WidenRow&);  // [x's dtype][even elements first]
     void (*dot[kDtypes])(const DotRows&);        // [W's dtype]
     void (*finish[kDtypes])(const FinishRow&);   // [x's dtype]
+    // With bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
+    void (*narrow)(const NarrowRow&);
+    void (*dot_pairs)(const DotPairs&);
 };
 
 // nullptr where the build has no such level.
 const LinearOps* linear_scalar();
 const LinearOps* linear_avx2();
 const LinearOps* linear_avx512();
+const LinearOps* linear_avx512bf16();
 
 }  // namespace mc

@@ -3,21 +3,14 @@
 // Included by linear_<level>.cpp after vec_<level>.h and that level's `load_pair`; for what may be used here see there.
 #pragma once
 
+#include "fetch.h"
 #include "linear.h"
 #include "vec_math.h"
-
-// Accumulators live in registers only if loops over them are unrolled, which is too much for GCC's own limit.
-#if defined(__clang__)
-#define MC_UNROLL _Pragma("unroll")
-#else
-#define MC_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 namespace mc {
 namespace {
 
 constexpr int kTileW = Vec::kWidth == 16 ? 4 : 2;  // times kTileX accumulators
-constexpr int kTileX = 4;
 constexpr int64_t kPair = 2 * Vec::kWidth;
 
 // Where element i of a row goes (see linear.h): levels differ in the width of what they take apart.
@@ -71,12 +64,10 @@ inline void tile(const DotRows& a, const char* w, const float* x, const char* ah
         }
     };
     const int64_t whole = a.n / kPair * kPair;
+    const bool past = reads_past(a.x_rows, kTileW * a.n * T::kBytes);
     const char* rows[kW];
     for (int64_t e = 0; e < whole; e += kPair) {
-        // In the order of memory, as the rows of a tile follow each other: hardware prefetchers like one stream best.
-        // Past the second-level cache, where x and what the caller works with then stay: a quarter of the time.
-        for (int64_t b = 0; b < kW * kPairBytes; b += 64) __builtin_prefetch(ahead + b, 0, 0);
-        ahead += kW * kPairBytes;
+        ahead = fetch<kW * kPairBytes>(ahead, past);
         MC_UNROLL for (int i = 0; i < kW; ++i) rows[i] = w + i * a.w_step + e * T::kBytes;
         add_products(rows, e);
     }
@@ -129,14 +120,11 @@ void dot(const DotRows& a) {
     }
 }
 
-// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow.
+// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow: (positive part + negative part e^-|x|) / (1 + e^-|x|).
 inline Vec silu(Vec x) {
-    float v[Vec::kWidth], e[Vec::kWidth];
-    store(v, x);
-    for (int i = 0; i < Vec::kWidth; ++i) e[i] = v[i] < 0.0f ? v[i] : -v[i];
-    store(e, exp2(mul(load(e), Vec::all(kLog2E))));
-    for (int i = 0; i < Vec::kWidth; ++i) v[i] = v[i] * (v[i] < 0.0f ? e[i] : 1.0f) / (1.0f + e[i]);
-    return load(v);
+    const Vec zero = Vec::all(0.0f), above = greater(zero, x), below = greater(zero, sub(zero, x));
+    const Vec e = exp2(mul(sub(zero, add(above, below)), Vec::all(kLog2E)));
+    return div(fnmadd(below, e, above), add(Vec::all(1.0f), e));
 }
 
 template <class T>
@@ -162,7 +150,9 @@ LinearOps linear_table(const char* name) {
              {widen<F16, false>, widen<F16, true>},
              {widen<BF16, false>, widen<BF16, true>}},
             {dot<F32>, dot<F16>, dot<BF16>},
-            {finish<F32>, finish<F16>, finish<BF16>}};
+            {finish<F32>, finish<F16>, finish<BF16>},
+            nullptr,
+            nullptr};
 }
 
 }  // namespace

@@ -193,7 +193,10 @@ typedef struct mc_context_attention_args {
     float* mass;   /* [B, S] contiguous, or NULL: not wanted */
 } mc_context_attention_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
+/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, heads of 64 or 128 dimensions that turn
+ * whole and by halves are multiplied so: turned queries and keys and what the softmax gives an entry are rounded to it
+ * (and subnormal numbers taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
  * nothing. */
 MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, int32_t n_threads);
 
@@ -280,7 +283,9 @@ typedef struct mc_fused_linear_args {
     mc_tensor out;
 } mc_fused_linear_args;
 
-/* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
+/* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
+ * (and subnormal numbers are taken for zero).
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
 /* LensNet: what each of N entries would gain expanded and cost collapsed, in nats.

@@ -29,7 +29,7 @@ from mc_runtime.model.layers import Layer, Like, RMSNorm
 from mc_runtime.model.stores import KVStore, SelfStore
 
 # Rows up to which `fused_linear` beats torch's matrix products, by measurement.
-MOST_FUSED_ROWS = 8
+MOST_FUSED_ROWS = 32
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mc_kernels import RopeSpec, context_attention, native
 from mc_kernels.context_attention import cpu_native
 from mc_kernels.context_attention.cases import Case
-from mc_kernels.testing import Guarded, max_error, poisoned_empty
+from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")
 each_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
@@ -71,6 +71,17 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     return args
 
 
+def in_bf16(args: dict[str, Any]) -> dict[str, Any]:
+    return {**args, **{n: args[n].bfloat16() for n in ("q", "k", "v")}}
+
+
+def multiplies_bf16(args: dict[str, Any]) -> bool:
+    """Whether the library multiplies this call in bf16 if it is given so."""
+    dim, rope = args["q"].shape[-1], args["rope"]
+    level = native.library().cpu_isa() in ("avx512bf16", "amx")
+    return level and dim in (64, 128) and rope is not None and rope.rotary_dim == dim and not rope.interleaved
+
+
 def in_memory(args: dict[str, Any], dtype: torch.dtype, layout: str) -> tuple[dict[str, Any], list[Guarded]]:
     """The call on guarded memory of a layout; what no query sees is NaN there."""
     furthest = args["q_pos"].max(1, keepdim=True).values
@@ -106,11 +117,14 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
     assert max_error(got[2], want[2]) <= allowed * call["q"].shape[1] * call["q"].shape[2]
     seeing = want[1].isfinite().sum((1, 2)).float()
     torch.testing.assert_close(got[2].sum(1), seeing, rtol=1e-5, atol=1e-6)
-    # Numbers of 16 bits are widened exactly, and rounded once at the end.
+    # Numbers of 16 bits are widened exactly, and rounded once at the end, or multiplied as they are.
     args, more = in_memory(call, half, layout)
     with poisoned_empty():
         narrow = context_attention(**args, **EXTRAS, backend=backend)
-    if half == torch.bfloat16:
+    if half == torch.bfloat16 and multiplies_bf16(call):
+        for got_, want_, plain in zip(narrow, want, model(**in_bf16(call), exact=False), strict=True):
+            assert_within_error_rule(got_, want_, plain)
+    elif half == torch.bfloat16:
         assert same_bits(narrow[0], got[0].to(half))
         assert same_bits(narrow[1], got[1])
         assert same_bits(narrow[2], got[2])
@@ -118,6 +132,28 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
         assert max_error(narrow[0], want[0]) <= allowed + 2e-2
     for g in guarded + more:
         g.check()
+
+
+@each_level
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("group", "queries", "slots"), [(1, 1, 1), (2, 1, 47), (3, 1, 701), (4, 1, 130), (3, 3, 200)])
+def test_heads_of_bf16(group: int, queries: int, slots: int, dim: int, backend: str) -> None:
+    """The usual heads, whose products are bf16 where a level has them: queries for every tile and part of one, blocks
+    with an odd number of entries, holes that hold NaN, weights and damped keys, positions beyond the tables."""
+    for i, offset in enumerate((0, 5000, 2**29)):
+        case = Case("x", 2 * group, 2, dim, slots, queries, theta=1e4, batch=2, features=i == 1)
+        call = case.make(torch.bfloat16, seed=slots + i)
+        call["kv_pos"][1, ::3] = -1
+        call = {**call, "q_pos": call["q_pos"] + offset, "kv_pos": call["kv_pos"] + offset * (call["kv_pos"] >= 0)}
+        call |= {n: call[n].float() for n in ("q", "k", "v")}
+        args, guarded = in_memory(call, torch.bfloat16, "cache")
+        with poisoned_empty():
+            got = context_attention(**args, **EXTRAS, backend=backend)
+        plain = model(**in_bf16(call), exact=False)
+        for name, x, want, rival in zip(("out", "lse", "mass"), got, model(**call), plain, strict=True):
+            assert_within_error_rule(x, want, rival, what=f"{name}, offset {offset}")
+        for g in guarded:
+            g.check()
 
 
 @each_level
@@ -137,7 +173,7 @@ def test_neither_threads_nor_calls_beside_change_a_result(backend: str) -> None:
     calls_ = []
     for i in range(12):
         case = Case("x", 6, 3, 64, 5000 + i, 1 + i % 3, theta=1e3 + i % 6, features=i % 2 == 0)
-        calls_.append(case.make(torch.float32, seed=i))
+        calls_.append(case.make(torch.bfloat16 if i % 4 > 1 else torch.float32, seed=i))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -154,8 +190,9 @@ def test_neither_threads_nor_calls_beside_change_a_result(backend: str) -> None:
 
 
 @each_level
-def test_nan_and_infinity_that_are_seen_are_not_lost(backend: str) -> None:
-    args = Case("x", 2, 1, 40, 200, 2, theta=1e3).make(torch.float32)
+@pytest.mark.parametrize(("dim", "dtype"), [(40, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)], ids=str)
+def test_nan_and_infinity_that_are_seen_are_not_lost(dim: int, dtype: torch.dtype, backend: str) -> None:
+    args = Case("x", 2, 1, dim, 200, 2, theta=1e3).make(dtype)
     clean = context_attention(**args, backend=backend)
     assert isinstance(clean, Tensor)
     for name, value in (("k", float("nan")), ("v", float("nan")), ("k", float("inf"))):
