@@ -75,4 +75,37 @@ mc_kv_splice_args splice_args(const py::handle& k, const py::handle& v, const py
     return a;
 }
 
+mc_gist_pool_weights pool_weights(const py::handle& w, const py::handle& b, const py::handle& m, const py::handle& c) {
+    return {tensor("weights.w", w), tensor("weights.b", b), tensor("weights.m", m), tensor("weights.c", c)};
+}
+
+mc_gist_pool_args pool_args(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b,
+                            const py::handle& m, const py::handle& c, const py::handle& k_gist,
+                            const py::handle& v_gist) {
+    mc_gist_pool_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.k_gist = tensor("k_gist", k_gist);
+    a.v_gist = tensor("v_gist", v_gist);
+    return a;
+}
+
+mc_collapse_args collapse_args(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b,
+                               const py::handle& m, const py::handle& c, int64_t n_blocks, uintptr_t children,
+                               uintptr_t gist_slots, int64_t n_segments, uintptr_t segments) {
+    mc_collapse_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.n_blocks = n_blocks;
+    a.children = array<int64_t>(children);
+    a.gist_slots = array<int64_t>(gist_slots);
+    a.n_segments = n_segments;
+    a.segments = array<int64_t>(segments);
+    return a;
+}
+
 }  // namespace

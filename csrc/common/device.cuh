@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #define MC_DEVICE __device__ __forceinline__
+#define MC_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 // A deliberate error that a test switches on in the emulated build, to see that it is noticed.
 #define MC_FAULT(number) false
 
@@ -41,6 +42,50 @@ MC_DEVICE void write(void* p, T x) {
 #endif
 
 namespace mc::cuda {
+
+// Shared memory of the block, dealt out from its start. In the emulation every index is checked.
+template <class T>
+struct Span {
+    T* data;
+    int64_t size;
+
+    MC_DEVICE T& operator[](int64_t i) const {
+#if !defined(__CUDACC__)
+        if (i < 0 || i >= size) {
+            emulate::fail("index " + std::to_string(i) + " of " + std::to_string(size) + " in shared memory");
+        }
+#endif
+        return data[i];
+    }
+    MC_DEVICE Span part(int64_t from, int64_t n) const { return {data + from, n}; }
+};
+
+class SharedMemory {
+public:
+    // base: MC_SHARED_MEMORY.
+    MC_DEVICE explicit SharedMemory(char* base) : base_(base) {}
+
+    // On 16 bytes, as `bytes_of` counts.
+    template <class T>
+    MC_DEVICE Span<T> take(int64_t n) {
+        T* at = reinterpret_cast<T*>(base_ + used_);
+        used_ += (n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+#if !defined(__CUDACC__)
+        emulate::shared_memory(used_);
+#endif
+        return {at, n};
+    }
+
+private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+// Of `n` elements that are taken from shared memory.
+template <class T>
+constexpr int64_t shared_bytes_of(int64_t n) {
+    return (n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+}
 
 // V elements that are moved as one.
 template <class Bits, int V>

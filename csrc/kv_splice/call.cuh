@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device_types.cuh"
+#include "words.cuh"
 
 namespace mc::cuda {
 
@@ -29,9 +30,6 @@ struct PlanWords {
 };
 constexpr int kPlanWords = 9, kMoveWords = 4;
 
-// So many words go with the launch, without a workspace.
-constexpr int kInlineWords = 896;
-
 struct SpliceCall {
     char *k, *v;
     const char *k_new, *v_new;
@@ -47,31 +45,16 @@ struct SpliceCall {
     bool wide_table, interleaved, rotates, explicit_positions;
     Split split[kKinds];
     int32_t rows_at, plans_at;  // in words; rows_at < 0: plan 0 for all rows
-    const int32_t* words;       // nullptr: the inline ones
-    int32_t inline_words[kInlineWords];
-
-    MC_DEVICE int word(int i) const {
-#if !defined(__CUDACC__)
-        if (!words && (i < 0 || i >= kInlineWords)) emulate::fail("word " + std::to_string(i) + " of the plan");
-#endif
-        return words ? read_constant<int32_t>(words + i) : inline_words[i];
-    }
+    Words word;
 
     // False: the row is left alone.
     MC_DEVICE bool plan_of(int row, PlanWords& p) const {
-        const int plan = rows_at < 0 ? 0 : word(rows_at + row), at = plans_at + kPlanWords * plan;
+        const int plan = rows_at < 0 ? 0 : word[rows_at + row], at = plans_at + kPlanWords * plan;
         if (plan < 0) return false;
-        p = {word(at),     word(at + 1), word(at + 2), word(at + 3), word(at + 4),
-             word(at + 5), word(at + 6), word(at + 7), word(at + 8)};
+        p = {word[at],     word[at + 1], word[at + 2], word[at + 3], word[at + 4],
+             word[at + 5], word[at + 6], word[at + 7], word[at + 8]};
         return true;
     }
-};
-
-// Moves entries of `words` into a workspace, a launch's worth at a time, where a plan does not fit into a launch.
-struct PutWords {
-    int32_t* to;
-    int32_t count;
-    int32_t words[kInlineWords];
 };
 
 }  // namespace mc::cuda

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "kernel.cuh"
 #include "launch.cuh"
+#include "put_words.cuh"
 
 namespace mc::cuda {
 namespace {
@@ -14,17 +15,9 @@ namespace {
 constexpr int64_t kWantedLanes = 264;
 // What DRAM delivers at once: a lane's share of an entry is not cut below it.
 constexpr int64_t kLeastBytes = 64;
-constexpr int64_t kMostInt = 0x7fffffff;
-
-int32_t narrow(const char* what, int64_t x) {
-    if (x > kMostInt) {
-        invalid(std::string(what) + ": expected at most " + std::to_string(kMostInt) + ", got " + std::to_string(x));
-    }
-    return static_cast<int32_t>(x);
-}
 
 // The plans as 32-bit words: rows, headers, moves, inserted slots. See PlanWords.
-struct Words {
+struct PlanList {
     std::vector<int32_t> words;
     int32_t rows_at = -1, plans_at = 0;
     // Of any plan: entries that keys' lanes have, those that values' lanes have.
@@ -47,8 +40,8 @@ bool any_order(const mc_kv_splice_args& a, int64_t plan) {
     return least_source > most_destination;
 }
 
-Words words_of(const mc_kv_splice_args& a, int64_t n_rows, bool explicit_positions) {
-    Words out;
+PlanList words_of(const mc_kv_splice_args& a, int64_t n_rows, bool explicit_positions) {
+    PlanList out;
     std::vector<int32_t>& w = out.words;
     const int64_t* total = a.offsets + 5 * a.n_plans;
     narrow("offsets", std::max({total[0] + total[1], total[2], total[3], total[4]}) * kMoveWords);
@@ -92,16 +85,6 @@ Words words_of(const mc_kv_splice_args& a, int64_t n_rows, bool explicit_positio
     return out;
 }
 
-bool on_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Whether every entry of a view begins on 16 bytes. Strides of single-element dimensions are not used.
-bool packs_fit(const mc_tensor& x, int64_t bytes) {
-    if (is_empty(x)) return true;
-    bool fit = on_16(x.data);
-    for (int i = 0; i < x.ndim - 1; ++i) fit = fit && (x.size[i] == 1 || x.stride[i] * bytes % 16 == 0);
-    return fit;
-}
-
 // Heads and columns of a lane: as many as leave enough lanes to keep the device busy.
 Split split(int64_t rows, int64_t heads, int64_t items, int64_t item_bytes, int64_t heads_wanted, int threads,
             bool cut_columns) {
@@ -131,26 +114,8 @@ void launch_with(bool packs, bool ordered, int64_t blocks, int threads, void* st
     launch(ordered ? "kv_splice (ordered)" : "kv_splice (slots)", kernel, blocks, threads, 0, stream, c);
 }
 
-// The words into the workspace, by as many launches as it takes: their arguments are copied when they are launched, so
-// nothing of the caller's is read later, and no copy waits for pageable memory.
-const int32_t* put(const std::vector<int32_t>& words, void* workspace, void* stream) {
-    int32_t* to = static_cast<int32_t*>(workspace);
-    for (size_t i = 0; i < words.size(); i += kInlineWords) {
-        PutWords p;
-        p.to = to + i;
-        p.count = static_cast<int32_t>(std::min<size_t>(kInlineWords, words.size() - i));
-        std::copy_n(words.begin() + static_cast<std::ptrdiff_t>(i), p.count, p.words);
-        launch("kv_splice (plan)", put_words, 1, block_threads(kThreads), 0, stream, p);
-    }
-    return to;
-}
-
 bool has_explicit_positions(const mc_kv_splice_args& a) {
     return a.inv_freq_rows != 0 && (a.positions || a.new_positions);
-}
-
-int64_t workspace_bytes_for(const Words& w) {
-    return w.words.size() <= kInlineWords ? 0 : static_cast<int64_t>(w.words.size()) * 4;
 }
 
 void watch(Watched& watched, const mc_kv_splice_args& a, const Cache& c) {
@@ -203,12 +168,9 @@ void kv_splice(const mc_kv_splice_args& a, void* workspace, int64_t workspace_by
     SpliceCall c{};
     set_memory(c, a, cache);
     c.explicit_positions = has_explicit_positions(a);
-    const Words w = words_of(a, c.n_rows, c.explicit_positions);
-    const int64_t needed = workspace_bytes_for(w);
-    if (needed && (!workspace || workspace_bytes < needed || !on_16(workspace))) {
-        invalid("workspace: expected " + std::to_string(needed) + " bytes on a multiple of 16, got " +
-                (workspace ? std::to_string(workspace_bytes) + " bytes" : "NULL"));
-    }
+    const PlanList w = words_of(a, c.n_rows, c.explicit_positions);
+    const int64_t needed = words_workspace(w.words.size());
+    check_workspace(workspace, workspace_bytes, needed);
     if (w.most_listed == 0 || c.n_rows == 0 || c.heads == 0 || cache.dim == 0) return;
     if (c.explicit_positions) {
         c.positions = a.positions;
@@ -216,9 +178,8 @@ void kv_splice(const mc_kv_splice_args& a, void* workspace, int64_t workspace_by
     }
 
     const int pack = static_cast<int>(16 / cache.bytes), threads = block_threads(kThreads);
-    const bool packs = cache.dim % pack == 0 && c.half % pack == 0 && packs_fit(a.k, cache.bytes) &&
-                       packs_fit(a.v, cache.bytes) && packs_fit(a.k_new, cache.bytes) &&
-                       packs_fit(a.v_new, cache.bytes);
+    const bool packs = cache.dim % pack == 0 && c.half % pack == 0 && rows_on_16(a.k) && rows_on_16(a.v) &&
+                       rows_on_16(a.k_new) && rows_on_16(a.v_new);
     const int64_t v = packs ? pack : 1, item = v * cache.bytes, heads = w.ordered ? 1 : c.heads;
     c.split[kTurn] =
         split(c.n_rows, c.heads, c.half / v, 2 * item, c.explicit_positions ? c.heads : heads, threads, w.ordered);
@@ -243,12 +204,8 @@ void kv_splice(const mc_kv_splice_args& a, void* workspace, int64_t workspace_by
     watch(watched, a, cache);
     c.rows_at = w.rows_at;
     c.plans_at = w.plans_at;
-    if (needed) {
-        watched.shared_array("workspace", workspace, workspace_bytes);
-        c.words = put(w.words, workspace, stream);
-    } else {
-        std::copy(w.words.begin(), w.words.end(), c.inline_words);
-    }
+    watched.shared_array("workspace", workspace, needed);
+    give_words(c.word, w.words, workspace, stream);
     switch (cache.dtype) {
         case MC_F32:
             return launch_with<Float>(packs, w.ordered, blocks, threads, stream, c);
@@ -267,8 +224,8 @@ extern "C" int32_t mc_kv_splice_cuda_workspace(const mc_kv_splice_args* args, in
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (!bytes) mc::invalid("bytes: expected an address, got NULL");
         const mc::Cache c = mc::check_kv_splice(*args, false);
-        *bytes = mc::cuda::workspace_bytes_for(
-            mc::cuda::words_of(*args, c.layers * c.batch, mc::cuda::has_explicit_positions(*args)));
+        *bytes = mc::cuda::words_workspace(
+            mc::cuda::words_of(*args, c.layers * c.batch, mc::cuda::has_explicit_positions(*args)).words.size());
     });
 }
 

@@ -39,9 +39,9 @@ struct Cursor {
 
     MC_DEVICE void open(const SpliceCall& c) {
         for (tile = head = 0; move < end; ++move) {
-            source = c.word(kMoveWords * move + 0);
-            destination = c.word(kMoveWords * move + 1);
-            count = c.word(kMoveWords * move + 2);
+            source = c.word[kMoveWords * move + 0];
+            destination = c.word[kMoveWords * move + 1];
+            count = c.word[kMoveWords * move + 2];
             if (count > 0) return;
         }
     }
@@ -167,7 +167,7 @@ MC_DEVICE int move_of(const SpliceCall& c, const PlanWords& plan, int i) {
     int low = plan.first_move, high = plan.first_move + plan.n_moves + plan.n_stays;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
-        (c.word(kMoveWords * middle + 3) <= i ? low : high) = middle;
+        (c.word[kMoveWords * middle + 3] <= i ? low : high) = middle;
     }
     return low;
 }
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, 2) splice_slots(const __grid_constan
         turns ? insert_turned<E, V>(c, lane, plan, at, j) : insert_plain<E, V>(c, lane, plan, j);
         return;
     }
-    const int m = move_of(c, plan, i), e = i - c.word(kMoveWords * m + 3);
-    const int source = c.word(kMoveWords * m) + e, destination = c.word(kMoveWords * m + 1) + e;
+    const int m = move_of(c, plan, i), e = i - c.word[kMoveWords * m + 3];
+    const int source = c.word[kMoveWords * m] + e, destination = c.word[kMoveWords * m + 1] + e;
     const int64_t delta = turns ? at.after(destination) - at.before(source) : 0;
     if (delta == 0 && source == destination) return;
     const char* from = lane.slot(source);
@@ -198,12 +198,6 @@ __global__ void __launch_bounds__(kThreads, 2) splice_slots(const __grid_constan
         turn_entry<E, V>(c, lane, from, lane.steps.head, to, delta, 1.0f);
     } else {
         copy_entry<E, V>(lane, from, lane.steps.head, to);
-    }
-}
-
-__global__ void put_words(const __grid_constant__ PutWords p) {
-    for (int i = static_cast<int>(threadIdx.x); i < p.count; i += static_cast<int>(blockDim.x)) {
-        write(p.to + i, p.words[i]);
     }
 }
 

@@ -196,14 +196,14 @@ MC_DEVICE void copy_entry(const Lane& lane, const char* from, int64_t from_head,
 // Inserted entry j: keys freshly rotated at their position, all their dimensions scaled.
 template <class E, int V>
 MC_DEVICE void insert_turned(const SpliceCall& c, const Lane& lane, const PlanWords& plan, const Positions& at, int j) {
-    const int slot = c.word(plan.first_insert + j);
+    const int slot = c.word[plan.first_insert + j];
     turn_entry<E, V>(c, lane, lane.inserted(j), lane.fresh_steps.head, lane.slot(slot), at.after(slot), c.scaling);
 }
 
 template <class E, int V>
 MC_DEVICE void insert_plain(const SpliceCall& c, const Lane& lane, const PlanWords& plan, int j) {
     const float scale = lane.kind == kKeyRest && c.rotates ? c.scaling : 1.0f;
-    copy_entry<E, V>(lane, lane.inserted(j), lane.fresh_steps.head, lane.slot(c.word(plan.first_insert + j)), scale);
+    copy_entry<E, V>(lane, lane.inserted(j), lane.fresh_steps.head, lane.slot(c.word[plan.first_insert + j]), scale);
 }
 
 }  // namespace mc::cuda

@@ -62,6 +62,7 @@ char* shared_memory(int64_t bytes_needed);
 #define blockIdx (mc::emulate::place().block)
 #define blockDim (mc::emulate::place().block_size)
 #define gridDim (mc::emulate::place().grid_size)
+#define MC_SHARED_MEMORY(name) char* name = mc::emulate::shared_memory(0)
 #define MC_FAULT(number) mc::emulate::fault(number)
 
 inline void __syncthreads() { mc::emulate::sync_block(); }
@@ -86,6 +87,8 @@ T __shfl_xor_sync(unsigned mask, T x, int lanes) {
     return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lanes);
 }
 
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
