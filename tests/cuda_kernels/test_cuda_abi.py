@@ -200,11 +200,11 @@ def test_only_the_abi_is_exported(library: Any) -> None:
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_the_example_without_python(tmp_path: Path) -> None:
     """It is built and linked wherever nvcc is; where there is a device it runs and checks its result."""
-    if isinstance(found := cuda_backend._load(native.FOLDER, "_cuda"), str):
+    if isinstance(found := cuda_backend._load(extension.FOLDER, "_cuda"), str):
         pytest.skip(found)
     program = tmp_path / "splice_paged"
-    where = ["-I", str(ROOT / "csrc" / "include"), "-L", str(native.FOLDER), "-lmc_kernels_cuda"]
-    rpath = ["-Xlinker", f"-rpath,{native.FOLDER}"]
+    where = ["-I", str(ROOT / "csrc" / "include"), "-L", str(extension.FOLDER), "-lmc_kernels_cuda"]
+    rpath = ["-Xlinker", f"-rpath,{extension.FOLDER}"]
     source = str(ROOT / "examples" / "cpp" / "splice_paged.cpp")
     done = subprocess.run(
         [NVCC, "-std=c++17", "-Xcompiler", "-Wall,-Wextra,-Werror", source, *where, *rpath, "-o", str(program)],
