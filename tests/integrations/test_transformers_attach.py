@@ -242,5 +242,5 @@ def test_a_missing_or_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch)
             runpy.run_path(path)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["transformers"], "__version__", "4.57.0")
-        with pytest.raises(ImportError, match=r"5\.13\.0 or newer, got 4\.57\.0"):
+        with pytest.raises(ImportError, match=r"5\.16\.0 or newer, got 4\.57\.0"):
             runpy.run_path(path)
