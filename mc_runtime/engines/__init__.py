@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mc_runtime.errors import InputError
+from mc_runtime.errors import InputError, ModelError
 from mc_runtime.model import Decoder
 
 from .base import Engine, Reading
@@ -15,8 +15,8 @@ ENGINES = ("native", "transformers")
 def make_engine(engine: str | CacheEngine, decoder: Decoder) -> CacheEngine:
     """An engine by name, over a decoder's weights; an engine is passed through.
 
-    Raises InputError for an unknown name and for an engine of another model or without an editable cache, ImportError
-    where what an engine needs is not installed.
+    Raises InputError for an unknown name and for an engine of another model or without an editable cache, ModelError
+    for a model that the engine does not run and where what the engine needs is not installed.
     """
     if isinstance(engine, CacheEngine):
         if engine.decoder is not decoder:
@@ -25,8 +25,10 @@ def make_engine(engine: str | CacheEngine, decoder: Decoder) -> CacheEngine:
     if engine == "native":
         return NativeEngine(decoder)
     if engine == "transformers":
-        from .transformers import TransformersEngine  # transformers takes seconds to import and is optional
-
+        try:  # transformers is optional, and takes seconds to import
+            from .transformers import TransformersEngine
+        except ImportError as error:
+            raise ModelError(f"engine: {error}") from error
         return TransformersEngine(decoder)
     got = type(engine).__name__ if isinstance(engine, Engine) else repr(engine)
     raise InputError(f"engine: expected one of {', '.join(ENGINES)}, or an engine with an editable cache, got {got}")

@@ -57,7 +57,7 @@ class _StoreCache(PositionedCache):
 
 
 class TransformersEngine(CacheEngine):
-    """Llama, Mistral, Qwen2 and Qwen3 by transformers' own modules. Raises ImportError without transformers 5.13 or
+    """Llama, Mistral, Qwen2 and Qwen3 by transformers' own modules. Raises ImportError without transformers 5.16 or
     newer, ModelError for what transformers' class of the family does not compute."""
 
     name = "transformers"

@@ -78,6 +78,26 @@ def test_second_turns_take_new_tokens_only(beams: int) -> None:
             assert torch.equal(got[:, -7:], whole), name
 
 
+def test_guessed_tokens_are_cropped_again() -> None:
+    """Prompt lookup runs several guesses in one forward and takes back those that were wrong."""
+    model, ids = build("llama"), random_ids(1, 6).repeat(1, 5)
+    expected = model.generate(ids, **GREEDY)
+    with attached(model):
+        cache = WorkingContextCache(model, 64)
+        got = model.generate(ids, prompt_lookup_num_tokens=3, **named(model, cache), **GREEDY)
+    assert torch.equal(got, expected)
+    assert cache.lengths == [36]
+
+
+def test_layers_of_unlike_kind_are_refused() -> None:
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight.data = attention.k_proj.weight.data[:12]
+    attention.v_proj.weight.data = attention.v_proj.weight.data[:12]
+    with pytest.raises(ValueError, match=r"one shape and dtype on one device, got \(Hkv, D\) = \(1, 12\)"):
+        attach(model)
+
+
 def test_a_layer_without_positions_is_left_unrotated() -> None:
     config = hf.SmolLM3Config(**SHAPE, no_rope_layer_interval=2)
     torch.manual_seed(0)
@@ -181,6 +201,12 @@ def test_calls_that_cannot_be_served_say_so_and_change_nothing() -> None:
         alone = model.model.layers[0]
         with pytest.raises(RuntimeError, match="not its layers"):
             alone(torch.zeros(2, 6, 48), position_embeddings=(torch.ones(1, 6, 12), torch.zeros(1, 6, 12)))
+        with pytest.raises(ValueError, match="shares its config"):
+            attach(type(model)(model.config).eval())
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="expected attention 'megacontext'"):
+            run(model, cache, ids)
+        model.set_attn_implementation("megacontext")
         assert attach(model) is mc.attachment_of(model)
         assert cache.lengths == [6, 6]
         assert all(torch.equal(a, b) for row in (0, 1) for a, b in zip(by_rank(cache, row), before[row], strict=True))
@@ -216,5 +242,5 @@ def test_a_missing_or_old_transformers_is_named(monkeypatch: pytest.MonkeyPatch)
             runpy.run_path(path)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["transformers"], "__version__", "4.57.0")
-        with pytest.raises(ImportError, match=r"5\.13\.0 or newer, got 4\.57\.0"):
+        with pytest.raises(ImportError, match=r"5\.16\.0 or newer, got 4\.57\.0"):
             runpy.run_path(path)

@@ -171,7 +171,8 @@ def test_bad_splices_change_nothing() -> None:
             (r"inputs: expected shape \[2, 2\]", lambda: recompute(model, cache, [2, 3], random_ids(2, 3))),
             (r"embeddings: expected shape", lambda: insert_embeddings(model, cache, 0, torch.zeros(2, 1, 5))),
             ("embeddings: expected M >= 1", lambda: insert_embeddings(model, cache, 0, torch.zeros(2, 0, 48))),
-            ("tokens_to_remove", lambda: cache.crop(31)),
+            ("tokens_to_remove: expected -30 to 0, got -31", lambda: cache.crop(-31)),
+            ("tokens_to_remove: expected -30 to 0, got 4", lambda: cache.crop(4)),
             ("capacity", lambda: WorkingContextCache(model, 0)),
         ):
             with pytest.raises(ValueError, match=message):

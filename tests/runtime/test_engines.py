@@ -3,6 +3,7 @@ session; and the part of the interface that an engine without an editable cache 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,12 @@ def test_unknown_and_foreign_engines_are_refused(model: LoadedModel, tmp_path: P
     ):
         with refused(InputError, message):
             Session.open(tmp_path / "memory", model, engine=engine, **SMALL)  # type: ignore[arg-type]
+
+
+def test_a_missing_transformers_is_named(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mc_runtime.engines.transformers", None)
+    with refused(ModelError, "engine: "):
+        make_engine("transformers", model.decoder)
 
 
 def talk(session: Session) -> list[str]:

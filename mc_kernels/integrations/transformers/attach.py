@@ -60,6 +60,12 @@ class Attachment:
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
+        config: Any = module.config
+        if config._attn_implementation != NAME:
+            raise ValueError(
+                f"model: expected attention {NAME!r} while {type(module).__name__} is attached, got "
+                f"{config._attn_implementation!r}, set since, here or through a config that another model shares"
+            )
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if not isinstance(cache, PositionedCache):
@@ -106,7 +112,7 @@ def attach(model: PreTrainedModel) -> Attachment:
     rotary modules, so scaled frequencies (linear, llama3, YaRN) and its magnitude are the model's.
 
     Until `detach`, every forward needs a `PositionedCache`, positions come from it (`position_ids` are replaced), and
-    `torch.compile` is not supported. A model that shares its config object with others changes their attention too.
+    `torch.compile` is not supported. Models must not share a config object: it names the attention of all of them.
 
     Raises TypeError for what is no PreTrainedModel; ValueError, leaving the model as it was, where the Working Context
     would not be exact: softcapped logits (Gemma 2), attention sinks in the softmax, chunked or bidirectional attention,
@@ -117,7 +123,10 @@ def attach(model: PreTrainedModel) -> Attachment:
     if model in _ATTACHED:
         return _ATTACHED[model]
     if model.config._attn_implementation == NAME:
-        raise ValueError(f"model: {type(model).__name__} is a copy of an attached model; detach before copying")
+        raise ValueError(
+            f"model: {type(model).__name__} is a copy of an attached model, or shares its config with one; copy "
+            "first, then attach"
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(f"model: expected a decoder, got {type(model).__name__}, which has an encoder")
     if model.training and any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from ...checks import INDEX_DTYPES, check_same_device, check_shape, check_tensor
 from ...kv_splice import Edit, SplicePlan, kv_splice_
 from .attach import attachment_of
-from .probe import embedding_weight
 from .slots import SlotCache
 
 
@@ -32,7 +31,7 @@ class WorkingContextCache(SlotCache):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         probed = attachment_of(model).layers
-        (heads, dim), device = probed[0].kv_shape, embedding_weight(model).device
+        (heads, dim), device = probed[0].kv_shape, probed[0].device
         shape = (len(probed), 2, batch_size, heads, capacity, dim)
         data = torch.zeros(shape, dtype=probed[0].dtype, device=device)
         super().__init__(data, torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device))
@@ -124,17 +123,16 @@ class WorkingContextCache(SlotCache):
     # -- what transformers asks of caches -----------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest entries of every row; like transformers, a count of entries, negative or positive."""
-        count = abs(int(tokens_to_remove))
-        if count > min(self.lengths):
-            raise ValueError(f"tokens_to_remove: expected at most {min(self.lengths)}, got {count}")
+        """Remove the newest entries of every row: -n, as in transformers, or 0."""
+        count, most = -int(tokens_to_remove), min(self.lengths)
+        if not 0 <= count <= most:
+            raise ValueError(f"tokens_to_remove: expected {-most} to 0, got {tokens_to_remove}")
         if count:
             self.splice({row: [Edit(n - count, count, 0)] for row, n in enumerate(self.lengths)})
 
     def reset(self) -> None:
         """Forget all entries."""
-        self.pos.fill_(-1)
-        self._slots = [torch.zeros(0, dtype=torch.int64)] * self.batch_size
+        self._take(self.data, self.pos.fill_(-1), [torch.zeros(0, dtype=torch.int64)] * self.batch_size)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of `beam_idx` [B'], of which some may come more than once."""

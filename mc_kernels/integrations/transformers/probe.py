@@ -30,13 +30,14 @@ HARMLESS = ("scaling", "position_ids", "cache_position", "use_cache", "sliding_w
 
 @dataclass(frozen=True)
 class ProbedLayer:
-    """One attention module. rope: None without positions. kv_shape: (Hkv, D)."""
+    """One attention module. rope: None without positions. kv_shape: (Hkv, D) of its keys, as are dtype and device."""
 
     module: nn.Module
     rope: RopeSpec | None
     window: int | None
     kv_shape: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -87,9 +88,11 @@ def probe(model: PreTrainedModel, decoder: PreTrainedModel) -> list[ProbedLayer]
         _refuse_unknown(number, a)
         rope = _best(number, a, b, candidates)
         window = _window(number, a, decoder.config)
-        layers.append(ProbedLayer(a.module, rope, window, (a.k.shape[1], a.k.shape[3]), a.k.dtype))
-    if len({layer.kv_shape for layer in layers}) > 1:
-        raise ValueError(f"model: expected layers of one shape, got (Hkv, D) {sorted({x.kv_shape for x in layers})}")
+        layers.append(ProbedLayer(a.module, rope, window, (a.k.shape[1], a.k.shape[3]), a.k.dtype, a.k.device))
+    kinds = {(layer.kv_shape, layer.dtype, layer.device) for layer in layers}
+    if len(kinds) > 1:
+        found = "; ".join(sorted(f"(Hkv, D) = {shape}, {dtype}, {device}" for shape, dtype, device in kinds))
+        raise ValueError(f"model: expected layers of one shape and dtype on one device, got {found}")
     return layers
 
 

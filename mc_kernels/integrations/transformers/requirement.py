@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MINIMUM = "5.13.0"
+MINIMUM = "5.16.0"
 _WHO = f"mc_kernels.integrations.transformers needs transformers {MINIMUM} or newer"
 
 try:
