@@ -19,7 +19,7 @@ from ..checks import (
     describe,
 )
 from ..rope import RopeSpec
-from .memory import overlaps_itself, shares_memory
+from .memory import Layout
 from .plan import Ints, PageTable, SplicePlan
 
 
@@ -60,12 +60,13 @@ def check_cache(
 
 
 def _check_aliasing(given: dict[str, Tensor]) -> None:
+    layouts = {name: Layout(x) for name, x in given.items()}
     for name in ("k", "v"):
-        if overlaps_itself(given[name]):
+        if layouts[name].overlaps_itself():
             strides = list(given[name].stride())
             raise ValueError(f"{name}: expected a view without overlap, got {describe(given[name])}, strides {strides}")
     for a, b in (("k", "v"), ("k", "k_new"), ("k", "v_new"), ("v", "k_new"), ("v", "v_new")):
-        if shares_memory(given[a], given[b]):
+        if layouts[a].shares(layouts[b]):
             raise ValueError(f"{b}: expected memory apart from {a}, got views that share elements")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def pack_plans(plans: Sequence[SplicePlan]) -> PackedPlans:
     for p in plans:
         sizes = (p.segments.shape[0], p.stays.shape[0], p.n_insert, p.length, p.new_length)
         ends.append([a + b for a, b in zip(ends[-1], sizes, strict=True)])
-    offsets = torch.tensor(ends, dtype=torch.int64)
+    offsets = torch.from_numpy(np.array(ends, dtype=np.int64))  # a third of the time of torch.tensor
     if len(plans) == 1:
         return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, offsets)
     segments, stays = torch.cat([p.segments for p in plans]), torch.cat([p.stays for p in plans])
