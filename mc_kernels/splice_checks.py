@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .contracts import Strided, check_contiguous_rows, check_same_dtype, check_shape, describe
-from .memory import overlaps_itself, shares_memory
+from .memory import Layout
 from .splicing import Ints, SplicePlan
 
 
@@ -69,12 +69,13 @@ def check_views(given: Mapping[str, Any], pages: Pages | None) -> tuple[int, int
 
 def check_aliasing(given: Mapping[str, Strided]) -> None:
     """No two indices of k or v name one element; k, v and what is inserted share none (k_new with v_new may)."""
+    layouts = {name: Layout(x) for name, x in given.items()}
     for name in ("k", "v"):
-        if overlaps_itself(given[name]):
+        if layouts[name].overlaps_itself():
             strides = list(given[name].stride())
             raise ValueError(f"{name}: expected a view without overlap, got {describe(given[name])}, strides {strides}")
     for a, b in (("k", "v"), ("k", "k_new"), ("k", "v_new"), ("v", "k_new"), ("v", "v_new")):
-        if shares_memory(given[a], given[b]):
+        if layouts[a].shares(layouts[b]):
             raise ValueError(f"{b}: expected memory apart from {a}, got views that share elements")
 
 

@@ -131,7 +131,12 @@ private:
         });
     }
 
+    // Rows that follow each other on both sides lie apart (`copy` moves its own) and are one piece.
     static void copy_rows(const char* src, char* dst, int64_t n, int64_t src_step, int64_t dst_step, int64_t bytes) {
+        if (src_step == bytes && dst_step == bytes) {
+            std::memcpy(dst, src, static_cast<size_t>(n * bytes));
+            return;
+        }
         for (int64_t i = 0; i < n; ++i) {
             std::memcpy(dst + i * dst_step, src + i * src_step, static_cast<size_t>(bytes));
         }

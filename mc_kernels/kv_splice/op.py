@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,8 @@ class PackedPlans(NamedTuple):
 
 def pack_plans(plans: Sequence[SplicePlan]) -> PackedPlans:
     """Concatenate the plans' arrays; the arrays of a single plan are passed as they are."""
-    offsets = torch.tensor(plan_offsets(plans), dtype=torch.int64)
+    # A third of the time of torch.tensor.
+    offsets = torch.from_numpy(np.array(plan_offsets(plans), dtype=np.int64))
     if len(plans) == 1:
         return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, offsets)
     segments, stays = torch.cat([p.segments for p in plans]), torch.cat([p.stays for p in plans])

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from splice_model import same_bits
 from torch import Tensor
 
@@ -237,3 +239,19 @@ def test_autograd_sees_the_write(monkeypatch: pytest.MonkeyPatch) -> None:
     assert args["v"]._version > versions[1]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), distance=st.integers(-150, 150))
+def test_views_of_one_layout_share_what_they_name(data: st.DataObject, shape: list[int], distance: int) -> None:
+    """Nested strides with gaps, dimensions in any order, one view shifted against the other: by element numbers."""
+    dims, step = [], 1
+    for n in shape:
+        step += data.draw(st.integers(0, 3))
+        dims.append((n, step))
+        step *= n
+    sizes, strides = zip(*data.draw(st.permutations(dims)), strict=True)
+    numbers = torch.arange(4096)
+    views = [numbers.as_strided(sizes, strides, start) for start in (1024, 1024 + distance)]
+    named = [set(view.flatten().tolist()) for view in views]
+    assert shares_memory(*views) is bool(named[0] & named[1])
