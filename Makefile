@@ -44,7 +44,7 @@ sanitize: $(VENV)/.installed   ## tests of the native code under AddressSanitize
 	set -x; $(BIN)/python build_native.py --sanitize $(SANITIZED); \
 	LD_PRELOAD="$$(echo $(SANITIZERS))" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 MC_NATIVE=$(SANITIZED) \
-	    $(BIN)/python -m pytest -p no:cacheprovider tests/kernels -k "native or cpu" $(ARGS)
+	    $(BIN)/python -m pytest -p no:cacheprovider tests/kernels -k "native or cpu or array" $(ARGS)
 
 # Some minutes when nothing is in Triton's cache. Fails where registers spill or shared memory does not suffice.
 TRITON_TABLE := build/triton_resources.md

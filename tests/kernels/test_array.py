@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,7 @@ def as_jax(x: Tensor) -> Any:
     return jnp.from_dlpack(x.contiguous())
 
 
-def _installed(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
-
-
-needs_jax = pytest.mark.skipif(not _installed("jax"), reason="JAX is not installed")
+needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
 # A kind of array: how a tensor becomes one (a view where it may be written), and the class of results.
 KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "numpy": (as_numpy, "ndarray"), "torch": (lambda x: x, "Tensor"), "jax": (as_jax, "ArrayImpl"),
@@ -63,7 +56,7 @@ EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 
 def maker(kind: str, dtype: torch.dtype) -> Callable[[Tensor], Any]:
-    if kind == "numpy" and dtype == torch.bfloat16 and not _installed("ml_dtypes"):
+    if kind == "numpy" and dtype == torch.bfloat16 and find_spec("ml_dtypes") is None:
         pytest.skip("ml_dtypes is not installed: NumPy has no bfloat16")
     return KINDS[kind][0]
 
