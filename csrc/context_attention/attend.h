@@ -79,9 +79,9 @@ struct AttendOps {
     void (*turn[kDtypes][2])(const TurnRows&);  // [dtype][interleaved]
     void (*attend[kDtypes][2])(const HeadBlock&);
     void (*store[kDtypes])(const float* src, int64_t n, float scale, char* dst);
-    // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and keys
-    // and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries lie
-    // with the even pairs first (Frequencies).
+    // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and
+    // keys and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries
+    // lie with the even pairs first (Frequencies).
     void (*narrow_query)(const float* q, int64_t dims, uint16_t* out);
     void (*attend_pairs)(const HeadBlock&);
 };

@@ -8,14 +8,13 @@
 // - A key turns once for all queries that its head serves, 4 operations for each pair of vectors next to 2 a query; it
 //   goes into a strip of a few keys in the first-level cache, from which all queries read it.
 // - Scores are summed a vector of keys at a time, so that the sum across a register costs 3 operations a score.
-// - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h). What is read next, keys and
-//   values, is fetched evenly over all steps then: fetches in bursts wait for each other.
+// - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h). What is read next, keys
+//   and values, is fetched evenly over all steps then: fetches in bursts wait for each other.
 //
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): scale, magnitude and log2 e are in the queries.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "attend.h"
@@ -23,6 +22,7 @@
 #include "isa.h"
 #include "phases.h"
 #include "pool.h"
+#include "visible.h"
 
 namespace mc {
 namespace {
@@ -32,7 +32,6 @@ constexpr int64_t kMostRuns = 64;          // of a sequence: bounds the memory o
 constexpr int64_t kThreadBytes = 1 << 18;  // of keys and values that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 const AttendOps& attend_ops(const IsaLevel& level) {
     return ops_of(level, "context_attention", {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_scalar()});
@@ -122,16 +121,8 @@ private:
             p_ = Floats(x_.batch * blocks_of(x_.slots) * all_rows() * kBlock);
             block_top_ = Floats(x_.batch * blocks_of(x_.slots) * all_rows());
         }
-        least_.resize(static_cast<size_t>(x_.batch));
-        most_.resize(static_cast<size_t>(x_.batch));
-        int64_t furthest = 0;
-        for (int64_t b = 0; b < x_.batch; ++b) {
-            const int64_t* at = a_.q_pos + b * x_.queries;
-            const auto range = std::minmax_element(at, at + x_.queries);
-            least_[static_cast<size_t>(b)] = *range.first;
-            most_[static_cast<size_t>(b)] = *range.second;
-            furthest = std::max(furthest, *range.second);
-        }
+        visible_ = std::make_unique<const Visible>(a_, x_);
+        int64_t furthest = visible_->furthest();
         double scale = a_.scale * 1.44269504088896340736;
         if (rotates()) {
             // A position beyond the tables needs a look at what is there.
@@ -165,37 +156,6 @@ private:
 
     uint16_t* q_pairs(int64_t row) const { return reinterpret_cast<uint16_t*>(q_pairs_.get()) + row * x_.row.dims; }
 
-    // Entries of a block that some query of the sequence sees.
-    void visible(int64_t b, int64_t block, Entries& out) const {
-        const int64_t first = block * kBlock, end = std::min(first + kBlock, x_.slots);
-        const int64_t *pos = a_.kv_pos + b * x_.slots, most = most_[static_cast<size_t>(b)];
-        out.count = 0;
-        for (int64_t s = first; s < end; ++s) {
-            out.slot[out.count] = static_cast<int32_t>(s - first);
-            out.position[out.count] = pos[s];
-            out.count += pos[s] >= 0 && pos[s] <= most;
-        }
-        for (int64_t i = out.count; i % kPad && out.count; ++i) out.slot[i] = out.slot[out.count - 1];
-    }
-
-    // Bias and masks of a block, [T, kBlock], or [1, kBlock] where all queries see all; 0: none needed.
-    int64_t write_add(int64_t b, int64_t block, const Entries& e, float* add) const {
-        const float* bias = a_.kv_bias ? a_.kv_bias + b * x_.slots + block * kBlock : nullptr;
-        bool all = true;
-        for (int64_t i = 0; i < e.count; ++i) all = all && e.position[i] <= least_[static_cast<size_t>(b)];
-        if (all && !bias) return 0;
-        const int64_t n = all ? 1 : x_.queries;
-        for (int64_t t = 0; t < n; ++t) {
-            const int64_t at = a_.q_pos[b * x_.queries + t];
-            for (int64_t i = 0; i < e.count; ++i) {
-                const bool seen = all || e.position[i] <= at;
-                const float by = bias ? bias[e.slot[i]] * 1.44269504088896340736f : 0.0f;
-                add[t * kBlock + i] = seen ? by : kNothing;
-            }
-        }
-        return n;
-    }
-
     void attend_run(int64_t b, int64_t run, float* scratch, const Scratch& at) const {
         const int64_t rows = all_rows(), part = (b * runs_ + run) * rows;
         float *top = top_.get() + part, *total = total_.get() + part, *out = partial_.get() + part * out_step_;
@@ -207,14 +167,14 @@ private:
         const int64_t first = run * run_ / kBlock, end = blocks_of(std::min((run + 1) * run_, x_.slots));
         for (int64_t block = first; block < end; ++block) {
             Entries entries;
-            visible(b, block, entries);
+            visible_->entries(b, block, entries);
             if (entries.count == 0) continue;
             const int64_t slot = block * kBlock, numbered = (b * blocks_of(x_.slots) + block) * rows;
             if (rotates()) {
                 const float* sigma = a_.sigma ? a_.sigma + b * x_.slots + slot : nullptr;
                 phases_->entries(ops_, sigma, entries, scratch + at.far, scratch);
             }
-            const int64_t n_times = write_add(b, block, entries, scratch + at.add);
+            const int64_t n_times = visible_->add(b, block, entries, scratch + at.add);
             for (int64_t h = 0; h < x_.kv_heads; ++h) {
                 const bool more = h + 1 < x_.kv_heads;
                 const int64_t next_head = more ? h + 1 : 0, next_slot = more ? slot : slot + kBlock;
@@ -277,7 +237,7 @@ private:
 
     void collect_mass(int64_t b, int64_t block) const {
         Entries entries;
-        visible(b, block, entries);
+        visible_->entries(b, block, entries);
         double sum[kBlock] = {};  // of many small terms
         const int64_t rows = all_rows(), numbered = (b * blocks_of(x_.slots) + block) * rows;
         for (int64_t i = 0; entries.count && i < rows; ++i) {
@@ -300,7 +260,7 @@ private:
     const bool in_pairs_;
     int64_t out_step_, run_, runs_, threads_;
     std::unique_ptr<const Phases> phases_;  // none: nothing turns
-    std::vector<int64_t> least_, most_;     // [B] positions of the queries
+    std::unique_ptr<const Visible> visible_;
     Floats q_, q_pairs_;                    // [B, Hq * T, padded], [B, Hq * T, dims] of bf16
     Floats partial_, top_, total_;          // [B, runs, Hq * T(, out_step)]
     Floats p_, block_top_;                  // [B, blocks, Hq * T(, kBlock)], where mass is wanted

@@ -1,8 +1,8 @@
 // context_attention with bf16 products, for the usual heads of bf16: a product adds two neighbours' at a time.
 //
 // Included by attend_avx512bf16.cpp. A key turns in fp32 and is rounded to bf16, as are the turned queries and what the
-// softmax gives an entry; sums are fp32. Dimensions of keys and queries lie as a register of bf16 is widened: even ones,
-// then odd ones. Two rows of values interleaved by 128-bit lanes are operands of a sum over both: `low` and `high` of a
+// softmax gives an entry; sums are fp32. Dimensions of keys and queries lie as a register of bf16 is widened: even
+// ones, then odd ones. Two rows of values interleaved by 128-bit lanes are operands of a sum over both: `low` and `high` of a
 // step's elements, put in order at last.
 #pragma once
 
@@ -44,7 +44,8 @@ inline void turn_keys(const HeadBlock& a, int64_t e) {
         const char* row = a.k + slot * a.k_step;
         const float* phase = a.phase + i * 2 * kHalf;
         for (int d = 0; d < kHalf; d += kStep) {
-            const Pair x = load_pair(BF16{}, row + d * BF16::kBytes), y = load_pair(BF16{}, row + (kHalf + d) * BF16::kBytes);
+            const Pair x = load_pair(BF16{}, row + d * BF16::kBytes);
+            const Pair y = load_pair(BF16{}, row + (kHalf + d) * BF16::kBytes);
             const Vec c = load(phase + d), more_c = load(phase + d + Vec::kWidth);
             const Vec s = load(phase + kHalf + d), more_s = load(phase + kHalf + d + Vec::kWidth);
             narrow(fnmadd(y.first, s, mul(x.first, c)), fnmadd(y.second, more_s, mul(x.second, more_c)), out + d);
@@ -99,7 +100,8 @@ inline void gather_values(const HeadBlock& a, int64_t j, int d) {
         }
         __m512i even[kValueSteps], odd[kValueSteps];
         for (int i = 0; i < kValueSteps; ++i) {
-            const __m512i x = load_step(first + i * kStep * BF16::kBytes), y = load_step(second + i * kStep * BF16::kBytes);
+            const __m512i x = load_step(first + i * kStep * BF16::kBytes);
+            const __m512i y = load_step(second + i * kStep * BF16::kBytes);
             even[i] = _mm512_unpacklo_epi16(x, y);
             odd[i] = _mm512_unpackhi_epi16(x, y);
         }

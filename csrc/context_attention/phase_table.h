@@ -29,7 +29,7 @@ struct Frequencies {
     int64_t half;
     bool interleaved;
     int64_t width;    // of a padded phase
-    bool even_first;  // of every 32 pairs the even ones come first, as a register of bf16 is widened; width is a multiple
+    bool even_first;  // of every 32 pairs the even ones come first, as a register of bf16 is widened; width: 32 n
 };
 
 // Puts n floats, a multiple of 32, in that order.

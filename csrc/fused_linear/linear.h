@@ -2,8 +2,8 @@
 //
 // A row of x is widened to fp32 once a call, in the order in which a row of W is widened while it is read: `kSpan`
 // elements at a time. A span of bf16 gives its even elements, then its odd ones (each takes one operation on the whole
-// register); other dtypes stay in order. A row ends in zeros up to a whole span. Where a level multiplies bf16, rows of x
-// that are bf16 as W is stay so.
+// register); other dtypes stay in order. A row ends in zeros up to a whole span. Where a level multiplies bf16, rows
+// of x that are bf16 as W is stay so.
 #pragma once
 
 #include <cstdint>

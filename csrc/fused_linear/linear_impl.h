@@ -120,7 +120,8 @@ void dot(const DotRows& a) {
     }
 }
 
-// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow: (positive part + negative part e^-|x|) / (1 + e^-|x|).
+// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow: (positive part + negative part e^-|x|) by
+// (1 + e^-|x|).
 inline Vec silu(Vec x) {
     const Vec zero = Vec::all(0.0f), above = greater(zero, x), below = greater(zero, sub(zero, x));
     const Vec e = exp2(mul(sub(zero, add(above, below)), Vec::all(kLog2E)));

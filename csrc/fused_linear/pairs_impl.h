@@ -1,7 +1,8 @@
-// fused_linear with bf16 products, for x and W of bf16: a product adds two neighbours' at a time and nothing is widened.
+// fused_linear with bf16 products, for x and W of bf16: a product adds two neighbours' at a time, nothing is widened.
 //
-// Included by linear_avx512bf16.cpp after vec_avx512.h. A normed row of x is rounded to bf16. A few rows of W stay in the first-level cache
-// while all rows of x meet them; sums across registers are done for a whole vector of outputs at a time.
+// Included by linear_avx512bf16.cpp after vec_avx512.h. A normed row of x is rounded to bf16. A few rows of W stay in
+// the first-level cache while all rows of x meet them; sums across registers are done for a whole vector of outputs at
+// a time.
 #pragma once
 
 #include "fetch.h"
@@ -84,7 +85,7 @@ inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from,
     }
 }
 
-// The fetches of a tile are spread over the groups of rows of x: all four lines of a step by one, two or one by several.
+// The fetches of a tile are spread over the groups of rows of x: all four lines of a step by one, fewer by several.
 template <int kX>
 inline void group_pairs(int lines, TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part,
                         bool past, Vec* sums) {

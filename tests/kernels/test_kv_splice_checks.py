@@ -244,7 +244,7 @@ def test_autograd_sees_the_write(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), distance=st.integers(-150, 150))
 def test_views_of_one_layout_share_what_they_name(data: st.DataObject, shape: list[int], distance: int) -> None:
-    """Nested strides with gaps, dimensions in any order, one view shifted against the other: by element numbers."""
+    """Nested strides with gaps, dimensions in any order, one view shifted: against element numbers."""
     dims, step = [], 1
     for n in shape:
         step += data.draw(st.integers(0, 3))
