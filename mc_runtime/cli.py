@@ -46,6 +46,7 @@ Policy = Annotated[
         "lensnet+retrieval."
     ),
 ]
+EngineName = Annotated[str, typer.Option("--engine", help="What runs the model: native or transformers.")]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
 SHIPPED_GISTS = Path(SHIPPED)
@@ -111,6 +112,7 @@ def generate(
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
+    engine: EngineName = "native",
     gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
@@ -126,7 +128,7 @@ def generate(
     Example: [bold]mc generate memory/ "Who keeps the lighthouse?" -n 64[/]
     """
     settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
-    settings |= {"gistnet": gistnet, "lensnet": lensnet}
+    settings |= {"gistnet": gistnet, "lensnet": lensnet, "engine": engine}
     with _open(memory, model, **settings) as session:
         text = sys.stdin.read() if prompt == "-" else prompt
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or []}
@@ -141,6 +143,7 @@ def chat(
     policy: Policy = "blend",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
+    engine: EngineName = "native",
     gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,
     max_new_tokens: MaxTokens = 256,
@@ -156,7 +159,7 @@ def chat(
     it into detail, [bold]/quit[/] ends.
     """
     settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
-    settings |= {"gistnet": gistnet, "lensnet": lensnet}
+    settings |= {"gistnet": gistnet, "lensnet": lensnet, "engine": engine}
     with _open(memory, model, **settings) as session:
         out.print(f"{session.tree.length:,} tokens remembered. /map, /search words, /focus words, /quit")
         while True:

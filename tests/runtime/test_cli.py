@@ -78,6 +78,21 @@ def test_sampling_options_reach_the_session(run: Run) -> None:
         assert run("generate", "e", "hello", "-n", 2, *option)[0] == 0
 
 
+def test_another_engine_gives_the_same_answer(run: Run, model: LoadedModel, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "book.txt").write_text(words(300))
+    answers = []
+    for engine in ("native", "transformers"):
+        assert run("ingest", engine, "book.txt", "--budget", 512)[0] == 0
+        code, out, err = run("generate", engine, "who is there?", "-n", 12, "--budget", 512, "--engine", engine)
+        assert code == 0, err
+        answers.append(out)
+    assert answers[0] == answers[1] != ""
+    code, _, err = run("generate", "native", "who?", "--engine", "abacus")
+    assert code == 2
+    assert "engine: expected one of native, transformers" in err
+
+
 def test_chat_goes_on_after_a_restart(run: Run, model: LoadedModel, tmp_path: Path) -> None:
     code, out, err = run(
         "chat",
