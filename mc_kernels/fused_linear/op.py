@@ -91,7 +91,8 @@ def fused_linear(
         backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
 
     Returns:
-        [..., M] in x's dtype, M = O, or O/2 with swiglu; contiguous, aliasing nothing. fp32 in between, rounded once.
+        [..., M] in x's dtype, M = O, or O/2 with swiglu; contiguous, aliasing nothing. fp32 in between, rounded once;
+        where x and weight are bf16 and the processor multiplies that, a normed x is rounded too.
 
     Raises:
         TypeError: dtype or device.
