@@ -76,8 +76,8 @@ def table(rows: list[Resources], version: str) -> str:
     lines = [
         "# What the CUDA kernels take",
         "",
-        f"`make cuda-resources`, nvcc {version}: registers / spilled bytes / bytes of stack per thread / bytes of static",
-        "shared memory per block.",
+        f"`make cuda-resources`, nvcc {version}: registers / spilled bytes / bytes of stack per thread / bytes of",
+        "static shared memory per block.",
         "",
         f"| op | kernel | {' | '.join(f'sm_{a}' for a in archs)} |",
         f"|---|---|{'---|' * len(archs)}",

@@ -22,7 +22,7 @@ struct WarpSums {
     template <bool kTurned>
     MC_DEVICE void add(const Bits* a, int a_step, const Bits* b, int b_step) {
         const int row = lane() / 2, first = lane() % 2 * 8;
-#pragma unroll
+#pragma unroll 4  // for the compiler's time
         for (int k = 0; k < 16; ++k) {
             const float left = E::widen(a[row * a_step + k]);
 #pragma unroll

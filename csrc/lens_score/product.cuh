@@ -87,7 +87,7 @@ MC_DEVICE void product(const LensCall& c, const Operands& o, Span<typename E::Bi
         commit_copies();
         const Bits* const left = stages.part(s % kStages<E> * kSize, kSize).data;
         const Bits* const right = left + kTileRows * kTileStep;
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < kTile; k += 16) {
             const Bits* const b = kTurned ? right + column * kTileStep + k : right + k * kTileStep + column;
 #pragma unroll
