@@ -13,9 +13,11 @@ constexpr int64_t kMostBlocks = 0x7fffffff;
 #if defined(__CUDACC__)
 
 // Kernels take one argument, a struct of at most 4 KB (what every architecture and toolkit takes).
+// together: all blocks are on the device at once and may wait for each other (grid_barrier); there must not be more of
+// them than fit.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes,
-            void* stream, const Arguments& arguments) {
+            void* stream, const Arguments& arguments, bool together = false) {
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
     const void* address = reinterpret_cast<const void*>(kernel);
     cudaError_t status = cudaSuccess;
@@ -25,8 +27,11 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
     }
     if (status == cudaSuccess) {
         void* pointers[] = {const_cast<Arguments*>(&arguments)};
-        status = cudaLaunchKernel(address, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                                  pointers, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+        const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+        const auto memory = static_cast<size_t>(shared_bytes);
+        const auto on = static_cast<cudaStream_t>(stream);
+        status = together ? cudaLaunchCooperativeKernel(address, grid, block, pointers, memory, on)
+                          : cudaLaunchKernel(address, grid, block, pointers, memory, on);
     }
     if (status == cudaSuccess) return;
     cudaGetLastError();  // the status tells it; the next caller of the runtime must not find it again
@@ -36,6 +41,16 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 }
 
 inline int block_threads(int usual) { return usual; }
+
+// Multiprocessors of the current device. Asks the runtime, not the device.
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) return count;
+    cudaGetLastError();
+    throw Error(MC_DEVICE_ERROR, std::string("the current device: ") + cudaGetErrorString(status));
+}
 
 // What a launch may touch is known to the emulation alone.
 class Watched {
@@ -49,13 +64,14 @@ public:
 
 template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes, void*,
-            const Arguments& arguments) {
+            const Arguments& arguments, bool together = false) {
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
-    emulate::run(name, blocks, threads, shared_bytes, [&] { kernel(arguments); });
+    emulate::run(name, blocks, threads, shared_bytes, together, [&] { kernel(arguments); });
 }
 
 // Tests make blocks small: short inputs then take several steps, as long ones do on a GPU.
 inline int block_threads(int usual) { return emulate::block_threads(usual); }
+inline int multiprocessors() { return 3; }
 
 using emulate::Watched;
 

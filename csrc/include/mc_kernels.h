@@ -440,6 +440,12 @@ MC_API int32_t mc_gist_pool_cuda(const mc_gist_pool_args* args, void* stream);
 MC_API int32_t mc_collapse_cuda_workspace(const mc_collapse_args* args, int64_t* bytes);
 MC_API int32_t mc_collapse_cuda(const mc_collapse_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 
+/* All but n_heads is device memory. H Q + J is at most 128; d, f and the head's X are bound by shared memory (160 KB):
+ * X * 256 bytes beside 110 KB, or 64 bytes for each of max(d, f). All blocks of the launch are on the device at once. */
+MC_API int32_t mc_lens_score_cuda_workspace(const mc_lens_score_args* args, int64_t* bytes);
+MC_API int32_t mc_lens_score_cuda(const mc_lens_score_args* args, void* workspace, int64_t workspace_bytes,
+                                  void* stream);
+
 #ifdef __cplusplus
 }
 #endif

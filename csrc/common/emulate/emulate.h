@@ -24,6 +24,8 @@
 #define __forceinline__ inline
 #define __restrict__
 #define MC_DEVICE inline
+#define MC_BOTH inline
+#define MC_CALLED inline
 
 namespace mc::emulate {
 
@@ -38,7 +40,9 @@ struct Place {
 const Place& place();
 
 // Runs `kernel` once per thread of the grid. Throws Error(MC_DEVICE_ERROR) with what went wrong and where.
-void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+// together: all blocks are there at once, and may wait for each other (sync_grid).
+void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, bool together,
+         const std::function<void()>& kernel);
 
 int block_threads(int usual);
 bool fault(int number);
@@ -48,6 +52,7 @@ bool fault(int number);
 
 void sync_block();
 bool sync_block_or(bool flag);
+void sync_grid();
 void sync_warp();
 // Every lane's 64 bits, exchanged by all lanes of the warp that have not ended; returns lane `from`'s.
 uint64_t exchange(uint64_t mine, int from);
@@ -55,6 +60,10 @@ uint32_t ballot(bool flag);
 // Lets others run: within a loop that waits for another thread.
 void pause();
 char* shared_memory(int64_t bytes_needed);
+// Asynchronous copies to shared memory: they arrive when their group is waited for, no earlier.
+void copy_later(void* to, const void* bytes, int n);
+void commit_copies();
+void wait_for_copies(int groups_left);
 
 }  // namespace mc::emulate
 

@@ -1,8 +1,8 @@
 // Bounds and races: see watch.h.
 //
 // Races. Of every two bytes of a view the last write and the last reads are kept, as (block, thread, how many barriers
-// the block has passed). Two accesses, one of them a write, are ordered if one thread made both or if they are of one
-// block with a barrier between. Blocks are not ordered among themselves.
+// the block has passed). Two accesses, one of them a write, are ordered if one thread made both, if they are of one block
+// with a barrier between, or if a barrier of the whole grid was between.
 #include "watch.h"
 
 #include <algorithm>
@@ -36,6 +36,7 @@ constexpr int kMany = -2, kNobody = -1;
 struct Access {
     int64_t block = kNobody, epoch = 0;
     int thread = kNobody;
+    int64_t grid = 0;
 };
 struct Shadow {
     Access write, reads;
@@ -81,7 +82,7 @@ const Region& region_of(const void* p, size_t bytes, bool writes) {
 }
 
 bool apart(const Access& a, const Access& now) {
-    if (a.block == kNobody) return true;
+    if (a.block == kNobody || a.grid != now.grid) return true;
     if (a.block != now.block) return false;
     return a.epoch != now.epoch || a.thread == now.thread;
 }
@@ -143,7 +144,7 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
     }
     const Region& r = region_of(p, bytes, writes);
     if (!r.ordered || !r.written) return;
-    const Access now{static_cast<int64_t>(place().block.x), epoch(), static_cast<int>(place().thread.x)};
+    const Access now{static_cast<int64_t>(place().block.x), epoch(), static_cast<int>(place().thread.x), grid_epoch()};
     for (uintptr_t i = address / 2; i <= (address + bytes - 1) / 2; ++i) {
         Shadow& s = shadows[i];
         if (!apart(s.write, now) || (writes && !apart(s.reads, now))) {
@@ -155,6 +156,8 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
         if (writes) {
             s.write = now;
             s.reads = Access{};
+        } else if (s.reads.grid != now.grid) {
+            s.reads = now;
         } else if (s.reads.block == now.block && s.reads.epoch == now.epoch) {
             if (s.reads.thread != now.thread) s.reads.thread = kMany;
         } else if (s.reads.block == kNobody || s.reads.block == now.block) {
