@@ -322,7 +322,7 @@ def test_every_peer_module_keeps_the_contract() -> None:
 
 
 def test_a_backend_that_an_op_lacks_is_named(limits: Limits) -> None:
-    (row,) = run_case("gist_pool", TINY["gist_pool"], options(torch.float32, "cuda"), limits, {})
+    (row,) = run_case("fused_linear", TINY["fused_linear"], options(torch.float32, "cuda"), limits, {})
     assert row.backend == "cuda"
     assert row.error == "not available: not implemented for this op"
     assert row.median_s is None

@@ -33,7 +33,8 @@ def add(op: str, backend: str, **kwargs: Any) -> None:
         (("ref", "cpu"), "cpu", "cpu"),
         (("ref", "cpu", "triton", "cuda"), "cpu", "cpu"),
         (("ref", "triton"), "cpu", "ref"),
-        (("ref", "cpu", "triton", "cuda"), "cuda", "cuda"),
+        (("ref", "cpu", "triton", "cuda"), "cuda", "triton"),
+        (("ref", "cpu", "cuda"), "cuda", "cuda"),
         (("ref", "cpu", "triton"), "cuda", "triton"),
         (("ref", "cpu"), "cuda", "ref"),
         (("ref", "cuda"), "meta", "ref"),
@@ -103,8 +104,8 @@ def test_a_fallback_is_logged_once(op: str, caplog: pytest.LogCaptureFixture) ->
         for _ in range(3):
             select(op, None, "cuda", (7,))
         assert [r.getMessage() for r in caplog.records] == [
-            f"{op}: cuda cannot serve (D=7); using ref",
             f"{op}: triton cannot serve (no driver); using ref",
+            f"{op}: cuda cannot serve (D=7); using ref",
         ]
         select(op, None, "cuda", (9,))  # another reason is news
     assert len(caplog.records) == 3
