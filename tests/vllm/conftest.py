@@ -1,9 +1,8 @@
-"""vLLM over SmolLM2 in fp32, and a memory of twenty facts. `make vllm-test` runs these tests where vLLM is installed."""
+"""vLLM over SmolLM2 in fp32, and a memory of twenty facts. `make vllm-test` runs these where vLLM is installed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -58,8 +57,8 @@ def installed() -> None:
 
 
 @pytest.fixture(scope="session")
-def engine(installed: None, smollm2: LoadedModel) -> Iterator[VLLMEngine]:
-    yield VLLMEngine.load(
+def engine(installed: None, smollm2: LoadedModel) -> VLLMEngine:
+    return VLLMEngine.load(
         smollm2, max_model_len=1024, max_num_seqs=20, enforce_eager=True, max_logprobs=-1, disable_log_stats=True
     )
 

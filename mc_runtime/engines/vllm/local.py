@@ -67,35 +67,53 @@ class VLLMEngine(PromptEngine):
     def _complete(
         self, contexts: Sequence[Tensor], params: SamplingParams, count: int, eos_ids: Collection[int]
     ) -> list[list[int]]:
-        outputs = self._generate(
-            contexts,
-            max_tokens=count,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            seed=params.seed,
-            stop_token_ids=sorted(eos_ids),
-            ignore_eos=True,  # what ends an answer is said by `eos_ids` alone
-        )
+        prompts = [self._prompt(rows) for rows in contexts]
+        outputs = self._generate(prompts, **_sampling(params, count, eos_ids))
         return [without_end(output.token_ids, eos_ids) for output in outputs]
+
+    def continue_from(
+        self, rows: Tensor, file: str, params: SamplingParams, *, count: int, eos_ids: Collection[int] = ()
+    ) -> list[int]:
+        """As `complete` does one context, whose keys and values vLLM's connector reads from `file`, but for the last
+        row. Use `mc_runtime.engines.vllm.handover.complete_from_cache`."""
+        # The file's name as salt: pages of another request are not its own, although the vectors may be.
+        prompt = self._prompt(self.to_send(rows)) | {"cache_salt": file}
+        extra = {"kv_transfer_params": {"megacontext": file}}
+        (output,) = self._generate([prompt], extra_args=extra, **_sampling(params, count, eos_ids))
+        return without_end(output.token_ids, eos_ids)
 
     def next_logits(self, rows: Tensor) -> Tensor:
         """Raises ModelError for an LLM that does not report the whole vocabulary."""
         vocab = self.config.vocab_size
         if self.max_logprobs != -1 and self.max_logprobs < vocab:
             raise ModelError("llm: expected one that reports the whole vocabulary: LLM(..., max_logprobs=-1)")
-        (output,) = self._generate([rows], max_tokens=1, temperature=0.0, logprobs=-1, flat_logprobs=True)
+        (output,) = self._generate([self._prompt(rows)], max_tokens=1, temperature=0.0, logprobs=-1, flat_logprobs=True)
         logprobs = output.logprobs
         logits = torch.full((vocab,), -torch.inf)
         logits[torch.tensor(logprobs.token_ids)] = torch.tensor(logprobs.logprobs)
         return logits.to(self.device)
 
-    def _generate(self, contexts: Sequence[Tensor], **sampling: Any) -> list[Any]:
+    def _prompt(self, rows: Tensor) -> dict[str, Any]:
+        return {"prompt_embeds": rows.to(self.dtype_there)}
+
+    def _generate(self, prompts: Sequence[dict[str, Any]], **sampling: Any) -> list[Any]:
         from vllm import SamplingParams as Sampling
 
-        prompts = [{"prompt_embeds": rows.to(self.dtype_there)} for rows in contexts]
         outputs = self.llm.generate(prompts, Sampling(detokenize=False, **sampling), use_tqdm=False)
         return [output.outputs[0] for output in outputs]
+
+
+def _sampling(params: SamplingParams, count: int, eos_ids: Collection[int]) -> dict[str, Any]:
+    """vLLM's sampling parameters. What ends an answer is said by `eos_ids` alone."""
+    return {
+        "max_tokens": count,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "seed": params.seed,
+        "stop_token_ids": sorted(eos_ids),
+        "ignore_eos": True,
+    }
 
 
 def without_end(tokens: Sequence[int], eos_ids: Collection[int]) -> list[int]:
