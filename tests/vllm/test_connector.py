@@ -51,7 +51,7 @@ def test_pooled_gists_through_the_connector(installed: None, smollm2: LoadedMode
             said = complete_from_cache(engine, session.context, files, SamplingParams(), count=12)
             assert said == native(session, 12)
             assert not list(files.iterdir())
-        # The test would not notice vLLM ignoring the file if gists did not matter to what is said.
+        # Values that no reading of a text would give: what counts is what is in the file.
         session.context.cache.v[:, 0, :, session.context.slots[64:128]] = 0
         assert complete_from_cache(engine, session.context, files, SamplingParams(), count=12) == native(session, 12)
         with pytest.raises(InputError, match="more than vLLM's max_model_len"):

@@ -23,8 +23,8 @@ class VLLMServerEngine(PromptEngine):
     decoder's own model. Replicas behind one address serve it as well as one does: a request holds the whole context.
 
     url: of the API, with its `/v1`. model: the name it is served by; by default the only one. api_key: see vLLM's
-    `--api-key`. timeout: seconds for one request. Raises ModelError where there is no such server, and ImportError
-    without the package `openai`.
+    `--api-key`. timeout: seconds for one request. Raises ModelError where there is no such server, and without
+    the package `openai`.
     """
 
     name = "vllm-server"
@@ -33,8 +33,10 @@ class VLLMServerEngine(PromptEngine):
         self, decoder: Decoder, url: str, *, model: str | None = None, api_key: str = "none", timeout: float = 600.0
     ) -> None:
         super().__init__(decoder)
-        from openai import OpenAI
-
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ModelError(f"engine: {error}: pip install 'megacontext[vllm]'") from error
         self._client = OpenAI(base_url=url, api_key=api_key, timeout=timeout)
         served = {card.id: card for card in self._ask(self._client.models.list).data}
         if model is None and len(served) == 1:
@@ -83,7 +85,7 @@ class VLLMServerEngine(PromptEngine):
         }
         answer = self._ask(
             self._client.completions.create,
-            model=self.model, prompt="", max_tokens=count, extra_body=body | extra, **sampling,
+            model=self.model, prompt=None, max_tokens=count, extra_body=body | extra, **sampling,
         )  # fmt: skip
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         if len(choices) != len(contexts) or any(getattr(choice, "token_ids", None) is None for choice in choices):
