@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, SETTINGS, fill
+from village import PROMPTS, SETTINGS, fill
 
 from mc_runtime.engines import NativeEngine
 from mc_runtime.engines.vllm import VLLMServerEngine

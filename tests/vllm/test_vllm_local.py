@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ANSWER, PROMPTS, SETTINGS, fill
+from village import ANSWER, PROMPTS, SETTINGS, fill
 
 from mc_runtime.engines import NativeEngine
 from mc_runtime.engines.vllm import VLLMEngine

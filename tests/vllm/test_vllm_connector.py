@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill
+from village import fill
 
 from mc_runtime import Session
 from mc_runtime.engines.vllm import VLLMEngine
