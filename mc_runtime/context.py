@@ -8,8 +8,7 @@ them, and the nodes that they complete, to the tree. Positions are packed: an en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,32 +21,18 @@ from .archive import BlockArchive
 from .config import MemoryConfig, RefreshMode
 from .engines import CacheEngine
 from .errors import BudgetError
-from .focus.allocator import layout_entries
 from .gists import GistReader
 from .kv_cache import KVCache
+from .layout import NO_NODES, Expanded, Layout, Relayout
 from .model import DecoderOutput
 from .nodes import NodeBuilder, Nodes
 from .profiling import timed
 from .refresh import entries_to_recompute
 from .timeline import Entries, EntryDiff, diff_entries
-from .tree import Transaction, Tree
-
-Expanded = dict[int, NDArray[np.int64]]
-NO_NODES = np.zeros(0, np.int64)
+from .tree import Tree
 
 
-@dataclass(frozen=True)
-class Relayout:
-    """What a change of layout did: entries inserted, removed and run through the model, and the final hidden state
-    [E] of the newest entry if that one was run."""
-
-    inserted: int
-    removed: int
-    recomputed: int
-    last_hidden: Tensor | None
-
-
-class WorkingContext:
+class WorkingContext(Layout):
     """One row of a cache and the entries in it.
 
     entries: in timeline order. slots: [N] int64 tensor, rank -> slot; slots [0, N) are in use at all times.
@@ -58,24 +43,17 @@ class WorkingContext:
     def __init__(
         self, tree: Tree, engine: CacheEngine, reader: GistReader, config: MemoryConfig, cache: KVCache
     ) -> None:
-        self.tree, self.engine, self.reader, self.config, self.cache = tree, engine, reader, config, cache
-        self.decoder = engine.decoder
+        super().__init__(tree, engine, reader, config, cache.capacity)
+        self.engine: CacheEngine = engine
+        self.cache = cache
         self.archive = BlockArchive(config.archive_kv)
-        self.pending: list[int] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget the layout and what is in the cache; pending tokens stay."""
-        self.entries = Entries(np.zeros(0, np.int8), NO_NODES, self.config.block_size)
+        self.forget()
         self.slots = torch.zeros(0, dtype=torch.int64, device=self.decoder.device)
-        self.expanded: Expanded = {}
-        self.counts_seen: tuple[int, ...] = ()
         self.cache.set_ranks(self.slots)
-
-    @property
-    def used(self) -> int:
-        """Slots in use."""
-        return len(self.entries)
 
     def bias_of(self, entries: Entries) -> Tensor | None:
         """[N] fp32: log-weights of entries by rank: gists `gist_bias`, tokens 0. None if all weigh alike."""
@@ -83,16 +61,6 @@ class WorkingContext:
             return None
         gists = torch.from_numpy(entries.levels > 0).to(self.cache.pos.device)
         return gists.float() * self.config.gist_bias
-
-    @property
-    def length(self) -> int:
-        """Tokens of history, pending ones included."""
-        return self.tree.length + len(self.pending)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """(tokens, level-1 nodes, level-2 nodes, ...), as the allocator wants them."""
-        return (self.length, *(self.tree.count(level) for level in range(1, self.tree.n_levels + 1)))
 
     def fork(self, cache: KVCache) -> WorkingContext:
         """A branch over a copy of this cache's row: it may append and change its layout; it must not commit."""
@@ -104,33 +72,13 @@ class WorkingContext:
         branch.cache.set_ranks(branch.slots, branch.bias_of(branch.entries))
         return branch
 
-    def synced_expanded(self) -> Expanded:
-        """`expanded`, extended to the nodes that the tree has gained since the last layout: such a node is expanded if
-        a part of its span stands in the context (it can only stand there in finer detail), else collapsed."""
-        stop, synced = self.entries.stop, {}
-        for level in range(1, self.tree.n_levels + 1):
-            known = self.counts_seen[level] if level < len(self.counts_seen) else 0
-            reached = min(self.tree.count(level), -(-stop // self.config.block_size**level))
-            synced[level] = np.concatenate((self.expanded.get(level, NO_NODES), np.arange(known, reached)))
-        return synced
-
     def relayout(self, expanded: Expanded, *, mode: RefreshMode | None = None, newest: int = 0) -> Relayout:
-        """Edit the context, in place, to the layout of `expanded`; the history may have grown in the tree meanwhile.
-
-        mode: refresh mode, by default the configuration's. newest: last entries to recompute in any case.
-        Raises BudgetError, before anything changes, if the layout does not fit the cache.
-        """
-        counts = self.counts
-        new = Entries(*layout_entries(self.config.block_size, counts, expanded), self.config.block_size)
-        if len(new) > self.cache.capacity:
-            raise BudgetError(
-                f"budget: the layout needs {len(new)} slots, the cache has {self.cache.capacity}; give a larger budget"
-            )
+        """Edit the cache, in place, to the layout of `expanded`."""
+        new = self.entries_of(expanded)
         diff = diff_entries(self.entries, new)
         with timed("splice"):
             to_run = self._splice(new, diff)
-        self.expanded = {level: np.asarray(nodes, np.int64) for level, nodes in expanded.items() if len(nodes)}
-        self.counts_seen = counts
+        self.show(new, expanded)
         earliest = diff.edits[0].start if diff.edits else None
         ranks = entries_to_recompute(self, to_run, earliest, mode or self.config.refresh, newest)
         hidden = None
@@ -190,26 +138,7 @@ class WorkingContext:
         slots, and each sees the whole context up to its own rank."""
         rank = torch.from_numpy(np.asarray(ranks, np.int64)).to(self.decoder.device)
         store = self.cache.writer(self.slots[rank][None], self.used)
-        return self.engine.forward(self._inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
-
-    def _inputs(self, ranks: NDArray[np.int64]) -> Tensor:
-        """[T, E] input rows of entries: token embeddings, or the vectors of gists of kind `embedding`."""
-        levels, index = self.entries.levels[ranks], self.entries.index[ranks]
-        rows = torch.empty(len(ranks), self.decoder.config.embed_dim, dtype=self.decoder.dtype)
-        rows = rows.to(self.decoder.device)
-        tokens, gists = (levels == 0).nonzero()[0], (levels > 0).nonzero()[0]
-        if len(tokens):
-            rows[torch.from_numpy(tokens)] = self.engine.embed(self._ids(index[tokens])[None])[0]
-        if len(gists):
-            rows[torch.from_numpy(gists)] = self.reader.read(self.tree, levels[gists], index[gists]).embeddings
-        return rows
-
-    def _ids(self, index: NDArray[np.int64]) -> Tensor:
-        stored = index < self.tree.length
-        ids = np.empty(len(index), np.int64)
-        ids[stored] = self.tree.tokens()[index[stored]]
-        ids[~stored] = np.asarray(self.pending, np.int64)[index[~stored] - self.tree.length]
-        return torch.from_numpy(ids).to(self.decoder.device)
+        return self.engine.forward(self.inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
 
     def append(self, ids: Sequence[int], *, return_mass: bool = False) -> DecoderOutput:
         """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N].
@@ -251,36 +180,14 @@ class WorkingContext:
         self.cache.splice(plan, nothing, nothing, self.bias_of(self.entries))
         self.slots = plan.new_slots.to(self.slots.device)
 
-    def commit(self, builder: NodeBuilder, also: Callable[[Transaction, int, int], None]) -> None:
-        """Write the pending tokens, and every node that they complete, to the tree in one transaction.
-
-        also: called inside the transaction with it and the tokens' span, to record what they are. If anything fails
-        the tree stays as it was and the tokens stay pending.
-        """
-        nodes = self._completed_blocks(builder)
-        try:
-            with self.tree.begin() as transaction:
-                start, stop = transaction.append_tokens(np.asarray(self.pending, np.int64))
-                if nodes is not None:
-                    builder.push(transaction, nodes)
-                also(transaction, start, stop)
-        except BaseException:
-            builder.reload()
-            raise
-        self.pending.clear()
-        self.expanded, self.counts_seen = self.synced_expanded(), self.counts
-
     def _completed_blocks(self, builder: NodeBuilder) -> Nodes | None:
         """Level-1 nodes of the blocks that the pending tokens complete, pooled from the cache. The tokens of an
         incomplete block are always in the context at full detail."""
-        size, first = self.config.block_size, self.tree.count(1)
-        blocks = self.length // size - first
-        if blocks <= 0:
+        size, (first, blocks) = self.config.block_size, self.open_blocks()
+        if not blocks:
             return None
         with timed("gist"), torch.no_grad():
             rank = self.used - (self.length - first * size)
             k, v = self.cache.gather(self.slots[rank : rank + blocks * size])
             pooled = builder.net.pool(k.unflatten(2, (blocks, size)), v.unflatten(2, (blocks, size)))
-            ids = self._ids(np.arange(first * size, (first + blocks) * size))
-            summary = builder.net.encode(self.decoder.embed(ids.view(blocks, size)))
-            return Nodes(summary, None, *(x.permute(2, 0, 1, 3) for x in pooled))
+            return Nodes(self.summaries(builder, first, blocks), None, *(x.permute(2, 0, 1, 3) for x in pooled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,17 @@ class SamplingParams:
             raise InputError(f"top_k: expected an integer of at least 0, got {self.top_k!r}")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop: expected a tuple of non-empty strings, got {self.stop!r}")
+
+
+def read_sampling(sampling: dict[str, Any]) -> SamplingParams:
+    """From keyword arguments; `stop` may be a list. Raises InputError for those that are not fields."""
+    try:
+        if isinstance(sampling.get("stop"), list):
+            sampling = sampling | {"stop": tuple(sampling["stop"])}
+        return SamplingParams(**sampling)
+    except TypeError as error:
+        known = ", ".join(SamplingParams.__dataclass_fields__)
+        raise InputError(f"sampling: {', '.join(sampling)}: expected {known}") from error
 
 
 class Sampler:

@@ -29,7 +29,7 @@ from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
 from .retrieval import BlockIndex, Hit
-from .sampling import SamplingParams, StopStrings
+from .sampling import SamplingParams, StopStrings, read_sampling
 from .shipped import SHIPPED
 from .snapshot import load_snapshot, save_snapshot
 from .sources import Source, read_evidence, read_source
@@ -221,13 +221,7 @@ class Session:
         sampling: fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop).
         """
         self._check_idle()
-        try:
-            if isinstance(sampling.get("stop"), list):
-                sampling["stop"] = tuple(sampling["stop"])
-            params = SamplingParams(**sampling)
-        except TypeError as error:
-            known = ", ".join(SamplingParams.__dataclass_fields__)
-            raise InputError(f"sampling: {', '.join(sampling)}: expected {known}") from error
+        params = read_sampling(sampling)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise InputError("prompt: expected text, or a list of texts, that are not empty")

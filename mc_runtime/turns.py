@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import RefreshMode
 from .context import WorkingContext
 from .focus.controller import FocusController, RefocusReport
+from .layout import Layout
 from .model import LoadedModel
 from .profiling import timed
 from .stats import TurnStats
@@ -28,6 +29,12 @@ PROMPT_PART = 256
 QUERY_TOKENS = 64
 
 Commit = Callable[[WorkingContext], None]
+
+
+def part_size(context: Layout, focus: FocusController) -> int:
+    """Tokens read at once: of the slots that are not pinned, half are left to the rest of the history."""
+    free = context.config.budget - focus.least_slots(context)
+    return min(PROMPT_PART, max(context.config.block_size, free // 2))
 
 
 class Turn:
@@ -57,7 +64,7 @@ class Turn:
 
     def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
         hidden = None
-        size = self._part_size()
+        size = part_size(self.context, self.focus)
         for i in range(0, len(ids), size):
             part = ids[i : i + size]
             self.focus.make_room(self.context, len(part))
@@ -71,11 +78,6 @@ class Turn:
                 self.commit(self.context)
         assert hidden is not None, "a prompt has at least one token"
         return hidden
-
-    def _part_size(self) -> int:
-        """Tokens read at once: of the slots that are not pinned, half are left to the rest of the history."""
-        free = self.context.config.budget - self.focus.least_slots(self.context)
-        return min(PROMPT_PART, max(self.context.config.block_size, free // 2))
 
     def _add_mass(self, mass: Tensor | None) -> None:
         if mass is None:

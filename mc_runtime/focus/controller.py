@@ -16,7 +16,7 @@ from .view import Floats, FocusPolicy, FocusView, Ints, Utilities, add_utilities
 
 if TYPE_CHECKING:
     from ..config import MemoryConfig, RefreshMode
-    from ..context import WorkingContext
+    from ..layout import Layout
     from ..retrieval import BlockIndex
 
 Expanded = dict[int, Ints]
@@ -83,7 +83,7 @@ class FocusController:
         recent = max(0, length - self.config.recent_tokens)
         return recent if self.turn_start is None else min(recent, max(self.turn_start, length - self.turn_tokens))
 
-    def least_slots(self, context: WorkingContext) -> int:
+    def least_slots(self, context: Layout) -> int:
         """Slots of the coarsest layout that shows what is pinned."""
         size, counts = self.config.block_size, context.counts
         pins = pinned_nodes(size, counts, self.pinned(context.length))
@@ -97,7 +97,7 @@ class FocusController:
 
     def refocus(
         self,
-        context: WorkingContext,
+        context: Layout,
         *,
         query: str,
         mass: Floats | None = None,
@@ -132,7 +132,7 @@ class FocusController:
             self.cooldown.record(opened + closed, self.cycle)
         return RefocusReport(len(opened), len(closed), changed.recomputed, timer.seconds, changed.last_hidden)
 
-    def _useful(self, context: WorkingContext, expanded: Expanded) -> Expanded:
+    def _useful(self, context: Layout, expanded: Expanded) -> Expanded:
         """The expanded nodes that are pinned or useful, or lie above such a node."""
         size, counts = self.config.block_size, context.counts
         utility = add_utilities([(1.0, self.utility), (1.0, self.hints)])
@@ -146,7 +146,7 @@ class FocusController:
             below = kept[level]
         return kept
 
-    def make_room(self, context: WorkingContext, count: int) -> int:
+    def make_room(self, context: Layout, count: int) -> int:
         """Collapse the cheapest siblings, by the latest utilities, until `count` slots are free; returns the number of
         nodes that changed. Nothing happens if they are free already."""
         if context.used + count <= self.config.budget and context.entries.stop == context.length:
@@ -155,7 +155,7 @@ class FocusController:
         context.relayout(allocation.expanded)
         return len(allocation.expand) + len(allocation.collapse)
 
-    def _allocate(self, context: WorkingContext, expanded: Expanded, reserve: int) -> Allocation:
+    def _allocate(self, context: Layout, expanded: Expanded, reserve: int) -> Allocation:
         counts = context.counts
         utility = self._in_tree(context, add_utilities([(1.0, self.utility), (1.0, self.hints)]))
         frozen = {
@@ -182,7 +182,7 @@ class FocusController:
                 ) from None
 
     @staticmethod
-    def _in_tree(context: WorkingContext, utility: Utilities) -> Utilities:
+    def _in_tree(context: Layout, utility: Utilities) -> Utilities:
         """Without nodes that the tree does not hold (yet)."""
         result = {}
         for level, (nodes, nats) in utility.items():

@@ -28,7 +28,7 @@ from .retrieval import HALF_SCORE
 from .view import Floats, FocusView, Ints
 
 if TYPE_CHECKING:
-    from mc_runtime.context import WorkingContext
+    from mc_runtime.layout import Layout
     from mc_runtime.timeline import Entries
 
 MASS_GROUPS = 6  # of five layers each in a model of 30
@@ -207,7 +207,7 @@ def _mass_columns(columns: dict[str, Floats], leaves: Leaves, mass: Floats) -> N
         columns["mass_peak"][blocks] = np.log(np.maximum(ratio, 1.0)) / np.log(leaves.block_size)
 
 
-def _legal(leaves: Leaves, context: WorkingContext, pinned: Sequence[tuple[int, int]]) -> np.ndarray:
+def _legal(leaves: Leaves, context: Layout, pinned: Sequence[tuple[int, int]]) -> np.ndarray:
     """[n, 2] bool. A collapse is legal into a stored parent of which no part is pinned."""
     tree, size = context.tree, context.config.block_size
     level, index = leaves.parents()
@@ -221,7 +221,7 @@ def _legal(leaves: Leaves, context: WorkingContext, pinned: Sequence[tuple[int, 
     return np.stack((leaves.levels > 0, collapse), axis=1)
 
 
-def _summaries(context: WorkingContext, levels: Ints, index: Ints) -> Tensor:
+def _summaries(context: Layout, levels: Ints, index: Ints) -> Tensor:
     """[n, E] stored summaries of nodes in timeline order, levels >= 1: copied run by run of neighbours."""
     like = context.decoder.embedding
     rows = torch.empty(len(levels), like.shape[1], dtype=like.dtype)
@@ -261,5 +261,5 @@ def query_rows(newest: Tensor, asked: Tensor, gists: Sequence[Tensor], mu: Tenso
     return torch.stack(rows) if rows else torch.zeros_like(mu)[None]
 
 
-def _embed(context: WorkingContext, ids: Sequence[int]) -> Tensor:
+def _embed(context: Layout, ids: Sequence[int]) -> Tensor:
     return context.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=context.decoder.device))[0].float()

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mc_runtime.errors import InputError
+
 from .view import FocusView, Utilities
 
 
@@ -24,7 +26,11 @@ class OraclePolicy:
         self.targets = list(targets)
 
     def _nll(self, view: FocusView, change: tuple[int, bool] | None) -> float:
+        from mc_runtime.context import WorkingContext  # which imports this package
+
         context = view.context
+        if not isinstance(context, WorkingContext):
+            raise InputError("policy: the oracle measures in a cache that can be edited; this context has none")
         room = context.cache.capacity + context.config.block_size + len(self.targets)
         branch = context.fork(context.cache.widened(room))
         expanded = {level: nodes.copy() for level, nodes in view.expanded.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from mc_runtime.context import WorkingContext
+    from mc_runtime.layout import Layout
     from mc_runtime.retrieval import BlockIndex
 
 Ints = NDArray[np.int64]
@@ -31,7 +31,7 @@ class FocusView:
     asked: a user's turn is under way.
     """
 
-    context: WorkingContext
+    context: Layout
     expanded: dict[int, Ints]
     query: str
     mass: Floats | None

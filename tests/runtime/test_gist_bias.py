@@ -87,7 +87,7 @@ def test_gists_of_no_weight_are_not_there(memory: Memory, model: LoadedModel) ->
     cache = KVCache.allocate(model.config, context.used, dtype=model.decoder.dtype, device=model.decoder.device)
     slots = torch.arange(len(tokens))
     cache.pos[0, slots] = torch.from_numpy(tokens)  # the same ranks, with holes where the gists stood
-    x = context._inputs(tokens)[None]
+    x = context.inputs(tokens)[None]
     model.decoder(x, torch.from_numpy(tokens)[None], cache.writer(slots[None], len(tokens)))
     k, v = cache.gather(slots)
     torch.testing.assert_close(found_k, k, rtol=1e-4, atol=1e-4)

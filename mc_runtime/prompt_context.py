@@ -1,0 +1,66 @@
+"""A Working Context for engines that keep their cache to themselves: a layout, and the vectors that stand for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import MemoryConfig, RefreshMode
+from .engines import Engine
+from .errors import BudgetError
+from .gists import EmbeddingReader
+from .layout import Expanded, Layout, Relayout
+from .nodes import NodeBuilder, Nodes
+from .timeline import Entries, diff_entries
+from .tree import Tree
+
+
+class PromptContext(Layout):
+    """Edits cost nothing here and recompute nothing: the engine reads what is behind the first changed entry anew.
+    Gists are of kind `embedding`."""
+
+    def __init__(self, tree: Tree, engine: Engine, reader: EmbeddingReader, config: MemoryConfig) -> None:
+        super().__init__(tree, engine, reader, config, config.budget)
+
+    def rows(self) -> Tensor:
+        """[N, E] in the engine's dtype: the vector of each entry, in timeline order."""
+        return self.inputs(np.arange(self.used))
+
+    def relayout(self, expanded: Expanded, *, mode: RefreshMode | None = None, newest: int = 0) -> Relayout:
+        """mode and newest say what is recomputed: nothing here."""
+        new = self.entries_of(expanded)
+        diff = diff_entries(self.entries, new)
+        self.show(new, expanded)
+        return Relayout(len(diff.inserted), len(diff.removed), 0, None)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Show new tokens at the end. Raises BudgetError, before anything changes, if there are not enough slots."""
+        used = self.used + len(ids)
+        if used > self.capacity:
+            raise BudgetError(f"budget: the new tokens need {used} slots, there are {self.capacity}")
+        self.entries = self.entries.with_tokens(len(ids))
+        self.pending.extend(int(i) for i in ids)
+
+    def drop_pending(self) -> None:
+        """Forget the pending tokens, which are always the last entries."""
+        kept = self.used - len(self.pending)
+        self.pending.clear()
+        self.entries = Entries(self.entries.levels[:kept], self.entries.index[:kept], self.config.block_size)
+
+    def fork(self) -> PromptContext:
+        """A branch: it may append and change its layout; it must not commit."""
+        assert isinstance(self.reader, EmbeddingReader)
+        branch = PromptContext(self.tree, self.engine, self.reader, self.config)
+        branch.entries, branch.counts_seen, branch.pending = self.entries, self.counts_seen, list(self.pending)
+        branch.expanded = {level: index.copy() for level, index in self.expanded.items()}
+        return branch
+
+    def _completed_blocks(self, builder: NodeBuilder) -> Nodes | None:
+        first, blocks = self.open_blocks()
+        if not blocks:
+            return None
+        with torch.no_grad():
+            return Nodes(self.summaries(builder, first, blocks))
