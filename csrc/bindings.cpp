@@ -33,23 +33,8 @@ void context_attention(const py::handle& q, const py::handle& k, const py::handl
                        uintptr_t inv_freq, int64_t half, bool interleaved, double attention_scaling, uintptr_t sigma,
                        uintptr_t kv_bias, double scale, const py::handle& out, uintptr_t lse, uintptr_t mass,
                        int32_t n_threads) {
-    mc_context_attention_args a{};
-    a.struct_size = sizeof a;
-    a.q = tensor("q", q);
-    a.k = tensor("k", k);
-    a.v = tensor("v", v);
-    a.q_pos = array<int64_t>(q_pos);
-    a.kv_pos = array<int64_t>(kv_pos);
-    a.inv_freq = array<double>(inv_freq);
-    a.half = half;
-    a.interleaved = interleaved;
-    a.attention_scaling = attention_scaling;
-    a.sigma = array<float>(sigma);
-    a.kv_bias = array<float>(kv_bias);
-    a.scale = scale;
-    a.out = tensor("out", out);
-    a.lse = reinterpret_cast<float*>(lse);
-    a.mass = reinterpret_cast<float*>(mass);
+    const mc_context_attention_args a = attention_args(q, k, v, q_pos, kv_pos, inv_freq, half, interleaved,
+                                                       attention_scaling, sigma, kv_bias, scale, out, lse, mass);
     int32_t status;
     {
         py::gil_scoped_release release;

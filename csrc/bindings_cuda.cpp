@@ -40,6 +40,18 @@ int64_t kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_
     return bytes;
 }
 
+int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
+                          uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
+                          double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
+                          const py::handle& out, uintptr_t lse, uintptr_t mass, const Where* where) {
+    const mc_context_attention_args a = attention_args(q, k, v, q_pos, kv_pos, inv_freq, half, interleaved,
+                                                       attention_scaling, sigma, kv_bias, scale, out, lse, mass);
+    int64_t bytes = 0;
+    raise(where ? mc_context_attention_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_context_attention_cuda_workspace(&a, &bytes));
+    return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MC_MODULE, m) {
@@ -56,4 +68,7 @@ PYBIND11_MODULE(MC_MODULE, m) {
     m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
           "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
           "half"_a, "interleaved"_a, "attention_scaling"_a, "where"_a.none(true));
+    m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
+          "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
+          "where"_a.none(true));
 }

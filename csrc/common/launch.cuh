@@ -37,6 +37,18 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 
 inline int block_threads(int usual) { return usual; }
 
+// Of the current device. Sizes of a workspace depend on it; where there is no device nothing will be launched, and it is
+// asked for an H100's.
+inline int64_t multiprocessors() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
+        return count;
+    }
+    cudaGetLastError();
+    return 132;
+}
+
 // What a launch may touch is known to the emulation alone.
 class Watched {
 public:
@@ -56,6 +68,8 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 
 // Tests make blocks small: short inputs then take several steps, as long ones do on a GPU.
 inline int block_threads(int usual) { return emulate::block_threads(usual); }
+
+inline int64_t multiprocessors() { return 4; }
 
 using emulate::Watched;
 

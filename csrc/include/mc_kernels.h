@@ -428,6 +428,14 @@ MC_API const char* mc_cuda_architectures(void);
 MC_API int32_t mc_kv_splice_cuda_workspace(const mc_kv_splice_args* args, int64_t* bytes);
 MC_API int32_t mc_kv_splice_cuda(const mc_kv_splice_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 
+/* q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse and mass are device memory; D <= 256. Where mass is wanted, the
+ * workspace has B * Hq * T * S floats. Meant for few queries a sequence, as the CPU's: each 16 rows (queries times heads of a
+ * group; 4 where D is neither 64 nor 128, in fp32, and off 16 bytes) read the keys again. Heads of 64 or 128 dimensions of
+ * 16 bits multiply in their dtype: rotated queries and keys and the softmax's weights are rounded to it, sums are fp32. */
+MC_API int32_t mc_context_attention_cuda_workspace(const mc_context_attention_args* args, int64_t* bytes);
+MC_API int32_t mc_context_attention_cuda(const mc_context_attention_args* args, void* workspace, int64_t workspace_bytes,
+                                         void* stream);
+
 #ifdef __cplusplus
 }
 #endif

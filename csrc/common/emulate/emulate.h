@@ -49,6 +49,8 @@ bool fault(int number);
 void sync_block();
 bool sync_block_or(bool flag);
 void sync_warp();
+// As `exchange`, but all lanes' words; zero for those that the block does not have.
+void exchange_all(uint64_t mine, uint64_t (&all)[32]);
 // Every lane's 64 bits, exchanged by all lanes of the warp that have not ended; returns lane `from`'s.
 uint64_t exchange(uint64_t mine, int from);
 uint32_t ballot(bool flag);
@@ -92,6 +94,8 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __sinf(float x) { return std::sin(x); }
+inline float __cosf(float x) { return std::cos(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class T>
 T min(T a, T b) {
@@ -101,8 +105,10 @@ template <class T>
 T max(T a, T b) {
     return a < b ? b : a;
 }
+using std::exp2f;
 using std::floor;
 using std::fmaf;
+using std::log2f;
 using std::rint;
 
 namespace mc::cuda {
