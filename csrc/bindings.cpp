@@ -43,19 +43,9 @@ void context_attention(const py::handle& q, const py::handle& k, const py::handl
     raise(status);
 }
 
-mc_gist_pool_weights pool_weights(const py::handle& w, const py::handle& b, const py::handle& m, const py::handle& c) {
-    return {tensor("weights.w", w), tensor("weights.b", b), tensor("weights.m", m), tensor("weights.c", c)};
-}
-
 void gist_pool(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b, const py::handle& m,
                const py::handle& c, const py::handle& k_gist, const py::handle& v_gist, int32_t n_threads) {
-    mc_gist_pool_args a{};
-    a.struct_size = sizeof a;
-    a.k = tensor("k", k);
-    a.v = tensor("v", v);
-    a.weights = pool_weights(w, b, m, c);
-    a.k_gist = tensor("k_gist", k_gist);
-    a.v_gist = tensor("v_gist", v_gist);
+    const mc_gist_pool_args a = pool_args(k, v, w, b, m, c, k_gist, v_gist);
     int32_t status;
     {
         py::gil_scoped_release release;
@@ -67,16 +57,7 @@ void gist_pool(const py::handle& k, const py::handle& v, const py::handle& w, co
 void collapse(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b, const py::handle& m,
               const py::handle& c, int64_t n_blocks, uintptr_t children, uintptr_t gist_slots, int64_t n_segments,
               uintptr_t segments, int32_t n_threads) {
-    mc_collapse_args a{};
-    a.struct_size = sizeof a;
-    a.k = tensor("k", k);
-    a.v = tensor("v", v);
-    a.weights = pool_weights(w, b, m, c);
-    a.n_blocks = n_blocks;
-    a.children = array<int64_t>(children);
-    a.gist_slots = array<int64_t>(gist_slots);
-    a.n_segments = n_segments;
-    a.segments = array<int64_t>(segments);
+    const mc_collapse_args a = collapse_args(k, v, w, b, m, c, n_blocks, children, gist_slots, n_segments, segments);
     int32_t status;
     {
         py::gil_scoped_release release;

@@ -75,6 +75,7 @@ mc_kv_splice_args splice_args(const py::handle& k, const py::handle& v, const py
     return a;
 }
 
+<<<<<<< HEAD
 mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v,
                                          uintptr_t q_pos, uintptr_t kv_pos, uintptr_t inv_freq, int64_t half,
                                          bool interleaved, double attention_scaling, uintptr_t sigma,
@@ -97,6 +98,38 @@ mc_context_attention_args attention_args(const py::handle& q, const py::handle& 
     a.out = tensor("out", out);
     a.lse = reinterpret_cast<float*>(lse);
     a.mass = reinterpret_cast<float*>(mass);
+=======
+mc_gist_pool_weights pool_weights(const py::handle& w, const py::handle& b, const py::handle& m, const py::handle& c) {
+    return {tensor("weights.w", w), tensor("weights.b", b), tensor("weights.m", m), tensor("weights.c", c)};
+}
+
+mc_gist_pool_args pool_args(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b,
+                            const py::handle& m, const py::handle& c, const py::handle& k_gist,
+                            const py::handle& v_gist) {
+    mc_gist_pool_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.k_gist = tensor("k_gist", k_gist);
+    a.v_gist = tensor("v_gist", v_gist);
+    return a;
+}
+
+mc_collapse_args collapse_args(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b,
+                               const py::handle& m, const py::handle& c, int64_t n_blocks, uintptr_t children,
+                               uintptr_t gist_slots, int64_t n_segments, uintptr_t segments) {
+    mc_collapse_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.weights = pool_weights(w, b, m, c);
+    a.n_blocks = n_blocks;
+    a.children = array<int64_t>(children);
+    a.gist_slots = array<int64_t>(gist_slots);
+    a.n_segments = n_segments;
+    a.segments = array<int64_t>(segments);
+>>>>>>> s16-cuda
     return a;
 }
 

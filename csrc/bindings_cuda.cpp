@@ -40,6 +40,20 @@ int64_t kv_splice(const py::handle& k, const py::handle& v, const py::handle& k_
     return bytes;
 }
 
+void gist_pool(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b, const py::handle& m,
+               const py::handle& c, const py::handle& k_gist, const py::handle& v_gist, uintptr_t stream) {
+    const mc_gist_pool_args a = pool_args(k, v, w, b, m, c, k_gist, v_gist);
+    raise(mc_gist_pool_cuda(&a, reinterpret_cast<void*>(stream)));
+}
+
+int64_t collapse(const py::handle& k, const py::handle& v, const py::handle& w, const py::handle& b,
+                 const py::handle& m, const py::handle& c, int64_t n_blocks, uintptr_t children, uintptr_t gist_slots,
+                 int64_t n_segments, uintptr_t segments, const Where* where) {
+    const mc_collapse_args a = collapse_args(k, v, w, b, m, c, n_blocks, children, gist_slots, n_segments, segments);
+    int64_t bytes = 0;
+    raise(where ? mc_collapse_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_collapse_cuda_workspace(&a, &bytes));
+
 int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
                           uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
                           double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
@@ -68,6 +82,9 @@ PYBIND11_MODULE(MC_MODULE, m) {
     m.def("kv_splice", &kv_splice, "k"_a, "v"_a, "k_new"_a, "v_new"_a, "table"_a, "n_plans"_a, "offsets"_a, "rows"_a,
           "segments"_a, "stays"_a, "insert_slots"_a, "positions"_a, "new_positions"_a, "inv_freq_rows"_a, "inv_freq"_a,
           "half"_a, "interleaved"_a, "attention_scaling"_a, "where"_a.none(true));
+    m.def("gist_pool", &gist_pool, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "k_gist"_a, "v_gist"_a, "stream"_a);
+    m.def("collapse", &collapse, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "n_blocks"_a, "children"_a, "gist_slots"_a,
+          "n_segments"_a, "segments"_a, "where"_a.none(true));
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
           "where"_a.none(true));

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .registry import register
+from .registry import IMPLS, register
 
 _emulation: Path | None = None
 
@@ -124,6 +124,24 @@ def register_cuda(
     return register(op, "cuda", available=available, supports=supports)(call)
 
 
+def register_backward(op: str) -> None:
+    """Register the backward of an op that has no CUDA version of its own: Triton's where that can serve, else the
+    oracle's. A forward that was asked of `cuda` so has gradients."""
+
+    def call(*args: Any) -> Any:
+        triton = IMPLS[op].get("triton")
+        serves = triton is not None and (triton.available() or triton.supports(*args)) is None
+        return IMPLS[op]["triton" if serves else "ref"].fn(*args)
+
+    call.__name__ = f"{op}_cuda"
+    register(op, "cuda", available=available, supports=refuse)(call)
+
+
+def current_stream(like: Tensor) -> int:
+    """Address of the current stream of `like`'s device."""
+    return torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+
+
 def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None) -> None:
     """Run `call` on the current stream of `like`'s device, with a workspace.
 
@@ -139,6 +157,5 @@ def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None) -
             raise ValueError(
                 f"workspace: expected contiguous uint8 on {like.device}, got {workspace.dtype} on {workspace.device}"
             )
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
         address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-        call(library().Where(address, size, stream))
+        call(library().Where(address, size, current_stream(like)))

@@ -428,6 +428,13 @@ MC_API const char* mc_cuda_architectures(void);
 MC_API int32_t mc_kv_splice_cuda_workspace(const mc_kv_splice_args* args, int64_t* bytes);
 MC_API int32_t mc_kv_splice_cuda(const mc_kv_splice_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 
+/* Needs no workspace. K * 32 + D * 64 bytes and some thousand must fit 160 KB of shared memory. */
+MC_API int32_t mc_gist_pool_cuda(const mc_gist_pool_args* args, void* stream);
+
+/* children, gist_slots and segments are not device memory. Some dozen blocks need no workspace. */
+MC_API int32_t mc_collapse_cuda_workspace(const mc_collapse_args* args, int64_t* bytes);
+MC_API int32_t mc_collapse_cuda(const mc_collapse_args* args, void* workspace, int64_t workspace_bytes, void* stream);
+
 /* q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse and mass are device memory; D <= 256. Where mass is wanted, the
  * workspace has B * Hq * T * S floats. Meant for few queries a sequence, as the CPU's: each 16 rows (queries times heads of a
  * group; 4 where D is neither 64 nor 128, in fp32, and off 16 bytes) read the keys again. Heads of 64 or 128 dimensions of

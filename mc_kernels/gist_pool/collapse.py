@@ -15,6 +15,7 @@ from ..checks import (
     check_tensor,
     describe,
 )
+from ..cuda_backend import refuse, register_cuda
 from ..kv_splice.memory import overlaps_itself, shares_memory
 from ..library import define_op
 from ..triton_backend import register_triton
@@ -40,6 +41,7 @@ register_triton(
     "collapse_triton",
     lambda *args: triton_supports(*args[:6]),  # slots and moves are on the CPU
 )
+register_cuda("collapse_", "mc_kernels.gist_pool.cuda", "collapse_cuda", lambda *args: refuse(*args[:6]))
 
 
 def _check_cache(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..checks import (
     check_tensor,
     describe,
 )
+from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
 from ..triton_backend import register_triton
 from . import cpu as cpu
@@ -75,6 +76,8 @@ register_triton(
     "gist_pool_backward_triton",
     lambda grad_k, grad_v, *args: triton_supports(*args[:6]),
 )
+register_cuda("gist_pool", "mc_kernels.gist_pool.cuda", "gist_pool_cuda")
+register_backward("gist_pool_backward")
 
 
 def gist_pool(k: Tensor, v: Tensor, weights: GistPoolWeights, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -195,3 +195,26 @@ def test_only_the_abi_is_exported(library: Any) -> None:
     names = {line.split()[-1] for line in shown.stdout.splitlines() if line.split()[-2] in "TDBV"}
     assert names
     assert all(name.startswith("mc_") and name.count("cuda") for name in names), names
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_the_example_without_python(tmp_path: Path) -> None:
+    """It is built and linked wherever nvcc is; where there is a device it runs and checks its result."""
+    if isinstance(found := cuda_backend._load(native.FOLDER, "_cuda"), str):
+        pytest.skip(found)
+    program = tmp_path / "splice_paged"
+    where = ["-I", str(ROOT / "csrc" / "include"), "-L", str(native.FOLDER), "-lmc_kernels_cuda"]
+    rpath = ["-Xlinker", f"-rpath,{native.FOLDER}"]
+    source = str(ROOT / "examples" / "cpp" / "splice_paged.cpp")
+    done = subprocess.run(
+        [NVCC, "-std=c++17", "-Xcompiler", "-Wall,-Wextra,-Werror", source, *where, *rpath, "-o", str(program)],
+        text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = subprocess.run([program], text=True, capture_output=True)
+    if torch.cuda.is_available():
+        assert ran.returncode == 0, ran.stderr
+        assert "250 entries before, 219 after" in ran.stdout
+    else:
+        assert ran.returncode == 77, ran.stderr
+        assert ran.stderr == "no CUDA device: nothing was run\n"
