@@ -75,30 +75,6 @@ mc_kv_splice_args splice_args(const py::handle& k, const py::handle& v, const py
     return a;
 }
 
-<<<<<<< HEAD
-mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v,
-                                         uintptr_t q_pos, uintptr_t kv_pos, uintptr_t inv_freq, int64_t half,
-                                         bool interleaved, double attention_scaling, uintptr_t sigma,
-                                         uintptr_t kv_bias, double scale, const py::handle& out, uintptr_t lse,
-                                         uintptr_t mass) {
-    mc_context_attention_args a{};
-    a.struct_size = sizeof a;
-    a.q = tensor("q", q);
-    a.k = tensor("k", k);
-    a.v = tensor("v", v);
-    a.q_pos = array<int64_t>(q_pos);
-    a.kv_pos = array<int64_t>(kv_pos);
-    a.inv_freq = array<double>(inv_freq);
-    a.half = half;
-    a.interleaved = interleaved;
-    a.attention_scaling = attention_scaling;
-    a.sigma = array<float>(sigma);
-    a.kv_bias = array<float>(kv_bias);
-    a.scale = scale;
-    a.out = tensor("out", out);
-    a.lse = reinterpret_cast<float*>(lse);
-    a.mass = reinterpret_cast<float*>(mass);
-=======
 mc_gist_pool_weights pool_weights(const py::handle& w, const py::handle& b, const py::handle& m, const py::handle& c) {
     return {tensor("weights.w", w), tensor("weights.b", b), tensor("weights.m", m), tensor("weights.c", c)};
 }
@@ -129,7 +105,31 @@ mc_collapse_args collapse_args(const py::handle& k, const py::handle& v, const p
     a.gist_slots = array<int64_t>(gist_slots);
     a.n_segments = n_segments;
     a.segments = array<int64_t>(segments);
->>>>>>> s16-cuda
+    return a;
+}
+
+mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v,
+                                         uintptr_t q_pos, uintptr_t kv_pos, uintptr_t inv_freq, int64_t half,
+                                         bool interleaved, double attention_scaling, uintptr_t sigma,
+                                         uintptr_t kv_bias, double scale, const py::handle& out, uintptr_t lse,
+                                         uintptr_t mass) {
+    mc_context_attention_args a{};
+    a.struct_size = sizeof a;
+    a.q = tensor("q", q);
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.q_pos = array<int64_t>(q_pos);
+    a.kv_pos = array<int64_t>(kv_pos);
+    a.inv_freq = array<double>(inv_freq);
+    a.half = half;
+    a.interleaved = interleaved;
+    a.attention_scaling = attention_scaling;
+    a.sigma = array<float>(sigma);
+    a.kv_bias = array<float>(kv_bias);
+    a.scale = scale;
+    a.out = tensor("out", out);
+    a.lse = reinterpret_cast<float*>(lse);
+    a.mass = reinterpret_cast<float*>(mass);
     return a;
 }
 

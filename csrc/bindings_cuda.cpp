@@ -53,6 +53,8 @@ int64_t collapse(const py::handle& k, const py::handle& v, const py::handle& w, 
     int64_t bytes = 0;
     raise(where ? mc_collapse_cuda(&a, where->memory(), where->bytes, where->on())
                 : mc_collapse_cuda_workspace(&a, &bytes));
+    return bytes;
+}
 
 int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
                           uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,

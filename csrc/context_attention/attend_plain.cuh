@@ -187,7 +187,8 @@ __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_const
             for (int s = 0; s < kPlainSlots; ++s) {
                 if (m.at[s] < 0 || m.at[s] > latest) continue;
                 using Bits = typename E::Bits;
-                const float x = E::widen(read_constant<Bits>(values + (tile + s) * c.v_step[2] + d * sizeof(Bits)));
+                const int slot = tile + s + (MC_FAULT(12) ? 1 : 0);
+                const float x = E::widen(read_constant<Bits>(values + slot * c.v_step[2] + d * sizeof(Bits)));
 #pragma unroll
                 for (int r = 0; r < kPlainRows; ++r) sums[i][r] += m.weights[s * kPlainRows + r] * x;
             }

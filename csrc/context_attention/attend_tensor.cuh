@@ -2,7 +2,7 @@
 // or not at all. See kernel.cuh.
 //
 // A warp takes 16 slots at a time, on its own: keys and values go from memory into the operands' registers (fragments.cuh),
-// those of the next slots while these are multiplied. Of a tile, lane 4 g + c has
+// the next slots' keys while these slots' values are awaited. Of a tile, lane 4 g + c has
 //   keys      slots g and g + 8, every fourth piece of 8 dimensions from piece c: both members of the pairs that turn
 //   scores    slots g and g + 8 of rows 2c and 2c + 1 of each 8
 //   values    slots 2c, 2c + 1, 2c + 8, 2c + 9, pieces g and g + 8; sums: the same dimensions of rows 2c and 2c + 1
@@ -15,10 +15,9 @@ namespace mc::cuda {
 
 constexpr int kTensorThreads = 128, kTileSlots = 16;
 
-// Slots g and g + 8 of a tile.
+// Positions of slots g and g + 8 of a tile.
 struct Slots {
     int64_t at[2];
-    float sigma[2], bias[2];
 
     MC_DEVICE Slots(const AttendCall& c, const Part& p, int first) {
 #pragma unroll
@@ -26,11 +25,22 @@ struct Slots {
             const int s = first + 8 * i;
             const int64_t index = static_cast<int64_t>(p.b) * c.slots + s;
             at[i] = s < p.high ? read_constant<int64_t>(c.kv_pos + index) : -1;
-            sigma[i] = c.sigma && s < p.high ? read_constant<float>(c.sigma + index) : 0.0f;
-            bias[i] = c.bias && s < p.high ? read_constant<float>(c.bias + index) * kLog2E : 0.0f;
         }
     }
     MC_DEVICE bool seen(int i, int64_t latest) const { return at[i] >= 0 && at[i] <= latest; }
+};
+
+// Of slots g and g + 8 of a tile: what an array has for them, or 0.
+struct Extras {
+    float x[2];
+
+    MC_DEVICE Extras(const AttendCall& c, const Part& p, const float* array, int first) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int s = first + 8 * i;
+            x[i] = array && s < p.high ? read_constant<float>(array + static_cast<int64_t>(p.b) * c.slots + s) : 0.0f;
+        }
+    }
 };
 
 // A row, as its lane has it, turned. c: the lane's piece.
@@ -81,7 +91,7 @@ MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const Slots& slo
                          Quad (&to)[2][D / 32]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const char* row = keys + (first + 8 * i) * c.k_step[2] + 16 * piece;
+        const char* row = keys + (first + 8 * i + (MC_FAULT(11) ? 1 : 0)) * c.k_step[2] + 16 * piece;
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) to[i][j] = slots.seen(i, latest) ? read_constant<Quad>(row + 64 * j) : Quad{};
     }
@@ -193,7 +203,7 @@ MC_DEVICE void join_warps(const AttendCall& c, const Part& p, SharedMemory& shar
 }
 
 template <class E, int D, int T>
-__global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_constant__ AttendCall call) {
+__global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2) attend_tensor(const __grid_constant__ AttendCall call) {
     MC_SHARED_MEMORY(memory);
     SharedMemory shared(memory);
     const Part p = part_of(call, static_cast<int>(blockIdx.x), 8 * T);
@@ -204,20 +214,24 @@ __global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_con
     const int step = kTileSlots * static_cast<int>(blockDim.x) / 32;
     const bool turns = call.inv_freq != nullptr;
 
-    Quad queries[T][D / 32];
+    const Span<Quad> queries = shared.take<Quad>(T * D / 32 * 32);  // [T][D / 32][lanes]
     int64_t at[T][2], latest = -1;
     Running<D, T> state;
 #pragma unroll
     for (int t = 0; t < T; ++t) {
         const int row = 8 * t + g;
+        Quad query[D / 32];
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) {
-            queries[t][j] =
-                row < p.count ? read_constant<Quad>(p.queries(call, row) + 16 * c + 64 * j) : Quad{};
+            query[j] = row < p.count ? read_constant<Quad>(p.queries(call, row) + 16 * c + 64 * j) : Quad{};
         }
         const int64_t own = p.position(call, row);
-        if (turns) turn_row<E, D>(call, bands, c, own, 0.0f, false, queries[t]);
+        if (turns) turn_row<E, D>(call, bands, c, own, 0.0f, false, query);
         latest = max(latest, own);
+        if (threadIdx.x < 32) {
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) queries[(t * (D / 32) + j) * 32 + lane] = query[j];
+        }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             at[t][r] = p.position(call, 8 * t + 2 * c + r);
@@ -231,6 +245,7 @@ __global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_con
         }
     }
     for (int lanes = 4; lanes < 32; lanes *= 2) latest = max(latest, __shfl_xor_sync(0xffffffffu, latest, lanes));
+    __syncthreads();
 
     const char *k = p.keys(call), *v = p.values(call);
     int tile = p.low + kTileSlots * (static_cast<int>(threadIdx.x) / 32);
@@ -245,19 +260,24 @@ __global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_con
         Quad values[4][D / 64];
         uint32_t weights[T][2];
         float x[T][4] = {};
+        const Extras bias(call, p, call.bias, tile + g);
         if (some) {
-            load_values<D>(call, v, seen, tile, lane, values);
+            const Extras sigma(call, p, call.sigma, tile + g);
             if (turns) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    turn_row<E, D>(call, bands, c, now.at[i], now.sigma[i], call.sigma != nullptr, keys[i]);
+                    turn_row<E, D>(call, bands, c, now.at[i], sigma.x[i], call.sigma != nullptr, keys[i]);
                 }
             }
 #pragma unroll
             for (int t = 0; t < T; ++t) {
-                for (int j = 0; j < D / 32; ++j) multiply<E>(x[t], keys[0][j], keys[1][j], queries[t][j]);
+                for (int j = 0; j < D / 32; ++j) {
+                    multiply<E>(x[t], keys[0][j], keys[1][j], queries[(t * (D / 32) + j) * 32 + lane]);
+                }
             }
         }
+        // On their way together, 8 KB a warp at D = 128; not before the keys have turned, which takes the registers.
+        load_values<D>(call, v, seen, tile, lane, values);
         load_keys<D>(call, k, next, latest, tile + step + g, c, keys);
 #pragma unroll
         for (int t = 0; t < T; ++t) {
@@ -265,7 +285,7 @@ __global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_con
             for (int i = 0; i < 4; ++i) {
                 const int row = 8 * t + 2 * c + i % 2, s = tile + g + i / 2 * 8;
                 const bool visible = now.at[i / 2] >= 0 && now.at[i / 2] <= at[t][i % 2];
-                x[t][i] = visible ? x[t][i] * call.scale + now.bias[i / 2] : -MC_INFINITY;
+                x[t][i] = visible ? x[t][i] * call.scale + bias.x[i / 2] * kLog2E : -MC_INFINITY;
                 if (call.logits && row < p.count && s < p.high) {
                     write(call.logits + p.index(call, row) * call.slots + s, x[t][i]);
                 }
@@ -282,7 +302,7 @@ __global__ void __launch_bounds__(kTensorThreads) attend_tensor(const __grid_con
 
 template <int D, int T>
 int64_t tensor_shared_bytes(int threads, int64_t half) {
-    return Bands::bytes(half) + 2 * shared_bytes_of<float>(threads / 32 * 8 * T) +
+    return Bands::bytes(half) + shared_bytes_of<Quad>(T * D / 32 * 32) + 2 * shared_bytes_of<float>(threads / 32 * 8 * T) +
            shared_bytes_of<float>(threads / 32 * 8 * T * D);
 }
 

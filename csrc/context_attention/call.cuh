@@ -16,6 +16,7 @@ struct AttendCall {
     float* lse;          // [B, Hq, T]
     float* mass;         // [B, S] or nullptr
     float* logits;       // [B, Hq, T, S] in units of log 2, where mass is wanted
+    float* row_lse;      // [B, Hq, T] lse in units of log 2, where mass is wanted
     float* partial_out;  // [splits, B Hq T, D], or nullptr: one split, to out and lse
     float* partial_lse;  // [splits, B Hq T] in units of log 2
     float scale;         // of <q, k>: with the magnitude of both rotations, in units of log 2
@@ -96,6 +97,12 @@ constexpr float kLog2 = 0.69314718055994530942f, kLog2E = 1.44269504088896340736
 // 2^(x - top), 0 where top is -infinity.
 MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f(x - top); }
 
+// lse: in units of log 2.
+MC_DEVICE void store_lse(const AttendCall& c, int64_t row, float lse) {
+    write(c.lse + row, lse * kLog2);
+    if (c.row_lse) write(c.row_lse + row, lse);
+}
+
 // An element of row `row`'s result; top and total: greatest logit in units of log 2, sum of 2^(logit - top).
 template <class E>
 MC_DEVICE void store_result(const AttendCall& c, const Part& p, int row, int dim, float sum, float top, float total) {
@@ -110,7 +117,7 @@ MC_DEVICE void store_result(const AttendCall& c, const Part& p, int row, int dim
     }
     char* to = c.out + p.b * c.out_step[0] + p.head(c, row) * c.out_step[1] + p.query(c, row) * c.out_step[2];
     write(to + dim * sizeof(typename E::Bits), E::narrow(x));
-    if (dim == 0) write(c.lse + index, lse * kLog2);
+    if (dim == 0) store_lse(c, index, lse);
 }
 
 }  // namespace mc::cuda

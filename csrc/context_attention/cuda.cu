@@ -10,13 +10,13 @@ namespace mc::cuda {
 namespace {
 
 constexpr int64_t kMostDims = 256, kLeastSplit = 128, kMostSplits = 128;
-// Resident at a time on a multiprocessor: by registers of the tensor kernel, by shared memory of the plain one.
-constexpr int64_t kBlocksEach = 3;
+// Resident at a time on a multiprocessor, by registers: of a tile of 16 rows, of others.
+constexpr int64_t kBlocksOfMany = 2, kBlocksOfFew = 3;
 
 struct Layout {
     bool tensor;
     int64_t tile_rows, row_tiles, splits, chunk;
-    int64_t partial_out, partial_lse, logits, bytes;  // offsets into the workspace, in bytes
+    int64_t partial_lse, row_lse, logits, bytes;  // offsets into the workspace, in bytes
 };
 
 int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -32,7 +32,7 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
     const int64_t rows = x.batch * x.heads * x.queries, programs = x.batch * x.kv_heads * l.row_tiles;
     if (rows == 0 || x.slots == 0) return l;
     const int64_t tile = l.tensor ? kTileSlots * kTensorThreads / 32 : kPlainSlots;
-    l.splits = std::clamp<int64_t>(kBlocksEach * multiprocessors() / programs, 1,
+    l.splits = std::clamp<int64_t>((l.tile_rows == 16 ? kBlocksOfMany : kBlocksOfFew) * multiprocessors() / programs, 1,
                                    std::min(kMostSplits, std::max<int64_t>(x.slots / kLeastSplit, 1)));
     l.chunk = ((x.slots + l.splits - 1) / l.splits + tile - 1) / tile * tile;
     l.splits = (x.slots + l.chunk - 1) / l.chunk;
@@ -41,8 +41,9 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
         l.bytes = l.partial_lse + padded(l.splits * rows * 4);
     }
     if (a.mass) {
-        l.logits = l.bytes;
-        l.bytes += padded(rows * x.slots * 4);
+        l.row_lse = l.bytes;
+        l.logits = l.row_lse + padded(rows * 4);
+        l.bytes = l.logits + padded(rows * x.slots * 4);
     }
     return l;
 }
@@ -78,7 +79,10 @@ void set_call(AttendCall& c, const mc_context_attention_args& a, const Attention
         c.partial_out = reinterpret_cast<float*>(memory);
         c.partial_lse = reinterpret_cast<float*>(memory + l.partial_lse);
     }
-    if (a.mass && l.splits) c.logits = reinterpret_cast<float*>(memory + l.logits);
+    if (a.mass && l.splits) {
+        c.row_lse = reinterpret_cast<float*>(memory + l.row_lse);
+        c.logits = reinterpret_cast<float*>(memory + l.logits);
+    }
     const double magnitude = a.inv_freq ? a.attention_scaling * a.attention_scaling : 1.0;
     c.scale = static_cast<float>(a.scale * magnitude * 1.44269504088896340736);
     c.all_rows = x.batch * x.heads * x.queries;
@@ -130,7 +134,7 @@ void attend(const AttendCall& c, const Layout& l, int64_t blocks, void* stream) 
             return go(c, blocks, stream);
         }
     }
-    const int threads = block_threads(kPlainThreads);
+    const int threads = std::max(block_threads(kPlainThreads), (c.dims + 63) / 64 * 32);
     launch("context_attention (plain)", attend_plain<E>, blocks, threads,
            PlainMemory::bytes(c.dims, c.half, threads / 32), stream, c);
 }

@@ -7,13 +7,14 @@
 //   sum_mass        what a slot receives, over rows in their order: from logits that the first launch has stored
 //
 // Everything is deterministic. Nothing but registers and partial results: workspace is splits * B Hq T (D + 1) floats, with
-// mass B Hq T S more.
+// mass B Hq T (S + 1) more.
 //
 // Floor: bytes over bandwidth. A decode step of Llama-3-8B in bf16 at 32k slots reads 134 MB a layer: 40 us at 3.35 TB/s
-// (H100), 28 us at 4.8 TB/s (H200). Slots are split so that blocks fill the device in one wave. A warp has 4 KB of keys or
-// values of D = 128 on their way at any time, loaded straight into the operands of the products; three blocks of four
-// warps a multiprocessor are 48 KB where Little's law asks 25 (H100) to 36 KB (H200) for 1 us of latency. So there is no
-// stage in shared memory, and no asynchronous copy into one.
+// (H100), 28 us at 4.8 TB/s (H200). Slots are split so that blocks fill the device in one wave. A warp has its tile's
+// values and the next one's keys on their way together, 8 KB at D = 128, from the product with the keys to that with the
+// values, straight into the operands' registers; three blocks of four warps are up to 96 KB a multiprocessor, where
+// Little's law asks 25 (H100) to 36 KB (H200) for 1 us of latency. So there is no stage in shared memory, and no
+// asynchronous copy into one.
 //
 // Rotation: an entry's bytes of one KV head take 35 (H100) or 25 (H200) cycles of a multiprocessor to arrive at D = 128. Of
 // its 64 pairs each costs some 9 instructions for the phase (3 of them integer products, 2 of the special function unit)
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_splits(const __grid_constan
         }
         write(to + d * sizeof(typename E::Bits), E::narrow(total > 0.0f ? sum / total : 0.0f));
     }
-    if (threadIdx.x == 0) write(c.lse + row, total > 0.0f ? (top + log2f(total)) * kLog2 : -MC_INFINITY);
+    if (threadIdx.x == 0) store_lse(c, row, total > 0.0f ? top + log2f(total) : -MC_INFINITY);
 }
 
 // A thread a slot of [B, S].
@@ -68,8 +69,7 @@ static __global__ void __launch_bounds__(kMassThreads) sum_mass(const __grid_con
 #pragma unroll 8
     for (int r = 0; r < rows; ++r) {
         const int64_t row = b * rows + r;
-        const float lse = read<float>(c.lse + row);
-        if (lse != -MC_INFINITY) sum += exp2f(read<float>(c.logits + row * c.slots + s) - lse * kLog2E);
+        sum += share(read<float>(c.logits + row * c.slots + s), read<float>(c.row_lse + row));
     }
     write(c.mass + slot, sum);
 }

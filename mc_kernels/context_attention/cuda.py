@@ -1,4 +1,4 @@
-"""`context_attention` on a GPU by csrc/context_attention/cuda.cu, for few queries; see kernel.cuh there. Forward only."""
+"""`context_attention` on a GPU by csrc/context_attention/cuda.cu (kernel.cuh there), for few queries. Forward only."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from ..checks import (
     check_shape,
     check_tensor,
 )
-from ..cuda_backend import register_backward, register_cuda
 from ..cuda_backend import refuse_device as refuse_cuda_device
+from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
 from ..rope import RopeSpec
 from ..triton_backend import refuse_device, refuse_fp64, register_triton
