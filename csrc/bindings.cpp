@@ -117,35 +117,6 @@ void lens_score(const py::handle& entries, const py::handle& features, const py:
     raise(status);
 }
 
-// The 13 tensors in the order of mc_gist_encode_weights.
-mc_gist_encode_weights encoder(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
-                               double target_rms) {
-    mc_gist_encode_weights w{};
-    w.struct_size = sizeof w;
-    const std::pair<const char*, mc_tensor*> fields[] = {
-        {"mu", &w.mu},
-        {"w_in", &w.w_in},
-        {"level_emb", &w.level_emb},
-        {"attn_norm", &w.attn_norm},
-        {"qkv", &w.qkv},
-        {"attn_out", &w.attn_out},
-        {"ffn_norm", &w.ffn_norm},
-        {"gate_up", &w.gate_up},
-        {"down", &w.down},
-        {"final_norm", &w.final_norm},
-        {"pool_q", &w.pool_q},
-        {"w_out", &w.w_out},
-        {"gain", &w.gain},
-    };
-    if (tensors.size() != std::size(fields)) throw py::value_error("weights: expected 13 tensors");
-    for (size_t i = 0; i < std::size(fields); ++i) *fields[i].second = tensor(fields[i].first, tensors[i]);
-    w.n_heads = n_heads;
-    w.pool = pool;
-    w.rope_theta = rope_theta;
-    w.target_rms = target_rms;
-    return w;
-}
-
 int64_t gist_encode_packed_bytes(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
                                  double target_rms, int32_t dtype) {
     const mc_gist_encode_weights w = encoder(tensors, n_heads, pool, rope_theta, target_rms);

@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <iterator>
 #include <string>
+#include <utility>
 
 #include "mc_kernels.h"
 
@@ -131,6 +133,35 @@ mc_context_attention_args attention_args(const py::handle& q, const py::handle& 
     a.lse = reinterpret_cast<float*>(lse);
     a.mass = reinterpret_cast<float*>(mass);
     return a;
+}
+
+// The 13 tensors in the order of mc_gist_encode_weights.
+mc_gist_encode_weights encoder(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
+                               double target_rms) {
+    mc_gist_encode_weights w{};
+    w.struct_size = sizeof w;
+    const std::pair<const char*, mc_tensor*> fields[] = {
+        {"mu", &w.mu},
+        {"w_in", &w.w_in},
+        {"level_emb", &w.level_emb},
+        {"attn_norm", &w.attn_norm},
+        {"qkv", &w.qkv},
+        {"attn_out", &w.attn_out},
+        {"ffn_norm", &w.ffn_norm},
+        {"gate_up", &w.gate_up},
+        {"down", &w.down},
+        {"final_norm", &w.final_norm},
+        {"pool_q", &w.pool_q},
+        {"w_out", &w.w_out},
+        {"gain", &w.gain},
+    };
+    if (tensors.size() != std::size(fields)) throw py::value_error("weights: expected 13 tensors");
+    for (size_t i = 0; i < std::size(fields); ++i) *fields[i].second = tensor(fields[i].first, tensors[i]);
+    w.n_heads = n_heads;
+    w.pool = pool;
+    w.rope_theta = rope_theta;
+    w.target_rms = target_rms;
+    return w;
 }
 
 }  // namespace

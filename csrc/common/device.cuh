@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #define MC_DEVICE __device__ __forceinline__
+#define MC_BOTH __host__ __device__ __forceinline__
 #define MC_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 // A deliberate error that a test switches on in the emulated build, to see that it is noticed.
 #define MC_FAULT(number) false
@@ -27,6 +28,9 @@ MC_DEVICE T read(const void* p) {
 // Memory that nobody writes while the kernel runs.
 template <class T>
 MC_DEVICE T read_constant(const void* p);
+
+// Asks for a line to come to L2.
+MC_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 template <class T>
 MC_DEVICE void write(void* p, T x) {

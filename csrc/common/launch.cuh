@@ -12,10 +12,11 @@ constexpr int64_t kMostBlocks = 0x7fffffff;
 
 #if defined(__CUDACC__)
 
-// Kernels take one argument, a struct of at most 4 KB (what every architecture and toolkit takes).
+// Kernels take one argument, a struct of at most 4 KB (what every architecture and toolkit takes). together: all blocks run
+// at the same time, or the launch is refused.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes,
-            void* stream, const Arguments& arguments) {
+            void* stream, const Arguments& arguments, bool together = false) {
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
     const void* address = reinterpret_cast<const void*>(kernel);
     cudaError_t status = cudaSuccess;
@@ -25,8 +26,11 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
     }
     if (status == cudaSuccess) {
         void* pointers[] = {const_cast<Arguments*>(&arguments)};
-        status = cudaLaunchKernel(address, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                                  pointers, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+        const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+        const size_t bytes = static_cast<size_t>(shared_bytes);
+        const auto on = static_cast<cudaStream_t>(stream);
+        status = together ? cudaLaunchCooperativeKernel(address, grid, block, pointers, bytes, on)
+                          : cudaLaunchKernel(address, grid, block, pointers, bytes, on);
     }
     if (status == cudaSuccess) return;
     cudaGetLastError();  // the status tells it; the next caller of the runtime must not find it again
@@ -49,6 +53,9 @@ inline int64_t multiprocessors() {
     return 132;
 }
 
+// Of so many blocks, one a multiprocessor: how many a launch `together` may have.
+inline int64_t blocks_together(int64_t blocks) { return blocks < multiprocessors() ? blocks : multiprocessors(); }
+
 // What a launch may touch is known to the emulation alone.
 class Watched {
 public:
@@ -61,8 +68,11 @@ public:
 
 template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes, void*,
-            const Arguments& arguments) {
+            const Arguments& arguments, bool together = false) {
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
+    if (together && blocks > emulate::resident_blocks()) {
+        throw Error(MC_DEVICE_ERROR, std::string(name) + ": blocks do not fit at the same time");
+    }
     emulate::run(name, blocks, threads, shared_bytes, [&] { kernel(arguments); });
 }
 
@@ -70,6 +80,7 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 inline int block_threads(int usual) { return emulate::block_threads(usual); }
 
 inline int64_t multiprocessors() { return 4; }
+inline int64_t blocks_together(int64_t blocks) { return blocks < emulate::resident_blocks() ? blocks : emulate::resident_blocks(); }
 
 using emulate::Watched;
 

@@ -35,7 +35,7 @@ struct Fiber {
 };
 
 struct Block {
-    int64_t epoch = 0;
+    int64_t epoch = 0, phase = 0;  // barriers passed, and barriers of all blocks
     bool any = false;  // of the flags at the last barrier
     std::vector<Fiber*> fibers;
     std::unique_ptr<char[]> shared;
@@ -98,7 +98,7 @@ void release(Block& b) {
 }
 
 void start(Block& b, Index block, Index block_size, Index grid_size) {
-    b.epoch = 0;
+    b.epoch = b.phase = 0;
     b.exchanged.assign(block_size.x, 0);
     if (launch.shared_bytes) {
         b.shared.reset(new char[static_cast<size_t>(launch.shared_bytes)]);
@@ -142,6 +142,9 @@ void step(std::vector<Block>& blocks, std::vector<Fiber*>& ready) {
 
 const Place& place() { return launch.running->place; }
 int64_t epoch() { return launch.running->block->epoch; }
+int64_t phase() { return launch.running->block->phase; }
+void passed_grid_barrier() { ++launch.running->block->phase; }
+int resident_blocks() { return resident; }
 bool fault(int number) { return number == fault_wanted; }
 int block_threads(int usual) { return threads_wanted ? std::min(threads_wanted, usual) : usual; }
 

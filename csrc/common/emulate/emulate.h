@@ -24,6 +24,7 @@
 #define __forceinline__ inline
 #define __restrict__
 #define MC_DEVICE inline
+#define MC_BOTH inline
 
 namespace mc::emulate {
 
@@ -41,6 +42,10 @@ const Place& place();
 void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
 int block_threads(int usual);
+// How many blocks run at a time.
+int resident_blocks();
+// The running block has passed a barrier of all blocks.
+void passed_grid_barrier();
 bool fault(int number);
 
 // Ends the launch from within a thread.
@@ -105,6 +110,7 @@ template <class T>
 T max(T a, T b) {
     return a < b ? b : a;
 }
+using std::exp2;
 using std::exp2f;
 using std::floor;
 using std::fmaf;
@@ -125,6 +131,8 @@ template <class T>
 T read_constant(const void* p) {
     return read<T>(p);
 }
+
+inline void prefetch(const void* p) { emulate::check_access(p, 1, 1, false); }
 
 template <class T>
 void write(void* p, T x) {

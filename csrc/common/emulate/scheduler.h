@@ -7,5 +7,7 @@ namespace mc::emulate {
 
 // How many barriers the running thread's block has passed.
 int64_t epoch();
+// And how many barriers of all blocks.
+int64_t phase();
 
 }  // namespace mc::emulate

@@ -2,7 +2,8 @@
 //
 // Races. Of every two bytes of a view the last write and the last reads are kept, as (block, thread, how many barriers
 // the block has passed). Two accesses, one of them a write, are ordered if one thread made both or if they are of one
-// block with a barrier between. Blocks are not ordered among themselves.
+// block with a barrier between, or if a barrier of all blocks (grid_barrier.cuh) stands between. Blocks are not ordered
+// among themselves otherwise.
 #include "watch.h"
 
 #include <algorithm>
@@ -34,7 +35,7 @@ std::vector<Region> regions;
 
 constexpr int kMany = -2, kNobody = -1;
 struct Access {
-    int64_t block = kNobody, epoch = 0;
+    int64_t block = kNobody, epoch = 0, phase = 0;
     int thread = kNobody;
 };
 struct Shadow {
@@ -81,7 +82,7 @@ const Region& region_of(const void* p, size_t bytes, bool writes) {
 }
 
 bool apart(const Access& a, const Access& now) {
-    if (a.block == kNobody) return true;
+    if (a.block == kNobody || a.phase != now.phase) return true;
     if (a.block != now.block) return false;
     return a.epoch != now.epoch || a.thread == now.thread;
 }
@@ -143,7 +144,8 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
     }
     const Region& r = region_of(p, bytes, writes);
     if (!r.ordered || !r.written) return;
-    const Access now{static_cast<int64_t>(place().block.x), epoch(), static_cast<int>(place().thread.x)};
+    const Access now{static_cast<int64_t>(place().block.x), epoch(), phase(),
+                     static_cast<int>(place().thread.x)};
     for (uintptr_t i = address / 2; i <= (address + bytes - 1) / 2; ++i) {
         Shadow& s = shadows[i];
         if (!apart(s.write, now) || (writes && !apart(s.reads, now))) {
@@ -157,7 +159,7 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
             s.reads = Access{};
         } else if (s.reads.block == now.block && s.reads.epoch == now.epoch) {
             if (s.reads.thread != now.thread) s.reads.thread = kMany;
-        } else if (s.reads.block == kNobody || s.reads.block == now.block) {
+        } else if (s.reads.block == kNobody || s.reads.block == now.block || s.reads.phase != now.phase) {
             s.reads = now;
         } else {
             s.reads.block = kMany;  // read by several blocks: only a write is wrong
