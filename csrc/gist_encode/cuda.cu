@@ -61,7 +61,7 @@ Net check(const mc_gist_encode_weights& w, const mc_gist_encode_args& a) {
     narrow("blocks", a.blocks.size[1] + 1);
     narrow("gate_up", 2 * net.ffn);
     narrow("qkv", 3 * net.width);
-    narrow("blocks", (kChunkRows + a.blocks.size[1]) * std::max({net.head_dim(), net.gists, net.heads}));
+    narrow("blocks", (kChunkRows + a.blocks.size[1]) * std::max({net.head_dim(), net.gists, 2 * net.heads}));
     // Logits and norms of a window's rows, when it is pooled.
     const int64_t most = (40 << 10) / 8;
     if (a.blocks.size[1] + 1 > most) {
@@ -163,7 +163,9 @@ int64_t most_units(const EncodeCall& c, int stage) {
 template <class M>
 void run(EncodeCall& c, const Layout& l, void* workspace, void* stream) {
     const int threads = block_threads(kEncodeThreads), stages = c.stages();
-    const int64_t shared = std::max(ProductMemory::bytes(threads / 32), 2 * shared_bytes_of<float>(c.rows_each));
+    const int64_t shared =
+        std::max({ProductMemory::bytes(threads / 32), AttendMemory::bytes(2 * c.half, threads / 32),
+                  2 * shared_bytes_of<float>(c.rows_each)});
     int64_t most = 1;
     for (int s = 0; s < stages; ++s) most = std::max(most, most_units(c, s));
     if (l.streamed) {

@@ -18,7 +18,7 @@
 // Floor, bulk: the matrix rate; 1.0 TFLOP a layer at N = 4096, 1.0 ms at 990 TFLOP/s. This does not come near: each unit
 // loads its operands from L2 for 32 rows, without shared memory, 32 FLOPs a byte; the Python side leaves it to Triton.
 //
-// Widths: heads of up to 256. On tensor cores where blocks and weights are of one 16-bit dtype, widths multiples of 8 and
+// Widths: heads of up to 128. On tensor cores where blocks and weights are of one 16-bit dtype, widths multiples of 8 and
 // rows on 16 bytes; else in fp32, whatever the layout.
 #pragma once
 
@@ -47,7 +47,7 @@ MC_DEVICE void prefetch_weights(const EncodeCall& c) {
 }
 
 MC_BOTH int units_of(const EncodeCall& c, Step step, const Linear& linear) {
-    return step == kAttend                       ? c.windows * c.heads
+    return step == kAttend                   ? attend_units(c)
            : step == kPool || step == kMatch     ? c.windows * c.gists
            : step == kFirst                      ? linear.units() + first_units(c)
                                                  : linear.units();

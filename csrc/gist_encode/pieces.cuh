@@ -5,7 +5,7 @@
 
 namespace mc::cuda {
 
-constexpr int kEncodeThreads = 256, kColumns = 256, kMostHeadDims = 256;
+constexpr int kEncodeThreads = 256, kColumns = 256, kMostHeadDims = 128;
 
 // Over the block, in a fixed order. Every thread gets it; `warps` floats of shared memory.
 MC_DEVICE float block_sum(float x, const Span<float>& warps) {
@@ -60,56 +60,103 @@ MC_DEVICE void first_unit(const EncodeCall& c, int unit) {
     }
 }
 
-// One head of a window: a warp a query, a lane a key, then a lane some dimensions of the values.
+// 32 queries of one head of a window: a warp takes four at a time, a lane a key, then a lane some dimensions of the values.
+// Keys and values pass through shared memory, 32 of them at a time.
+constexpr int kQueries = 4, kKeys = 32;
+
+struct AttendMemory {
+    Span<float> keys, values;       // [32, dims + 1] (a column is then in different banks), [32, dims]
+    Span<float> queries, weights;   // [warps, dims, 4], [warps, 32, 4]
+
+    MC_DEVICE AttendMemory(SharedMemory shared, int dims, int warps)
+        : keys(shared.take<float>(kKeys * (dims + 1))),
+          values(shared.take<float>(kKeys * dims)),
+          queries(shared.take<float>(warps * dims * kQueries)),
+          weights(shared.take<float>(warps * kKeys * kQueries)) {}
+    static int64_t bytes(int64_t dims, int64_t warps) {
+        return shared_bytes_of<float>(kKeys * (dims + 1)) + shared_bytes_of<float>(kKeys * dims) +
+               shared_bytes_of<float>(warps * dims * kQueries) + shared_bytes_of<float>(warps * kKeys * kQueries);
+    }
+};
+
+MC_BOTH int attend_units(const EncodeCall& c) { return c.windows * c.heads * ((c.rows_each + 31) / 32); }
+
 template <class M>
 MC_DEVICE void attend(const EncodeCall& c, SharedMemory shared, int unit) {
     constexpr int kEach = kMostHeadDims / 32;
-    const Span<float> weights = shared.take<float>(static_cast<int>(blockDim.x));  // of a warp's 32 keys
-    const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-    const int n = unit / c.heads, dims = 2 * c.half, first = unit % c.heads * dims;
+    const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
+    const int lane = thread % 32, warp = thread / 32, warps = size / 32, tiles = (c.rows_each + 31) / 32;
+    const int n = unit / tiles / c.heads, dims = 2 * c.half, first = unit / tiles % c.heads * dims;
+    const AttendMemory m(shared, dims, warps);
+    const Span<float> queries = m.queries.part(warp * dims * kQueries, dims * kQueries);
+    const Span<float> weights = m.weights.part(warp * kKeys * kQueries, kKeys * kQueries);
     const float scale = rsqrtf(static_cast<float>(dims));
-    const auto row = [&](int j) { return row_of<M>(c.turned, static_cast<int64_t>(n) * c.rows_each + j, 3 * c.width); };
-    for (int i = static_cast<int>(threadIdx.x) / 32; i < c.rows_each; i += warps) {
-        const char* query = row(i);
-        float top = -3.0e38f, total = 0.0f, sums[kEach] = {};
-        for (int from = 0; from < c.rows_each; from += 32) {
-            const int j = from + lane;
-            const bool some = j < c.rows_each;
-            const char* key = row(some ? j : 0);
-            float x = 0.0f;
-#pragma unroll 8
-            for (int d = 0; d < dims; ++d) x += load<M>(query, first + d) * load<M>(key, c.width + first + d);
-            x = some ? x * scale : -3.0e38f;
-            float greatest = x;
-            for (int lanes = 1; lanes < 32; lanes *= 2) {
-                greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, lanes));
-            }
-            greatest = max(greatest, top);
-            const float p = some ? expf(x - greatest) : 0.0f, shrink = expf(top - greatest);
-            top = greatest;
-            total = total * shrink + p;
+    const auto element = [&](int j, int at) {
+        const int64_t row = static_cast<int64_t>(n) * c.rows_each + j;
+        return j < c.rows_each ? load<M>(row_of<M>(c.turned, row, 3 * c.width), at + first) : 0.0f;
+    };
+    for (int pass = 0; pass < 32; pass += kQueries * warps) {
+        const int query = unit % tiles * 32 + pass + kQueries * warp;
+        for (int i = lane; i < kQueries * dims; i += 32) {
+            queries[i % dims * kQueries + i / dims] = element(query + i / dims, i % dims) * scale;
+        }
+        float top[kQueries], total[kQueries] = {}, sums[kQueries][kEach] = {};
 #pragma unroll
-            for (int e = 0; e < kEach; ++e) sums[e] *= shrink;
-            weights[static_cast<int>(threadIdx.x)] = p;
+        for (int r = 0; r < kQueries; ++r) top[r] = -3.0e38f;
+        for (int from = 0; from < c.rows_each; from += kKeys) {
+            __syncthreads();
+            for (int i = thread; i < kKeys * dims; i += size) {
+                const int j = i / dims, d = i % dims;
+                m.keys[j * (dims + 1) + d] = element(from + j, c.width + d);
+                m.values[i] = element(from + j, 2 * c.width + d);
+            }
+            __syncthreads();
+            const bool some = from + lane < c.rows_each;
+            float x[kQueries] = {};
+            for (int d = 0; d < dims; ++d) {
+                const float key = m.keys[lane * (dims + 1) + d];
+#pragma unroll
+                for (int r = 0; r < kQueries; ++r) x[r] += queries[d * kQueries + r] * key;
+            }
+#pragma unroll
+            for (int r = 0; r < kQueries; ++r) {
+                float greatest = some ? x[r] : -3.0e38f;
+                for (int lanes = 1; lanes < 32; lanes *= 2) {
+                    greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, lanes));
+                }
+                greatest = max(greatest, top[r]);
+                const float p = some ? expf(x[r] - greatest) : 0.0f, shrink = expf(top[r] - greatest);
+                top[r] = greatest;
+                total[r] = total[r] * shrink + p;
+                weights[lane * kQueries + r] = p;
+#pragma unroll
+                for (int e = 0; e < kEach; ++e) sums[r][e] *= shrink;
+            }
             __syncwarp();
-#pragma unroll 4
-            for (int k = 0; k < min(32, c.rows_each - from); ++k) {
-                const float weight = weights[static_cast<int>(threadIdx.x) - lane + k];
-                const char* value = row(from + k);
+            for (int k = 0; k < min(kKeys, c.rows_each - from); ++k) {
 #pragma unroll
                 for (int e = 0; e < kEach; ++e) {
-                    if (lane + 32 * e < dims) sums[e] += weight * load<M>(value, 2 * c.width + first + lane + 32 * e);
+                    if (lane + 32 * e >= dims) continue;
+                    const float value = m.values[k * dims + lane + 32 * e];
+#pragma unroll
+                    for (int r = 0; r < kQueries; ++r) sums[r][e] += weights[k * kQueries + r] * value;
                 }
             }
             __syncwarp();
         }
-        for (int lanes = 1; lanes < 32; lanes *= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
-        char* to = row_of<M>(c.attention, static_cast<int64_t>(n) * c.rows_each + i, c.width);
 #pragma unroll
-        for (int e = 0; e < kEach; ++e) {
-            if (lane + 32 * e < dims) store<M>(to, first + lane + 32 * e, sums[e] / total);
+        for (int r = 0; r < kQueries; ++r) {
+            for (int lanes = 1; lanes < 32; lanes *= 2) total[r] += __shfl_xor_sync(0xffffffffu, total[r], lanes);
+            if (query + r >= c.rows_each) continue;
+            char* to = row_of<M>(c.attention, static_cast<int64_t>(n) * c.rows_each + query + r, c.width);
+#pragma unroll
+            for (int e = 0; e < kEach; ++e) {
+                if (lane + 32 * e < dims) store<M>(to, first + lane + 32 * e, sums[r][e] / total[r]);
+            }
         }
+        __syncwarp();
     }
+    __syncthreads();
 }
 
 // One gist of a window: the final norm of its rows, weighted. weights: 2 rows_each floats of shared memory.
@@ -139,20 +186,19 @@ MC_DEVICE void pool(const EncodeCall& c, SharedMemory shared, int unit) {
         }
     }
     __syncthreads();
+    // Of a class token, that row alone.
+    const int from = c.pool == MC_POOL_CLS ? c.rows_each - 1 : 0;
     float top = -3.0e38f, total = 0.0f;
-    for (int j = 0; j < c.rows_each; ++j) top = max(top, logits[j]);
-    for (int j = 0; j < c.rows_each; ++j) total += expf(logits[j] - top);
+    for (int j = from; j < c.rows_each; ++j) top = max(top, logits[j]);
+    for (int j = from; j < c.rows_each; ++j) total += expf(logits[j] - top);
+    // The mean's logits are all 0.
+    for (int j = from + thread; j < c.rows_each; j += size) inverse[j] *= expf(logits[j] - top) / total;
+    __syncthreads();
     char* to = row_of<M>(c.pooled, static_cast<int64_t>(n) * c.gists + g, c.width);
     for (int i = thread; i < c.width; i += size) {
         float sum = 0.0f;
-        if (c.pool == MC_POOL_CLS) {
-            sum = load<M>(row(c.rows_each - 1), i) * inverse[c.rows_each - 1];
-        } else {  // the mean's logits are all 0
 #pragma unroll 4
-            for (int j = 0; j < c.rows_each; ++j) {
-                sum += expf(logits[j] - top) / total * inverse[j] * load<M>(row(j), i);
-            }
-        }
+        for (int j = from; j < c.rows_each; ++j) sum += inverse[j] * load<M>(row(j), i);
         store<M>(to, i, sum * M::weight(c, c.final_norm.data, i));
     }
     __syncthreads();

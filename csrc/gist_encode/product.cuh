@@ -125,27 +125,30 @@ MC_DEVICE void sum_chunks(TensorMath<E>, const EncodeCall& c, const Linear& l, i
 MC_DEVICE void sum_chunks(PlainMath, const EncodeCall& c, const Linear& l, int output, int row, Sums& s) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int step = kChunk * static_cast<int>(blockDim.x) / 32;
-    const auto input = [&](int r, int k) {
-        if (r >= l.rows) return 0.0f;
-        const char* at = input_row<PlainMath>(c, l, r);
-        return l.step == kFirst ? PlainMath::block(c, at, k) : load<PlainMath>(at, k);
-    };
+    const char *inputs[4], *weights[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int r = row + 4 * (lane % 8) + i, o = output + 4 * (lane / 8) + i;
+        inputs[i] = r < l.rows ? input_row<PlainMath>(c, l, r) : nullptr;
+        weights[0][i] = o < l.outputs ? l.weight(c, o, false) : nullptr;
+        weights[1][i] = o < l.outputs && l.paired ? l.weight(c, o, true) : nullptr;
+    }
     for (int from = warp * kChunk; from < l.inner; from += step) {
         for (int k = from; k < min(from + kChunk, l.inner); ++k) {
             const float gain = l.gain ? PlainMath::weight(c, l.gain, k) : 1.0f;
             float x[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                x[i] = input(row + 4 * (lane % 8) + i, k);
+                x[i] = !inputs[i]           ? 0.0f
+                       : l.step == kFirst ? PlainMath::block(c, inputs[i], k)
+                                          : load<PlainMath>(inputs[i], k);
                 s.squares[i] += x[i] * x[i];
                 x[i] *= gain;
             }
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                const int o = output + 4 * (lane / 8) + t;
-                const bool some = o < l.outputs;
-                const float a = some ? PlainMath::weight(c, l.weight(c, o, false), k) : 0.0f;
-                const float b = some && l.paired ? PlainMath::weight(c, l.weight(c, o, true), k) : 0.0f;
+                const float a = weights[0][t] ? PlainMath::weight(c, weights[0][t], k) : 0.0f;
+                const float b = weights[1][t] ? PlainMath::weight(c, weights[1][t], k) : 0.0f;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     s.a[t][i] += a * x[i];

@@ -51,7 +51,7 @@ def _triton_refuses(blocks: Tensor, *args: Any) -> str | None:
 
 
 # Rows of windows that go through together in one launch of the CUDA version; more are Triton's.
-MOST_CUDA_ROWS, MOST_CUDA_HEAD = 264, 256
+MOST_CUDA_ROWS, MOST_CUDA_HEAD = 264, 128
 
 
 def _cuda_refuses(blocks: Tensor, *args: Any) -> str | None:

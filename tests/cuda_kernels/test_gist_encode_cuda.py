@@ -158,6 +158,12 @@ def test_refusals(device: str) -> None:
     many = blocks.to(device)[:1].expand(34, -1, -1).contiguous()
     with pytest.raises(BackendError, match="at most 264 rows together, class tokens included, got 272"):
         gist_encode(many, weights, backend="cuda")
+    # A head of 256.
+    wide = Case("wide", 1, 2, 8, 256, 1, 1, 8)
+    wide_weights, (few, *_) = make(wide, torch.float32)
+    wide_weights = wide_weights.with_tensors(*(x.to(device) for x in wide_weights.tensors()))
+    with pytest.raises(BackendError, match="heads of at most 128, got 256"):
+        gist_encode(few.to(device), wide_weights, backend="cuda")
     double = weights.with_tensors(*(x.double() for x in weights.tensors()))
     with pytest.raises(BackendError, match="fp64 is for the oracle"):
         gist_encode(many[:1].double(), double, backend="cuda")
