@@ -87,28 +87,9 @@ void fused_linear(const py::handle& x, const py::handle& weight, const py::handl
     raise(status);
 }
 
-// weights: the 18 views in the order of mc_lens_score_args.
 void lens_score(const py::handle& entries, const py::handle& features, const py::handle& queries,
                 const py::tuple& weights, int64_t n_heads, uintptr_t legal, const py::handle& out, int32_t n_threads) {
-    using Args = mc_lens_score_args;
-    static constexpr mc_tensor Args::* fields[] = {
-        &Args::w_in,     &Args::read_norm,   &Args::read_q,   &Args::read_k,     &Args::read_v,   &Args::read_out,
-        &Args::mlp_norm, &Args::mlp_gate_up, &Args::mlp_down, &Args::score_norm, &Args::score_q,  &Args::score_k,
-        &Args::score_v,  &Args::direct,      &Args::head_in,  &Args::head_bias,  &Args::head_out, &Args::head_out_bias,
-    };
-    if (weights.size() != std::size(fields)) {
-        throw py::value_error("weights: expected " + std::to_string(std::size(fields)) + " tensors, got " +
-                              std::to_string(weights.size()));
-    }
-    Args a{};
-    a.struct_size = sizeof a;
-    a.entries = tensor("entries", entries);
-    a.features = tensor("features", features);
-    a.queries = tensor("queries", queries);
-    for (size_t i = 0; i < weights.size(); ++i) a.*fields[i] = tensor("weights", weights[i]);
-    a.n_heads = n_heads;
-    a.legal = array<uint8_t>(legal);
-    a.out = tensor("out", out);
+    const mc_lens_score_args a = lens_args(entries, features, queries, weights, n_heads, legal, out);
     int32_t status;
     {
         py::gil_scoped_release release;

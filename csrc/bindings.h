@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 
 #include <iterator>
+#include <stdexcept>
+
 #include <string>
 #include <utility>
 
@@ -110,11 +112,35 @@ mc_collapse_args collapse_args(const py::handle& k, const py::handle& v, const p
     return a;
 }
 
-mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v,
-                                         uintptr_t q_pos, uintptr_t kv_pos, uintptr_t inv_freq, int64_t half,
-                                         bool interleaved, double attention_scaling, uintptr_t sigma,
-                                         uintptr_t kv_bias, double scale, const py::handle& out, uintptr_t lse,
-                                         uintptr_t mass) {
+// weights: the 18 views in the order of mc_lens_score_args.
+mc_lens_score_args lens_args(const py::handle& entries, const py::handle& features, const py::handle& queries,
+                             const py::tuple& weights, int64_t n_heads, uintptr_t legal, const py::handle& out) {
+    using Args = mc_lens_score_args;
+    static constexpr mc_tensor Args::* fields[] = {
+        &Args::w_in,     &Args::read_norm,   &Args::read_q,   &Args::read_k,     &Args::read_v,   &Args::read_out,
+        &Args::mlp_norm, &Args::mlp_gate_up, &Args::mlp_down, &Args::score_norm, &Args::score_q,  &Args::score_k,
+        &Args::score_v,  &Args::direct,      &Args::head_in,  &Args::head_bias,  &Args::head_out, &Args::head_out_bias,
+    };
+    if (weights.size() != std::size(fields)) {
+        throw py::value_error("weights: expected " + std::to_string(std::size(fields)) + " tensors, got " +
+                              std::to_string(weights.size()));
+    }
+    Args a{};
+    a.struct_size = sizeof a;
+    a.entries = tensor("entries", entries);
+    a.features = tensor("features", features);
+    a.queries = tensor("queries", queries);
+    for (size_t i = 0; i < weights.size(); ++i) a.*fields[i] = tensor("weights", weights[i]);
+    a.n_heads = n_heads;
+    a.legal = array<uint8_t>(legal);
+    a.out = tensor("out", out);
+    return a;
+}
+
+mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
+                                         uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
+                                         double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
+                                         const py::handle& out, uintptr_t lse, uintptr_t mass) {
     mc_context_attention_args a{};
     a.struct_size = sizeof a;
     a.q = tensor("q", q);

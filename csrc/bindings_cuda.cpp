@@ -56,6 +56,16 @@ int64_t collapse(const py::handle& k, const py::handle& v, const py::handle& w, 
     return bytes;
 }
 
+int64_t lens_score(const py::handle& entries, const py::handle& features, const py::handle& queries,
+                   const py::tuple& weights, int64_t n_heads, uintptr_t legal, const py::handle& out,
+                   const Where* where) {
+    const mc_lens_score_args a = lens_args(entries, features, queries, weights, n_heads, legal, out);
+    int64_t bytes = 0;
+    raise(where ? mc_lens_score_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_lens_score_cuda_workspace(&a, &bytes));
+    return bytes;
+}
+
 int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
                           uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
                           double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
@@ -101,6 +111,8 @@ PYBIND11_MODULE(MC_MODULE, m) {
     m.def("gist_pool", &gist_pool, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "k_gist"_a, "v_gist"_a, "stream"_a);
     m.def("collapse", &collapse, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "n_blocks"_a, "children"_a, "gist_slots"_a,
           "n_segments"_a, "segments"_a, "where"_a.none(true));
+    m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
+          "out"_a, "where"_a.none(true));
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
           "where"_a.none(true));

@@ -12,7 +12,9 @@
 #include <cuda_runtime.h>
 
 #define MC_DEVICE __device__ __forceinline__
-#define MC_BOTH __host__ __device__ __forceinline__
+// One copy for all kernels of a source file: what is long, and called from many places.
+#define MC_CALLED static __device__ __noinline__
+#define MC_BOTH __host__ __device__ __forceinline__  // for the host's side too
 #define MC_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 // A deliberate error that a test switches on in the emulated build, to see that it is noticed.
 #define MC_FAULT(number) false
@@ -105,7 +107,7 @@ namespace mc::cuda {
 
 template <class T>
 MC_DEVICE T read_constant(const void* p) {
-    static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "one load");
+    static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "one load");
     T out;
     if constexpr (sizeof(T) == 16) {
         const uint4 bits = __ldg(static_cast<const uint4*>(p));
@@ -116,9 +118,12 @@ MC_DEVICE T read_constant(const void* p) {
     } else if constexpr (sizeof(T) == 4) {
         const unsigned bits = __ldg(static_cast<const unsigned*>(p));
         memcpy(&out, &bits, 4);
-    } else {
+    } else if constexpr (sizeof(T) == 2) {
         const unsigned short bits = __ldg(static_cast<const unsigned short*>(p));
         memcpy(&out, &bits, 2);
+    } else {
+        const unsigned char bits = __ldg(static_cast<const unsigned char*>(p));
+        memcpy(&out, &bits, 1);
     }
     return out;
 }

@@ -108,7 +108,9 @@ MC_DEVICE uint32_t transpose_8x8(uint32_t pair) {
     uint64_t all[32];
     emulate::exchange_all(pair, all);
     const int lane = static_cast<int>(threadIdx.x % 32), row = lane / 4, column = lane % 4;
-    const auto element = [&](int r, int c) { return static_cast<uint32_t>(all[4 * r + c / 2] >> 16 * (c % 2)) & 0xffff; };
+    const auto element = [&](int r, int c) {
+        return static_cast<uint32_t>(all[4 * r + c / 2] >> 16 * (c % 2)) & 0xffff;
+    };
     return element(2 * column, row) | element(2 * column + 1, row) << 16;
 }
 

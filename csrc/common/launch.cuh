@@ -12,8 +12,9 @@ constexpr int64_t kMostBlocks = 0x7fffffff;
 
 #if defined(__CUDACC__)
 
-// Kernels take one argument, a struct of at most 4 KB (what every architecture and toolkit takes). together: all blocks run
-// at the same time, or the launch is refused.
+// Kernels take one argument, a struct of at most 4 KB (what every architecture and toolkit takes).
+// together: all blocks are on the device at once and may wait for each other (grid_barrier); there must not be more of
+// them than fit.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes,
             void* stream, const Arguments& arguments, bool together = false) {
@@ -27,10 +28,10 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
     if (status == cudaSuccess) {
         void* pointers[] = {const_cast<Arguments*>(&arguments)};
         const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-        const size_t bytes = static_cast<size_t>(shared_bytes);
+        const auto memory = static_cast<size_t>(shared_bytes);
         const auto on = static_cast<cudaStream_t>(stream);
-        status = together ? cudaLaunchCooperativeKernel(address, grid, block, pointers, bytes, on)
-                          : cudaLaunchKernel(address, grid, block, pointers, bytes, on);
+        status = together ? cudaLaunchCooperativeKernel(address, grid, block, pointers, memory, on)
+                          : cudaLaunchKernel(address, grid, block, pointers, memory, on);
     }
     if (status == cudaSuccess) return;
     cudaGetLastError();  // the status tells it; the next caller of the runtime must not find it again
@@ -41,20 +42,15 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 
 inline int block_threads(int usual) { return usual; }
 
-// Of the current device. Sizes of a workspace depend on it; where there is no device nothing will be launched, and it is
-// asked for an H100's.
-inline int64_t multiprocessors() {
+// Multiprocessors of the current device. Asks the runtime, not the device.
+inline int multiprocessors() {
     int device = 0, count = 0;
-    if (cudaGetDevice(&device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess) {
-        return count;
-    }
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) return count;
     cudaGetLastError();
-    return 132;
+    throw Error(MC_DEVICE_ERROR, std::string("the current device: ") + cudaGetErrorString(status));
 }
-
-// Of so many blocks, one a multiprocessor: how many a launch `together` may have.
-inline int64_t blocks_together(int64_t blocks) { return blocks < multiprocessors() ? blocks : multiprocessors(); }
 
 // What a launch may touch is known to the emulation alone.
 class Watched {
@@ -70,17 +66,12 @@ template <class Arguments>
 void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, int threads, int64_t shared_bytes, void*,
             const Arguments& arguments, bool together = false) {
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
-    if (together && blocks > emulate::resident_blocks()) {
-        throw Error(MC_DEVICE_ERROR, std::string(name) + ": blocks do not fit at the same time");
-    }
-    emulate::run(name, blocks, threads, shared_bytes, [&] { kernel(arguments); });
+    emulate::run(name, blocks, threads, shared_bytes, together, [&] { kernel(arguments); });
 }
 
 // Tests make blocks small: short inputs then take several steps, as long ones do on a GPU.
 inline int block_threads(int usual) { return emulate::block_threads(usual); }
-
-inline int64_t multiprocessors() { return 4; }
-inline int64_t blocks_together(int64_t blocks) { return blocks < emulate::resident_blocks() ? blocks : emulate::resident_blocks(); }
+inline int multiprocessors() { return 3; }
 
 using emulate::Watched;
 

@@ -24,13 +24,13 @@ MC_DEVICE uint32_t turn_of(int64_t position, uint64_t step) {
 MC_DEVICE void cos_sin(uint32_t turn, float& cos, float& sin) {
     const uint32_t half_turn = turn << 1;  // the angle modulo half a turn, in 2^-31 quarter turns
     const float x = static_cast<float>(static_cast<int32_t>(half_turn)) * 4.656612873077393e-10f, z = x * x;
-    const float s =
-        x * (1.570796251296997f +
-             z * (-0.6459633708000183f +
-                  z * (0.07968848198652267f + z * (-0.004672227893024683f + z * 0.00015082054596859962f))));
-    const float k = 1.0f + z * (-1.2337005138397217f +
-                                z * (0.2536693513393402f +
-                                     z * (-0.020862750709056854f + z * (0.0009177887695841491f + z * -2.384833715041168e-05f))));
+    const float s = x * (1.570796251296997f +
+                         z * (-0.6459633708000183f +
+                              z * (0.07968848198652267f + z * (-0.004672227893024683f + z * 0.00015082054596859962f))));
+    const float k =
+        1.0f + z * (-1.2337005138397217f +
+                    z * (0.2536693513393402f +
+                         z * (-0.020862750709056854f + z * (0.0009177887695841491f + z * -2.384833715041168e-05f))));
     const bool opposite = ((turn ^ half_turn) & 0x80000000u) != 0;  // further than a quarter turn from 0
     cos = opposite ? -k : k;
     sin = opposite ? -s : s;

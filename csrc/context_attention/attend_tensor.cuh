@@ -87,8 +87,8 @@ MC_DEVICE void turn_row(const AttendCall& call, const Bands& bands, int c, int64
 
 // Slots that no row of the block sees are not read.
 template <int D>
-MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const Slots& slots, int64_t latest, int first, int piece,
-                         Quad (&to)[2][D / 32]) {
+MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const Slots& slots, int64_t latest, int first,
+                         int piece, Quad (&to)[2][D / 32]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const char* row = keys + (first + 8 * i + (MC_FAULT(11) ? 1 : 0)) * c.k_step[2] + 16 * piece;
@@ -203,7 +203,8 @@ MC_DEVICE void join_warps(const AttendCall& c, const Part& p, SharedMemory& shar
 }
 
 template <class E, int D, int T>
-__global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2) attend_tensor(const __grid_constant__ AttendCall call) {
+__global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
+    attend_tensor(const __grid_constant__ AttendCall call) {
     MC_SHARED_MEMORY(memory);
     SharedMemory shared(memory);
     const Part p = part_of(call, static_cast<int>(blockIdx.x), 8 * T);
@@ -302,8 +303,8 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2) attend_tensor(
 
 template <int D, int T>
 int64_t tensor_shared_bytes(int threads, int64_t half) {
-    return Bands::bytes(half) + shared_bytes_of<Quad>(T * D / 32 * 32) + 2 * shared_bytes_of<float>(threads / 32 * 8 * T) +
-           shared_bytes_of<float>(threads / 32 * 8 * T * D);
+    return Bands::bytes(half) + shared_bytes_of<Quad>(T * D / 32 * 32) +
+           2 * shared_bytes_of<float>(threads / 32 * 8 * T) + shared_bytes_of<float>(threads / 32 * 8 * T * D);
 }
 
 }  // namespace mc::cuda

@@ -16,11 +16,12 @@ constexpr int64_t kStreamed = 264, kChunkRows = 32768;
 struct Layout {
     bool tensor, streamed;
     int64_t windows;  // of a chunk
-    int64_t h, turned, attention, swiglu, pooled, y, centred, phases, counter, bytes;
+    int64_t h, turned, attention, swiglu, pooled, y, centred, phases, bytes;
 };
 
 bool dense_on_16(const mc_gist_encode_weights& w) {
-    for (const mc_tensor* x : {&w.w_in, &w.attn_norm, &w.qkv, &w.attn_out, &w.ffn_norm, &w.gate_up, &w.down, &w.w_out}) {
+    for (const mc_tensor* x :
+         {&w.w_in, &w.attn_norm, &w.qkv, &w.attn_out, &w.ffn_norm, &w.gate_up, &w.down, &w.w_out}) {
         if (!rows_on_16(*x)) return false;
     }
     return true;
@@ -47,7 +48,6 @@ Layout layout_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, 
     take(l.y, gists * net.embed, 4);
     take(l.centred, l.windows * net.embed, 4);
     take(l.phases, rows_each * net.head_dim(), 4);
-    take(l.counter, 1, 128);
     return l;
 }
 
@@ -150,8 +150,7 @@ void watch(Watched& watched, const mc_gist_encode_weights& w, const mc_gist_enco
     watched.view("pool_q", w.pool_q, false);
     watched.view("w_out", w.w_out, false);
     watched.view("gain", w.gain, false);
-    watched.array("workspace", workspace, l.counter, true);
-    watched.shared_array("counter", static_cast<char*>(workspace) + l.counter, 128);
+    watched.array("workspace", workspace, l.bytes, true);
 }
 
 // Blocks that a stage can use, at most.
@@ -161,19 +160,18 @@ int64_t most_units(const EncodeCall& c, int stage) {
 }
 
 template <class M>
-void run(EncodeCall& c, const Layout& l, void* workspace, void* stream) {
+void run(EncodeCall& c, const Layout& l, void* stream) {
     const int threads = block_threads(kEncodeThreads), stages = c.stages();
-    const int64_t shared =
-        std::max({ProductMemory::bytes(threads / 32), AttendMemory::bytes(2 * c.half, threads / 32),
-                  2 * shared_bytes_of<float>(c.rows_each)});
+    const int64_t shared = std::max({ProductMemory::bytes(threads / 32), AttendMemory::bytes(2 * c.half, threads / 32),
+                                     2 * shared_bytes_of<float>(c.rows_each)});
     int64_t most = 1;
     for (int s = 0; s < stages; ++s) most = std::max(most, most_units(c, s));
     if (l.streamed) {
-        c.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + l.counter);
+        c.together = true;
         c.first_stage = 0;
         c.last_stage = stages;
-        launch("gist_encode (counter)", start_counter, 1, block_threads(32), 0, stream, Counter{c.counter});
-        launch("gist_encode (streaming)", encode<M>, blocks_together(most), threads, shared, stream, c, true);
+        launch("gist_encode (streaming)", encode<M>, std::min<int64_t>(most, multiprocessors()), threads, shared,
+               stream, c, true);
         return;
     }
     for (int s = 0; s < stages; ++s) {
@@ -199,11 +197,11 @@ void gist_encode(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, 
         c.windows = static_cast<int32_t>(std::min(l.windows, all - n));
         c.rows = c.windows * c.rows_each;
         if (!l.tensor) {
-            run<PlainMath>(c, l, workspace, stream);
+            run<PlainMath>(c, l, stream);
         } else if (a.blocks.dtype == MC_F16) {
-            run<TensorMath<Half>>(c, l, workspace, stream);
+            run<TensorMath<Half>>(c, l, stream);
         } else {
-            run<TensorMath<Bfloat>>(c, l, workspace, stream);
+            run<TensorMath<Bfloat>>(c, l, stream);
         }
     }
 }
@@ -211,8 +209,8 @@ void gist_encode(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, 
 }  // namespace
 }  // namespace mc::cuda
 
-extern "C" int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* weights,
-                                                 const mc_gist_encode_args* args, int64_t* bytes) {
+extern "C" int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
+                                                 int64_t* bytes) {
     return mc::guarded([&] {
         if (!weights) mc::invalid("weights: expected an address, got NULL");
         if (!args) mc::invalid("args: expected an address, got NULL");

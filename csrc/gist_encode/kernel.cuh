@@ -22,7 +22,7 @@
 // rows on 16 bytes; else in fp32, whatever the layout.
 #pragma once
 
-#include "grid_barrier.cuh"
+#include "grid.cuh"
 #include "pieces.cuh"
 #include "product.cuh"
 
@@ -48,16 +48,15 @@ MC_DEVICE void prefetch_weights(const EncodeCall& c) {
 
 MC_BOTH int units_of(const EncodeCall& c, Step step, const Linear& linear) {
     return step == kAttend                   ? attend_units(c)
-           : step == kPool || step == kMatch     ? c.windows * c.gists
-           : step == kFirst                      ? linear.units() + first_units(c)
-                                                 : linear.units();
+           : step == kPool || step == kMatch ? c.windows * c.gists
+           : step == kFirst                  ? linear.units() + first_units(c)
+                                             : linear.units();
 }
 
 template <class M>
 __global__ void __launch_bounds__(kEncodeThreads, 1) encode(const __grid_constant__ EncodeCall c) {
     MC_SHARED_MEMORY(memory);
-    uint32_t passed = 0;
-    if (c.counter) prefetch_weights(c);
+    if (c.together) prefetch_weights(c);
     for (int stage = c.first_stage; stage < c.last_stage; ++stage) {
         const Step step = c.step(stage);
         const Linear linear(c, step, step == kFirst || step >= kPool ? 0 : c.layer(stage));
@@ -75,16 +74,8 @@ __global__ void __launch_bounds__(kEncodeThreads, 1) encode(const __grid_constan
                 product<M>(c, linear, SharedMemory(memory), unit);
             }
         }
-        if (c.counter && stage + 1 < c.last_stage && !MC_FAULT(21)) grid_barrier(c.counter, passed);
+        if (c.together && stage + 1 < c.last_stage && !MC_FAULT(21)) grid_barrier();
     }
-}
-
-struct Counter {
-    uint32_t* at;
-};
-
-static __global__ void start_counter(const __grid_constant__ Counter c) {
-    if (threadIdx.x == 0) write(c.at, 0u);
 }
 
 }  // namespace mc::cuda

@@ -28,13 +28,13 @@ struct EncodeCall {
     // [N G, Eg]. fp32: y [N G, E], centred [N, E], phases [rows of a window, half of a head, cos and sin].
     char *h, *turned, *attention, *swiglu, *pooled;
     float *y, *centred, *phases;
-    uint32_t* counter;  // of the barrier of all blocks
     double log2_theta;
     float target_rms;
     int32_t windows, tokens, rows_each, rows;  // tokens: K; rows_each: with a class token; rows: of all windows
     int32_t embed, width, layers, heads, half, ffn, gists, pool, blocks_dtype, weights_dtype;
     int32_t first_stage, last_stage;
-    bool centres;  // level 1
+    bool centres;   // level 1
+    bool together;  // all blocks run at the same time, all stages in this launch
 
     MC_BOTH int stages() const { return 1 + kLayerSteps * layers + 3; }
     MC_BOTH Step step(int stage) const {
@@ -61,7 +61,9 @@ struct TensorMath {
         return E::widen(read_constant<typename E::Bits>(row + 2 * i));
     }
     static MC_DEVICE float block(const EncodeCall& c, const char* row, int64_t i) { return weight(c, row, i); }
-    static MC_DEVICE void store_out(const EncodeCall&, char* row, int64_t i, float x) { write(row + 2 * i, E::narrow(x)); }
+    static MC_DEVICE void store_out(const EncodeCall&, char* row, int64_t i, float x) {
+        write(row + 2 * i, E::narrow(x));
+    }
 };
 
 // Everything else: any dtypes and layout, products and activations in fp32.

@@ -65,8 +65,8 @@ MC_DEVICE void first_unit(const EncodeCall& c, int unit) {
 constexpr int kQueries = 4, kKeys = 32;
 
 struct AttendMemory {
-    Span<float> keys, values;       // [32, dims + 1] (a column is then in different banks), [32, dims]
-    Span<float> queries, weights;   // [warps, dims, 4], [warps, 32, 4]
+    Span<float> keys, values;      // [32, dims + 1] (a column is then in different banks), [32, dims]
+    Span<float> queries, weights;  // [warps, dims, 4], [warps, 32, 4]
 
     MC_DEVICE AttendMemory(SharedMemory shared, int dims, int warps)
         : keys(shared.take<float>(kKeys * (dims + 1))),

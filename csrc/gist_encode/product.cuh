@@ -64,7 +64,9 @@ struct Sums {
 template <bool kTensor>
 struct Places {
     static MC_DEVICE int output(int lane, int t, int i) { return kTensor ? lane / 4 + i / 2 * 8 : 4 * (lane / 8) + t; }
-    static MC_DEVICE int row(int lane, int t, int i) { return kTensor ? 8 * t + 2 * (lane % 4) + i % 2 : 4 * (lane % 8) + i; }
+    static MC_DEVICE int row(int lane, int t, int i) {
+        return kTensor ? 8 * t + 2 * (lane % 4) + i % 2 : 4 * (lane % 8) + i;
+    }
 };
 
 template <class E>
@@ -139,7 +141,7 @@ MC_DEVICE void sum_chunks(PlainMath, const EncodeCall& c, const Linear& l, int o
             float x[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                x[i] = !inputs[i]           ? 0.0f
+                x[i] = !inputs[i]         ? 0.0f
                        : l.step == kFirst ? PlainMath::block(c, inputs[i], k)
                                           : load<PlainMath>(inputs[i], k);
                 s.squares[i] += x[i] * x[i];

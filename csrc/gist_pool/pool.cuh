@@ -2,11 +2,11 @@
 // threads. A warp pools a pair at a time; the residual's product is shared out over all warps.
 #pragma once
 
-#include "device_types.cuh"
+#include "values.cuh"
 
 namespace mc::cuda {
 
-constexpr int kPoolThreads = 256, kWarp = 32, kRows = 8, kEntries = 4;
+constexpr int kPoolThreads = 256, kRows = 8, kEntries = 4;
 constexpr float kPoolEps = 1e-12f, kLog2 = 1.44269504088896340736f;  // the former: mc_kernels/gist_pool/ref.py
 
 // The weights of all layers and heads. Steps in bytes.
@@ -31,30 +31,6 @@ struct Head {
 
     MC_DEVICE int width() const { return 2 * all.dims; }
 };
-
-MC_DEVICE float weight_at(const char* p, int dtype, int64_t i) {
-    if (dtype == 0) return Float::widen(read_constant<uint32_t>(p + 4 * i));
-    const uint16_t bits = read_constant<uint16_t>(p + 2 * i);
-    return dtype == 1 ? Half::widen(bits) : Bfloat::widen(bits);
-}
-
-template <class E, int V>
-MC_DEVICE void widen(const Pack<typename E::Bits, V>& p, float (&out)[V]) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) out[i] = E::widen(p.x[i]);
-}
-
-MC_DEVICE float warp_sum(float x) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-    return x;
-}
-
-MC_DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-    return x;
-}
 
 // Shared memory of a block.
 struct PoolMemory {

@@ -435,6 +435,12 @@ MC_API int32_t mc_gist_pool_cuda(const mc_gist_pool_args* args, void* stream);
 MC_API int32_t mc_collapse_cuda_workspace(const mc_collapse_args* args, int64_t* bytes);
 MC_API int32_t mc_collapse_cuda(const mc_collapse_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 
+/* All but n_heads is device memory. H Q + J is at most 128; d, f and the head's X are bound by shared memory (160 KB):
+ * X * 256 bytes beside 110 KB, or 64 bytes for each of max(d, f). All blocks of the launch are on the device at once. */
+MC_API int32_t mc_lens_score_cuda_workspace(const mc_lens_score_args* args, int64_t* bytes);
+MC_API int32_t mc_lens_score_cuda(const mc_lens_score_args* args, void* workspace, int64_t workspace_bytes,
+                                  void* stream);
+
 /* q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse and mass are device memory; D <= 256. Where mass is wanted, the
  * workspace has B * Hq * T * S floats. Meant for few queries a sequence, as the CPU's: each 16 rows (queries times heads of a
  * group; 4 where D is neither 64 nor 128, in fp32, and off 16 bytes) read the keys again. Heads of 64 or 128 dimensions of

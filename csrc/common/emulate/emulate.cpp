@@ -20,9 +20,15 @@ constexpr size_t kStack = 64 << 10;
 constexpr int kWarp = 32;
 constexpr int64_t kMostPauses = 1 << 20;
 
-enum class State { kReady, kBlock, kWarp, kEnded };
+enum class State { kReady, kBlock, kWarp, kGrid, kEnded };
 
 struct Block;
+
+struct Copy {
+    void* to;
+    char bytes[16];
+    int n;
+};
 
 struct Fiber {
     ucontext_t context;
@@ -30,12 +36,13 @@ struct Fiber {
     State state = State::kEnded;
     Place place;
     Block* block = nullptr;
-    uint64_t given = 0;  // to a warp's exchange
-    bool flag = false;   // to a block's barrier
+    uint64_t given = 0;                     // to a warp's exchange
+    bool flag = false;                      // to a block's barrier
+    std::vector<std::vector<Copy>> groups;  // of copies that have not arrived; the last one is open
 };
 
 struct Block {
-    int64_t epoch = 0, phase = 0;  // barriers passed, and barriers of all blocks
+    int64_t epoch = 0;
     bool any = false;  // of the flags at the last barrier
     std::vector<Fiber*> fibers;
     std::unique_ptr<char[]> shared;
@@ -45,7 +52,7 @@ struct Block {
 struct Launch {
     const std::function<void()>* kernel = nullptr;
     std::string name, error;
-    int64_t shared_bytes = 0, pauses = 0;
+    int64_t shared_bytes = 0, pauses = 0, grid_epoch = 0;
     std::mt19937_64 random;
     ucontext_t scheduler;
     Fiber* running = nullptr;
@@ -98,7 +105,7 @@ void release(Block& b) {
 }
 
 void start(Block& b, Index block, Index block_size, Index grid_size) {
-    b.epoch = b.phase = 0;
+    b.epoch = 0;
     b.exchanged.assign(block_size.x, 0);
     if (launch.shared_bytes) {
         b.shared.reset(new char[static_cast<size_t>(launch.shared_bytes)]);
@@ -109,6 +116,7 @@ void start(Block& b, Index block, Index block_size, Index grid_size) {
         f.place = {{t}, block, block_size, grid_size};
         f.block = &b;
         f.state = State::kReady;
+        f.groups.assign(1, {});
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = kStack;
@@ -136,31 +144,37 @@ void step(std::vector<Block>& blocks, std::vector<Fiber*>& ready) {
         if (!launch.error.empty()) give_up(launch.error);
     }
     for (Block& b : blocks) release(b);
+    const auto waits = [](const Fiber* f) { return f->state == State::kGrid; };
+    const auto all_wait = [&](const Block& b) { return std::all_of(b.fibers.begin(), b.fibers.end(), waits); };
+    if (!std::all_of(blocks.begin(), blocks.end(), all_wait)) return;
+    ++launch.grid_epoch;
+    for (Block& b : blocks) {
+        for (Fiber* f : b.fibers) f->state = State::kReady;
+    }
 }
 
 }  // namespace
 
 const Place& place() { return launch.running->place; }
 int64_t epoch() { return launch.running->block->epoch; }
-int64_t phase() { return launch.running->block->phase; }
-void passed_grid_barrier() { ++launch.running->block->phase; }
-int resident_blocks() { return resident; }
+int64_t grid_epoch() { return launch.grid_epoch; }
 bool fault(int number) { return number == fault_wanted; }
 int block_threads(int usual) { return threads_wanted ? std::min(threads_wanted, usual) : usual; }
 
-void run(const char* name, int64_t n_blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+void run(const char* name, int64_t n_blocks, int threads, int64_t shared_bytes, bool together,
+         const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> lock(one_launch);
     launch.kernel = &kernel;
     launch.name = name;
     launch.error.clear();
     launch.shared_bytes = shared_bytes;
-    launch.pauses = 0;
+    launch.pauses = launch.grid_epoch = 0;
     launch.random.seed(seed);
     forget_accesses();
     std::vector<int64_t> order(static_cast<size_t>(n_blocks));
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), launch.random);
-    const size_t width = static_cast<size_t>(std::min<int64_t>(resident, n_blocks));
+    const size_t width = static_cast<size_t>(together ? n_blocks : std::min<int64_t>(resident, n_blocks));
     while (pool.size() < width * static_cast<size_t>(threads)) pool.push_back(std::make_unique<Fiber>());
     std::vector<Block> blocks(width);
     for (size_t i = 0, f = 0; i < width; ++i) {
@@ -198,6 +212,8 @@ bool sync_block_or(bool flag) {
     return launch.running->block->any;
 }
 
+void sync_grid() { leave(State::kGrid); }
+
 uint64_t exchange(uint64_t mine, int from) {
     Fiber* self = launch.running;
     self->given = mine;
@@ -233,6 +249,22 @@ uint32_t ballot(bool flag) {
 void pause() {
     if (++launch.pauses > kMostPauses) fail("waits without end for another thread");
     leave(State::kReady);
+}
+
+void copy_later(void* to, const void* bytes, int n) {
+    Copy c{to, {}, n};
+    std::memcpy(c.bytes, bytes, static_cast<size_t>(n));
+    launch.running->groups.back().push_back(c);
+}
+
+void commit_copies() { launch.running->groups.emplace_back(); }
+
+void wait_for_copies(int groups_left) {
+    auto& groups = launch.running->groups;
+    while (groups.size() > static_cast<size_t>(groups_left) + 1) {
+        for (const Copy& c : groups.front()) std::memcpy(c.to, c.bytes, static_cast<size_t>(c.n));
+        groups.erase(groups.begin());
+    }
 }
 
 char* shared_memory(int64_t bytes_needed) {

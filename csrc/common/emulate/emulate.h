@@ -25,6 +25,7 @@
 #define __restrict__
 #define MC_DEVICE inline
 #define MC_BOTH inline
+#define MC_CALLED inline
 
 namespace mc::emulate {
 
@@ -39,13 +40,11 @@ struct Place {
 const Place& place();
 
 // Runs `kernel` once per thread of the grid. Throws Error(MC_DEVICE_ERROR) with what went wrong and where.
-void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+// together: all blocks are there at once, and may wait for each other (sync_grid).
+void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, bool together,
+         const std::function<void()>& kernel);
 
 int block_threads(int usual);
-// How many blocks run at a time.
-int resident_blocks();
-// The running block has passed a barrier of all blocks.
-void passed_grid_barrier();
 bool fault(int number);
 
 // Ends the launch from within a thread.
@@ -53,6 +52,7 @@ bool fault(int number);
 
 void sync_block();
 bool sync_block_or(bool flag);
+void sync_grid();
 void sync_warp();
 // As `exchange`, but all lanes' words; zero for those that the block does not have.
 void exchange_all(uint64_t mine, uint64_t (&all)[32]);
@@ -62,6 +62,10 @@ uint32_t ballot(bool flag);
 // Lets others run: within a loop that waits for another thread.
 void pause();
 char* shared_memory(int64_t bytes_needed);
+// Asynchronous copies to shared memory: they arrive when their group is waited for, no earlier.
+void copy_later(void* to, const void* bytes, int n);
+void commit_copies();
+void wait_for_copies(int groups_left);
 
 }  // namespace mc::emulate
 

@@ -7,7 +7,7 @@ namespace mc::emulate {
 
 // How many barriers the running thread's block has passed.
 int64_t epoch();
-// And how many barriers of all blocks.
-int64_t phase();
+// How many barriers of the whole grid.
+int64_t grid_epoch();
 
 }  // namespace mc::emulate

@@ -1,9 +1,8 @@
 // Bounds and races: see watch.h.
 //
 // Races. Of every two bytes of a view the last write and the last reads are kept, as (block, thread, how many barriers
-// the block has passed). Two accesses, one of them a write, are ordered if one thread made both or if they are of one
-// block with a barrier between, or if a barrier of all blocks (grid_barrier.cuh) stands between. Blocks are not ordered
-// among themselves otherwise.
+// the block has passed). Two accesses, one of them a write, are ordered if one thread made both, if they are of one block
+// with a barrier between, or if a barrier of the whole grid was between.
 #include "watch.h"
 
 #include <algorithm>
@@ -35,8 +34,9 @@ std::vector<Region> regions;
 
 constexpr int kMany = -2, kNobody = -1;
 struct Access {
-    int64_t block = kNobody, epoch = 0, phase = 0;
+    int64_t block = kNobody, epoch = 0;
     int thread = kNobody;
+    int64_t grid = 0;
 };
 struct Shadow {
     Access write, reads;
@@ -82,7 +82,7 @@ const Region& region_of(const void* p, size_t bytes, bool writes) {
 }
 
 bool apart(const Access& a, const Access& now) {
-    if (a.block == kNobody || a.phase != now.phase) return true;
+    if (a.block == kNobody || a.grid != now.grid) return true;
     if (a.block != now.block) return false;
     return a.epoch != now.epoch || a.thread == now.thread;
 }
@@ -144,8 +144,7 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
     }
     const Region& r = region_of(p, bytes, writes);
     if (!r.ordered || !r.written) return;
-    const Access now{static_cast<int64_t>(place().block.x), epoch(), phase(),
-                     static_cast<int>(place().thread.x)};
+    const Access now{static_cast<int64_t>(place().block.x), epoch(), static_cast<int>(place().thread.x), grid_epoch()};
     for (uintptr_t i = address / 2; i <= (address + bytes - 1) / 2; ++i) {
         Shadow& s = shadows[i];
         if (!apart(s.write, now) || (writes && !apart(s.reads, now))) {
@@ -157,9 +156,11 @@ void check_access(const void* p, size_t bytes, size_t alignment, bool writes) {
         if (writes) {
             s.write = now;
             s.reads = Access{};
+        } else if (s.reads.grid != now.grid) {
+            s.reads = now;
         } else if (s.reads.block == now.block && s.reads.epoch == now.epoch) {
             if (s.reads.thread != now.thread) s.reads.thread = kMany;
-        } else if (s.reads.block == kNobody || s.reads.block == now.block || s.reads.phase != now.phase) {
+        } else if (s.reads.block == kNobody || s.reads.block == now.block) {
             s.reads = now;
         } else {
             s.reads.block = kMany;  // read by several blocks: only a write is wrong
