@@ -35,9 +35,7 @@ def gist_encode_workspace(blocks: Tensor, *args: Any) -> int:
     return _call(blocks, args, _empty(blocks, args))(None)
 
 
-def gist_encode_cuda(
-    blocks: Tensor, *args: Any, out: Tensor | None = None, workspace: Tensor | None = None
-) -> Tensor:
+def gist_encode_cuda(blocks: Tensor, *args: Any, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
     """The op's flat arguments (tensors in the order of its schema, level, n_heads, pool, rope_theta, target_rms); see
     `ref.gist_encode_ref`. Any number of windows; many are slower than in Triton.
 

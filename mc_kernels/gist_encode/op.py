@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cuda_backend
 from ..checks import (
     ORACLE_DTYPES,
     check_contiguous_rows,
@@ -15,7 +16,6 @@ from ..checks import (
     check_tensor,
     describe,
 )
-from .. import cuda_backend
 from ..library import define_op, register_autograd
 from ..triton_backend import power_of_two, refuse, register_triton
 from . import cpu as cpu

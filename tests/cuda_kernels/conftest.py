@@ -6,11 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mc_kernels import cuda_backend
+from mc_kernels import cuda_backend, native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,6 +26,19 @@ def emulation() -> Path:
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     return folder
+
+
+@pytest.fixture(params=["native", "emulated"], scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The extension: of the library that ships, which loads without a device, and of the emulated build."""
+    if request.param == "native":
+        found = cuda_backend._load(native.FOLDER, "_cuda")
+        if isinstance(found, str):
+            pytest.skip(found)
+        yield found
+        return
+    with cuda_backend.emulate(request.getfixturevalue("emulation")) as found:
+        yield found
 
 
 @pytest.fixture(

@@ -1,4 +1,4 @@
-"""`gist_encode` in CUDA C++: the oracle's formula in one launch and in one launch a stage, layouts, memory, refusals."""
+"""`gist_encode` in CUDA C++: the formula, in one launch and in one a stage; layouts, memory, refusals."""
 
 from __future__ import annotations
 
