@@ -5,7 +5,9 @@
 
 #include <iterator>
 #include <stdexcept>
+
 #include <string>
+#include <utility>
 
 #include "mc_kernels.h"
 
@@ -133,6 +135,59 @@ mc_lens_score_args lens_args(const py::handle& entries, const py::handle& featur
     a.legal = array<uint8_t>(legal);
     a.out = tensor("out", out);
     return a;
+}
+
+mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
+                                         uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
+                                         double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
+                                         const py::handle& out, uintptr_t lse, uintptr_t mass) {
+    mc_context_attention_args a{};
+    a.struct_size = sizeof a;
+    a.q = tensor("q", q);
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.q_pos = array<int64_t>(q_pos);
+    a.kv_pos = array<int64_t>(kv_pos);
+    a.inv_freq = array<double>(inv_freq);
+    a.half = half;
+    a.interleaved = interleaved;
+    a.attention_scaling = attention_scaling;
+    a.sigma = array<float>(sigma);
+    a.kv_bias = array<float>(kv_bias);
+    a.scale = scale;
+    a.out = tensor("out", out);
+    a.lse = reinterpret_cast<float*>(lse);
+    a.mass = reinterpret_cast<float*>(mass);
+    return a;
+}
+
+// The 13 tensors in the order of mc_gist_encode_weights.
+mc_gist_encode_weights encoder(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta,
+                               double target_rms) {
+    mc_gist_encode_weights w{};
+    w.struct_size = sizeof w;
+    const std::pair<const char*, mc_tensor*> fields[] = {
+        {"mu", &w.mu},
+        {"w_in", &w.w_in},
+        {"level_emb", &w.level_emb},
+        {"attn_norm", &w.attn_norm},
+        {"qkv", &w.qkv},
+        {"attn_out", &w.attn_out},
+        {"ffn_norm", &w.ffn_norm},
+        {"gate_up", &w.gate_up},
+        {"down", &w.down},
+        {"final_norm", &w.final_norm},
+        {"pool_q", &w.pool_q},
+        {"w_out", &w.w_out},
+        {"gain", &w.gain},
+    };
+    if (tensors.size() != std::size(fields)) throw py::value_error("weights: expected 13 tensors");
+    for (size_t i = 0; i < std::size(fields); ++i) *fields[i].second = tensor(fields[i].first, tensors[i]);
+    w.n_heads = n_heads;
+    w.pool = pool;
+    w.rope_theta = rope_theta;
+    w.target_rms = target_rms;
+    return w;
 }
 
 }  // namespace

@@ -66,6 +66,32 @@ int64_t lens_score(const py::handle& entries, const py::handle& features, const 
     return bytes;
 }
 
+int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
+                          uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
+                          double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
+                          const py::handle& out, uintptr_t lse, uintptr_t mass, const Where* where) {
+    const mc_context_attention_args a = attention_args(q, k, v, q_pos, kv_pos, inv_freq, half, interleaved,
+                                                       attention_scaling, sigma, kv_bias, scale, out, lse, mass);
+    int64_t bytes = 0;
+    raise(where ? mc_context_attention_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_context_attention_cuda_workspace(&a, &bytes));
+    return bytes;
+}
+
+int64_t gist_encode(const py::sequence& tensors, int64_t n_heads, int32_t pool, double rope_theta, double target_rms,
+                    const py::handle& blocks, const py::handle& out, int64_t level, const Where* where) {
+    const mc_gist_encode_weights w = encoder(tensors, n_heads, pool, rope_theta, target_rms);
+    mc_gist_encode_args a{};
+    a.struct_size = sizeof a;
+    a.blocks = tensor("blocks", blocks);
+    a.out = tensor("out", out);
+    a.level = level;
+    int64_t bytes = 0;
+    raise(where ? mc_gist_encode_cuda(&w, &a, where->memory(), where->bytes, where->on())
+                : mc_gist_encode_cuda_workspace(&w, &a, &bytes));
+    return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MC_MODULE, m) {
@@ -87,4 +113,9 @@ PYBIND11_MODULE(MC_MODULE, m) {
           "n_segments"_a, "segments"_a, "where"_a.none(true));
     m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
           "out"_a, "where"_a.none(true));
+    m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
+          "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
+          "where"_a.none(true));
+    m.def("gist_encode", &gist_encode, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a, "target_rms"_a, "blocks"_a,
+          "out"_a, "level"_a, "where"_a.none(true));
 }

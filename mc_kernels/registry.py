@@ -21,8 +21,8 @@ from typing import Any
 logger = logging.getLogger("mc_kernels")
 
 BACKENDS = ("ref", "cpu", "triton", "cuda")
-# Fastest first. A backend missing here for a device can still be named (triton on CPU: the interpreter). Which of Triton
-# and CUDA C++ is on a GPU has not been measured yet; Triton has the backward passes.
+# Fastest first. A backend missing here for a device can still be named (triton on CPU: the interpreter). On a GPU
+# Triton and CUDA C++ have not been measured yet; Triton has the backward passes.
 PREFERENCE = {"cpu": ("cpu", "ref"), "cuda": ("triton", "cuda", "ref")}
 ENV_BACKEND = "MC_BACKEND"
 

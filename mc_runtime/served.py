@@ -19,7 +19,7 @@ from .errors import BudgetError, InputError
 from .focus import make_policy
 from .focus.controller import FocusController
 from .gists import EmbeddingReader
-from .ingest import Progress, ingest_document
+from .ingest import Progress, ingest_documents
 from .model import LoadedModel
 from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
@@ -149,8 +149,8 @@ class ServedSession:
         return self._ingest(read_source(source, self.model.tokenizer, title=title), "document", progress)
 
     def _ingest(self, source: Source, kind: str, progress: Progress | None) -> Document:
-        document = ingest_document(
-            self.tree, self.builder, self._native, self.config, source, kind, fast=True, progress=progress
+        (document,) = ingest_documents(
+            self.tree, self.builder, self._native, self.config, [(source, kind)], fast=True, progress=progress
         )
         self.retrieval.update()
         return document

@@ -31,6 +31,9 @@ MC_DEVICE T read(const void* p) {
 template <class T>
 MC_DEVICE T read_constant(const void* p);
 
+// Asks for a line to come to L2.
+MC_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 template <class T>
 MC_DEVICE void write(void* p, T x) {
     *static_cast<T*>(p) = x;

@@ -446,6 +446,23 @@ MC_API int32_t mc_lens_score_cuda_workspace(const mc_lens_score_args* args, int6
 MC_API int32_t mc_lens_score_cuda(const mc_lens_score_args* args, void* workspace, int64_t workspace_bytes,
                                   void* stream);
 
+/* q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse and mass are device memory; D <= 256. Where mass is wanted, the
+ * workspace has B * Hq * T * S floats. Meant for few queries a sequence, as the CPU's: each 16 rows (queries times heads of a
+ * group; 4 where D is neither 64 nor 128, in fp32, and off 16 bytes) read the keys again. Heads of 64 or 128 dimensions of
+ * 16 bits multiply in their dtype: rotated queries and keys and the softmax's weights are rounded to it, sums are fp32. */
+MC_API int32_t mc_context_attention_cuda_workspace(const mc_context_attention_args* args, int64_t* bytes);
+MC_API int32_t mc_context_attention_cuda(const mc_context_attention_args* args, void* workspace, int64_t workspace_bytes,
+                                         void* stream);
+
+/* The weights, as they lie in device memory (`packed` and `packed_bytes` of args are not read), blocks and out are device
+ * memory; heads of up to 128 dimensions. Where blocks and weights are of one 16-bit dtype and rows begin on 16 bytes,
+ * products take it and activations are rounded to it; sums are fp32. Windows of some hundred rows together go through in
+ * one cooperative launch. */
+MC_API int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
+                                             int64_t* bytes);
+MC_API int32_t mc_gist_encode_cuda(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
+                                   void* workspace, int64_t workspace_bytes, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

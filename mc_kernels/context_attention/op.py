@@ -18,6 +18,8 @@ from ..checks import (
     check_shape,
     check_tensor,
 )
+from ..cuda_backend import refuse_device as refuse_cuda_device
+from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
 from ..rope import RopeSpec
 from ..triton_backend import refuse_device, refuse_fp64, register_triton
@@ -68,6 +70,25 @@ register_triton(
     "context_attention_backward_triton",
     lambda grad_out, *args: _refuse_triton(*args),
 )
+
+# Rows (queries times heads of a group) that the CUDA kernels are meant for: each 16 read the keys again.
+MOST_CUDA_ROWS, MOST_CUDA_DIMS = 64, 256
+
+
+def _refuse_cuda(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, *_: object,
+) -> str | None:  # fmt: skip
+    if q.shape[-1] > MOST_CUDA_DIMS:
+        return f"expected at most {MOST_CUDA_DIMS} dimensions a head, got D={q.shape[-1]}"
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if rows > MOST_CUDA_ROWS:
+        return f"expected at most {MOST_CUDA_ROWS} queries times heads of a group (decoding), got {rows}"
+    return refuse_cuda_device((q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias)) or refuse_fp64((q, k, v))
+
+
+register_cuda("context_attention", "mc_kernels.context_attention.cuda", "context_attention_cuda", _refuse_cuda)
+register_backward("context_attention_backward")
 
 _op = define_op(
     "context_attention",

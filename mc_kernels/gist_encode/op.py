@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import cuda_backend
 from ..checks import (
     ORACLE_DTYPES,
     check_contiguous_rows,
@@ -49,6 +50,22 @@ def _triton_refuses(blocks: Tensor, *args: Any) -> str | None:
     return refuse(blocks, *args)
 
 
+# Rows of windows that go through together in one launch of the CUDA version; more are Triton's.
+MOST_CUDA_ROWS, MOST_CUDA_HEAD = 264, 128
+
+
+def _cuda_refuses(blocks: Tensor, *args: Any) -> str | None:
+    """Reason why the CUDA version cannot or should not take the op's arguments, or None."""
+    named = dict(zip((*SHAPES, "level", "n_heads", "pool"), args, strict=False))
+    rows = blocks.shape[0] * (blocks.shape[1] + (named["pool"] == "cls"))
+    if rows > MOST_CUDA_ROWS:
+        return f"expected windows of at most {MOST_CUDA_ROWS} rows together, class tokens included, got {rows}"
+    head = named["qkv"].shape[2] // named["n_heads"]
+    if head > MOST_CUDA_HEAD:
+        return f"expected heads of at most {MOST_CUDA_HEAD}, got {head}"
+    return cuda_backend.refuse(blocks, *args)
+
+
 _op = define_op("gist_encode", f"({_TENSORS}, {_CONSTANTS}) -> Tensor", _fake)
 _op_backward = define_op(
     "gist_encode_backward",
@@ -75,6 +92,9 @@ register_triton(
     "gist_encode_backward", "mc_kernels.gist_encode.triton_backward", "gist_encode_backward_triton",
     lambda grad, *args: _triton_refuses(*args),
 )  # fmt: skip
+
+cuda_backend.register_cuda("gist_encode", "mc_kernels.gist_encode.cuda", "gist_encode_cuda", _cuda_refuses)
+cuda_backend.register_backward("gist_encode_backward")
 
 
 def gist_encode(blocks: Tensor, weights: GistEncodeWeights, *, level: int = 1, backend: str | None = None) -> Tensor:

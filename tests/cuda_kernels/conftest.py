@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mc_kernels import cuda_backend
+from mc_kernels import cuda_backend, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,12 +21,28 @@ ROOT = Path(__file__).resolve().parents[2]
 def emulation() -> Path:
     """The emulated build, made anew where a source has changed."""
     folder = ROOT / "build" / "emulated"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "build_cuda.py"), "--emulated", str(folder)], text=True, capture_output=True
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # the processes of a parallel run share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "build_cuda.py"), "--emulated", str(folder)], text=True, capture_output=True
+        )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     return folder
+
+
+@pytest.fixture(params=["native", "emulated"], scope="module")
+def library(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The extension: of the library that ships, which loads without a device, and of the emulated build."""
+    if request.param == "native":
+        found = cuda_backend._load(extension.FOLDER, "_cuda")
+        if isinstance(found, str):
+            pytest.skip(found)
+        yield found
+        return
+    with cuda_backend.emulate(request.getfixturevalue("emulation")) as found:
+        yield found
 
 
 @pytest.fixture(

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,6 @@ from mc_kernels import cuda_backend, extension, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
-
-
-@pytest.fixture(params=["native", "emulated"], scope="module")
-def library(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The extension: of the library that ships, which loads without a device, and of the emulated build."""
-    if request.param == "native":
-        found = cuda_backend._load(extension.FOLDER, "_cuda")
-        if isinstance(found, str):
-            pytest.skip(found)
-        yield found
-        return
-    with cuda_backend.emulate(request.getfixturevalue("emulation")) as found:
-        yield found
 
 
 @pytest.mark.skipif(NVCC is None or os.environ.get("MC_CUDA_ARCHS") == "", reason="no nvcc")

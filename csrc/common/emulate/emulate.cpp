@@ -224,6 +224,14 @@ uint64_t exchange(uint64_t mine, int from) {
     return at < self->block->exchanged.size() ? self->block->exchanged[at] : 0;
 }
 
+void exchange_all(uint64_t mine, uint64_t (&all)[32]) {
+    Fiber* self = launch.running;
+    self->given = mine;
+    leave(State::kWarp);
+    const size_t first = self->place.thread.x / kWarp * kWarp, n = self->block->exchanged.size();
+    for (size_t i = 0; i < kWarp; ++i) all[i] = first + i < n ? self->block->exchanged[first + i] : 0;
+}
+
 void sync_warp() { exchange(0, 0); }
 
 uint32_t ballot(bool flag) {

@@ -54,6 +54,8 @@ void sync_block();
 bool sync_block_or(bool flag);
 void sync_grid();
 void sync_warp();
+// As `exchange`, but all lanes' words; zero for those that the block does not have.
+void exchange_all(uint64_t mine, uint64_t (&all)[32]);
 // Every lane's 64 bits, exchanged by all lanes of the warp that have not ended; returns lane `from`'s.
 uint64_t exchange(uint64_t mine, int from);
 uint32_t ballot(bool flag);
@@ -101,6 +103,8 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline float __sinf(float x) { return std::sin(x); }
+inline float __cosf(float x) { return std::cos(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class T>
 T min(T a, T b) {
@@ -110,8 +114,11 @@ template <class T>
 T max(T a, T b) {
     return a < b ? b : a;
 }
+using std::exp2;
+using std::exp2f;
 using std::floor;
 using std::fmaf;
+using std::log2f;
 using std::rint;
 
 namespace mc::cuda {
@@ -128,6 +135,8 @@ template <class T>
 T read_constant(const void* p) {
     return read<T>(p);
 }
+
+inline void prefetch(const void* p) { emulate::check_access(p, 1, 1, false); }
 
 template <class T>
 void write(void* p, T x) {

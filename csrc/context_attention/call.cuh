@@ -1,0 +1,123 @@
+// What the attention kernels are told, and which part of the work a block has.
+#pragma once
+
+#include "device_types.cuh"
+#include "turns.cuh"
+
+namespace mc::cuda {
+
+struct AttendCall {
+    const char *q, *k, *v;
+    char* out;
+    int64_t q_step[3], k_step[3], v_step[3], out_step[3];  // bytes: b, head, query or slot
+    const int64_t *q_pos, *kv_pos;
+    const double* inv_freq;  // nullptr: nothing is rotated
+    const float *sigma, *bias;
+    float* lse;          // [B, Hq, T]
+    float* mass;         // [B, S] or nullptr
+    float* logits;       // [B, Hq, T, S] in units of log 2, where mass is wanted
+    float* row_lse;      // [B, Hq, T] lse in units of log 2, where mass is wanted
+    float* partial_out;  // [splits, B Hq T, D], or nullptr: one split, to out and lse
+    float* partial_lse;  // [splits, B Hq T] in units of log 2
+    float scale;         // of <q, k>: with the magnitude of both rotations, in units of log 2
+    int64_t all_rows;    // B Hq T
+    int32_t batch, heads, kv_heads, group, queries, slots, dims, half;
+    int32_t rows;  // queries that a KV head serves: row m is head m % group of query m / group
+    int32_t row_tiles, splits, chunk;
+    bool interleaved;
+};
+
+// A block's rows [first, first + count) of one KV head, and its slots [low, high).
+struct Part {
+    int b, h, first, count, split, low, high;
+
+    MC_DEVICE int query(const AttendCall& c, int row) const { return (first + row) / c.group; }
+    MC_DEVICE int head(const AttendCall& c, int row) const { return h * c.group + (first + row) % c.group; }
+    // Of [B, Hq, T].
+    MC_DEVICE int64_t index(const AttendCall& c, int row) const {
+        return (static_cast<int64_t>(b) * c.heads + head(c, row)) * c.queries + query(c, row);
+    }
+    // -1, which sees nothing, where there is no such row.
+    MC_DEVICE int64_t position(const AttendCall& c, int row) const {
+        return row < count ? read_constant<int64_t>(c.q_pos + static_cast<int64_t>(b) * c.queries + query(c, row)) : -1;
+    }
+    MC_DEVICE const char* queries(const AttendCall& c, int row) const {
+        return c.q + b * c.q_step[0] + head(c, row) * c.q_step[1] + query(c, row) * c.q_step[2];
+    }
+    MC_DEVICE const char* keys(const AttendCall& c) const { return c.k + b * c.k_step[0] + h * c.k_step[1]; }
+    MC_DEVICE const char* values(const AttendCall& c) const { return c.v + b * c.v_step[0] + h * c.v_step[1]; }
+};
+
+// Blocks are numbered (b, KV head, split, tile of rows): those that read the same keys run together.
+MC_DEVICE Part part_of(const AttendCall& c, int block, int tile_rows) {
+    Part p;
+    const int tile = block % c.row_tiles;
+    p.split = block / c.row_tiles % c.splits;
+    p.h = block / c.row_tiles / c.splits % c.kv_heads;
+    p.b = block / c.row_tiles / c.splits / c.kv_heads;
+    p.first = tile * tile_rows;
+    p.count = min(tile_rows, c.rows - p.first);
+    p.low = p.split * c.chunk;
+    p.high = min(p.low + c.chunk, c.slots);
+    return p;
+}
+
+// The frequencies in shared memory.
+struct Bands {
+    Span<uint64_t> step;
+    Span<float> frequency;
+
+    static MC_DEVICE Bands take(const AttendCall& c, SharedMemory& shared) {
+        return {shared.take<uint64_t>(c.half), shared.take<float>(c.half)};
+    }
+    static int64_t bytes(int64_t half) { return shared_bytes_of<uint64_t>(half) + shared_bytes_of<float>(half); }
+
+    // By all threads; a barrier has to follow.
+    MC_DEVICE void fill(const AttendCall& c) const {
+        for (int i = static_cast<int>(threadIdx.x); i < c.half; i += static_cast<int>(blockDim.x)) {
+            const double f = read_constant<double>(c.inv_freq + i);
+            step[i] = step_of(f);
+            frequency[i] = static_cast<float>(f);
+        }
+    }
+    // exp(-(frequency sigma)^2 / 2): exactly 1 where either is 0.
+    MC_DEVICE float damping(int band, float sigma) const {
+        const float spread = frequency[band] * sigma;
+        return exp2f(spread * spread * -0.72134752044448170f);
+    }
+};
+
+constexpr float kLog2 = 0.69314718055994530942f, kLog2E = 1.44269504088896340736f;
+#if defined(__CUDACC__)
+#define MC_INFINITY __int_as_float(0x7f800000)
+#else
+#define MC_INFINITY HUGE_VALF
+#endif
+
+// 2^(x - top), 0 where top is -infinity.
+MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f(x - top); }
+
+// lse: in units of log 2.
+MC_DEVICE void store_lse(const AttendCall& c, int64_t row, float lse) {
+    write(c.lse + row, lse * kLog2);
+    if (c.row_lse) write(c.row_lse + row, lse);
+}
+
+// An element of row `row`'s result; top and total: greatest logit in units of log 2, sum of 2^(logit - top).
+template <class E>
+MC_DEVICE void store_result(const AttendCall& c, const Part& p, int row, int dim, float sum, float top, float total) {
+    const int64_t index = p.index(c, row);
+    const float x = total > 0.0f ? sum / total : 0.0f;
+    const float lse = total > 0.0f ? top + log2f(total) : -MC_INFINITY;
+    if (c.partial_out) {
+        const int64_t at = p.split * c.all_rows + index;
+        write(c.partial_out + at * c.dims + dim, x);
+        if (dim == 0) write(c.partial_lse + at, lse);
+        return;
+    }
+    char* to = c.out + p.b * c.out_step[0] + p.head(c, row) * c.out_step[1] + p.query(c, row) * c.out_step[2];
+    write(to + dim * sizeof(typename E::Bits), E::narrow(x));
+    if (dim == 0) store_lse(c, index, lse);
+}
+
+}  // namespace mc::cuda

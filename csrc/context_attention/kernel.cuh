@@ -1,0 +1,77 @@
+// context_attention on a GPU: attention to the slots of a cache, keys turned while they are read. Contract: mc_kernels.h.
+// Forward only. cuda.cu chooses and launches:
+//
+//   attend_tensor   8 or 16 rows (queries of the heads of a group) to a range of slots on tensor cores
+//   attend_plain    4 rows, any head and layout, and fp32
+//   join_splits     a row's ranges of slots, in their order
+//   sum_mass        what a slot receives, over rows in their order: from logits that the first launch has stored
+//
+// Everything is deterministic. Nothing but registers and partial results: workspace is splits * B Hq T (D + 1) floats, with
+// mass B Hq T (S + 1) more.
+//
+// Floor: bytes over bandwidth. A decode step of Llama-3-8B in bf16 at 32k slots reads 134 MB a layer: 40 us at 3.35 TB/s
+// (H100), 28 us at 4.8 TB/s (H200). Slots are split so that blocks fill the device in one wave. A warp has its tile's
+// values and the next one's keys on their way together, 8 KB at D = 128, from the product with the keys to that with the
+// values, straight into the operands' registers; three blocks of four warps are up to 96 KB a multiprocessor, where
+// Little's law asks 25 (H100) to 36 KB (H200) for 1 us of latency. So there is no stage in shared memory, and no
+// asynchronous copy into one.
+//
+// Rotation: an entry's bytes of one KV head take 35 (H100) or 25 (H200) cycles of a multiprocessor to arrive at D = 128. Of
+// its 64 pairs each costs some 9 instructions for the phase (3 of them integer products, 2 of the special function unit)
+// and 8 for turning and rounding it: 9 cycles to issue, 8 of the special function unit beside them. Products and softmax
+// are 3 more. They hide behind the memory.
+//
+// More rows than a tile's (16; plain 4) are as many passes over the same slots, by blocks that run side by side, so that
+// only the first reads from DRAM; each pass turns the keys again. It is meant for up to 64 rows. A prefill of 512 queries
+// would take 128 passes in the place of the 16 of Triton's kernel, whose tiles are 128 rows and which turns keys once: an
+// order of magnitude slower, and the Python side leaves it to Triton.
+//
+// Plain: products in fp32 from shared memory, some 16 of its cycles an entry at D = 128 in the 49 (H200) that 1 KB takes;
+// for 16-bit heads of other widths, where 512 bytes arrive in 25, it is the slower of the two bounds.
+#pragma once
+
+#include "attend_plain.cuh"
+#include "attend_tensor.cuh"
+
+namespace mc::cuda {
+
+constexpr int kJoinThreads = 128, kMassThreads = 128;
+
+// Row blockIdx.x of [B, Hq, T]. No splits: nothing is seen.
+template <class E>
+__global__ void __launch_bounds__(kJoinThreads) join_splits(const __grid_constant__ AttendCall c) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x);
+    const int64_t t = row % c.queries, h = row / c.queries % c.heads, b = row / c.queries / c.heads;
+    float top = -MC_INFINITY, total = 0.0f;
+    for (int s = 0; s < c.splits; ++s) top = max(top, read<float>(c.partial_lse + s * c.all_rows + row));
+#pragma unroll 4
+    for (int s = 0; s < c.splits; ++s) total += share(read<float>(c.partial_lse + s * c.all_rows + row), top);
+    char* to = c.out + b * c.out_step[0] + h * c.out_step[1] + t * c.out_step[2];
+    for (int d = static_cast<int>(threadIdx.x); d < c.dims; d += static_cast<int>(blockDim.x)) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int s = 0; s < c.splits; ++s) {
+            const int64_t at = s * c.all_rows + row;
+            sum += share(read<float>(c.partial_lse + at), top) * read<float>(c.partial_out + at * c.dims + d);
+        }
+        write(to + d * sizeof(typename E::Bits), E::narrow(total > 0.0f ? sum / total : 0.0f));
+    }
+    if (threadIdx.x == 0) store_lse(c, row, total > 0.0f ? top + log2f(total) : -MC_INFINITY);
+}
+
+// A thread a slot of [B, S].
+static __global__ void __launch_bounds__(kMassThreads) sum_mass(const __grid_constant__ AttendCall c) {
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (slot >= static_cast<int64_t>(c.batch) * c.slots) return;
+    const int64_t b = slot / c.slots, s = slot % c.slots;
+    const int rows = c.heads * c.queries;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int r = 0; r < rows; ++r) {
+        const int64_t row = b * rows + r;
+        sum += share(read<float>(c.logits + row * c.slots + s), read<float>(c.row_lse + row));
+    }
+    write(c.mass + slot, sum);
+}
+
+}  // namespace mc::cuda
