@@ -12,7 +12,7 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "engines"
 ENGINES = ("flashinfer", "llama_cpp", "lmcache", "sglang", "tensorrt_llm", "vllm")
 # They run the engine itself, and have tests of their own.
-WITH_ENGINES = ("transformers",)
+WITH_ENGINES = ("transformers", "vllm-engine")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
