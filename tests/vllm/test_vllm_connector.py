@@ -54,5 +54,7 @@ def test_pooled_gists_through_the_connector(installed: None, smollm2: LoadedMode
         # Values that no reading of a text would give: what counts is what is in the file.
         session.context.cache.v[:, 0, :, session.context.slots[64:128]] = 0
         assert complete_from_cache(engine, session.context, files, SamplingParams(), count=12) == native(session, 12)
+        with pytest.raises(InputError, match="directory: expected that of an LLM"):
+            complete_from_cache(engine, session.context, tmp_path, SamplingParams(), count=1)
         with pytest.raises(InputError, match="more than vLLM's max_model_len"):
             complete_from_cache(engine, session.context, files, SamplingParams(), count=1000)

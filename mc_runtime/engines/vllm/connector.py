@@ -23,8 +23,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.model_executor.models.utils import extract_layer_index
 
-# The key of `kv_transfer_params` that names a request's file.
-PARAMETER = "megacontext"
+from .local import PARAMETER
+
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 

@@ -49,6 +49,9 @@ def complete_from_cache(
         raise InputError(f"context: expected at least two entries, the last a token, got {context.used}")
     if context.config.gist_bias:
         raise InputError(f"context: vLLM weighs all entries alike, got gist_bias={context.config.gist_bias}")
+    transfer, wanted = engine.llm.llm_engine.vllm_config.kv_transfer_config, transfer_config(directory)
+    if transfer is None or any(getattr(transfer, name) != value for name, value in wanted.items()):
+        raise InputError("directory: expected that of an LLM made with kv_transfer_config=transfer_config(directory)")
     k, v = context.cache.gather(context.slots[:-1])
     k = apply_rope(k, torch.arange(k.shape[2], device=k.device), context.decoder.rope)
     # Placeholders, but of the last: no vector is read where keys and values are given.

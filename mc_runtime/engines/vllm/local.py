@@ -13,6 +13,9 @@ from mc_runtime.errors import InputError, ModelError
 from mc_runtime.model import Decoder, LoadedModel
 from mc_runtime.sampling import SamplingParams
 
+# The key of `kv_transfer_params` that names the file of a request's keys and values, for `connector.py`.
+PARAMETER = "megacontext"
+
 
 class VLLMEngine(PromptEngine):
     """Continues contexts with an `LLM` that the caller has set up for the decoder's own model: parallelism, memory and
@@ -78,7 +81,7 @@ class VLLMEngine(PromptEngine):
         row. Use `mc_runtime.engines.vllm.handover.complete_from_cache`."""
         # The file's name as salt: pages of another request are not its own, although the vectors may be.
         prompt = self._prompt(self.to_send(rows)) | {"cache_salt": file}
-        extra = {"kv_transfer_params": {"megacontext": file}}
+        extra = {"kv_transfer_params": {PARAMETER: file}}
         (output,) = self._generate([prompt], extra_args=extra, **_sampling(params, count, eos_ids))
         return without_end(output.token_ids, eos_ids)
 
