@@ -124,7 +124,7 @@ def register_cuda(
     return register(op, "cuda", available=available, supports=supports)(call)
 
 
-def register_backward(op: str) -> None:
+def register_backward(op: str, supports: Callable[..., str | None] = refuse) -> None:
     """Register the backward of an op that has no CUDA version of its own: Triton's where that can serve, else the
     oracle's. A forward that was asked of `cuda` so has gradients."""
 
@@ -134,7 +134,7 @@ def register_backward(op: str) -> None:
         return IMPLS[op]["triton" if serves else "ref"].fn(*args)
 
     call.__name__ = f"{op}_cuda"
-    register(op, "cuda", available=available, supports=refuse)(call)
+    register(op, "cuda", available=available, supports=supports)(call)
 
 
 def current_stream(like: Tensor) -> int:

@@ -79,6 +79,7 @@ def _refuse_cuda(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, *_: object,
 ) -> str | None:  # fmt: skip
+    """As Triton's, and of more rows than a few it is the slower."""
     if q.shape[-1] > MOST_CUDA_DIMS:
         return f"expected at most {MOST_CUDA_DIMS} dimensions a head, got D={q.shape[-1]}"
     rows = q.shape[1] // k.shape[1] * q.shape[2]
@@ -88,7 +89,13 @@ def _refuse_cuda(
 
 
 register_cuda("context_attention", "mc_kernels.context_attention.cuda", "context_attention_cuda", _refuse_cuda)
-register_backward("context_attention_backward")
+register_backward(
+    "context_attention_backward",
+    lambda grad_out, *args: (
+        refuse_cuda_device(x for x in (grad_out, *args) if isinstance(x, Tensor))
+        or refuse_fp64((*args[:3], *args[8:10]))
+    ),
+)
 
 _op = define_op(
     "context_attention",
