@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "bindings_decoder.h"
 #include "dlpack.h"
 #include "openmp.h"
 
@@ -168,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
           "n_segments"_a, "segments"_a, "n_threads"_a);
     m.def("fused_linear", &fused_linear, "x"_a, "weight"_a, "norm"_a, "eps"_a, "bias"_a, "swiglu"_a, "residual"_a,
           "out"_a, "n_threads"_a);
+    define_decoder_layers(m);
     m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
           "out"_a, "n_threads"_a);
     m.def("gist_encode_packed_bytes", &gist_encode_packed_bytes, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a,

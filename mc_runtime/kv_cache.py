@@ -7,11 +7,14 @@ use; `pos` is -1 elsewhere. `bias` is what a slot's entry is weighed by: a log-w
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mc_kernels import SplicePlan, kv_splice_
+from mc_kernels.decoder_layers import CacheSlots
 
 from .model import ModelConfig
 
@@ -116,18 +119,31 @@ class SlotWriter:
     def __init__(self, cache: KVCache, slots: Tensor, used: int) -> None:
         if slots.dim() != 2 or slots.shape[0] != cache.batch:
             raise ValueError(f"slots: expected [B={cache.batch}, T], got {list(slots.shape)}")
-        self.cache, self.used = cache, used
+        self.cache, self.used, self.slots = cache, used, slots
         self.kv_bias = None if cache.bias is None else cache.bias[:, :used]
-        first, count = int(slots[0, 0]) if slots.numel() else 0, slots.shape[1]
-        run = torch.arange(first, first + count, device=slots.device)
-        # A run of neighbouring slots, the same in each row, is one strided copy instead of a scatter.
-        self.span = slice(first, first + count) if bool((slots == run).all()) else None
-        self.index = slots[:, None, :, None].expand(-1, cache.data.shape[3], -1, cache.data.shape[5])
-        # Views of all layers' keys and values are made at once: one by one they cost a decode step a few percent.
-        rows = cache.data.flatten(0, 1)
-        self.seen = rows[..., :used, :].unbind()
-        self.written = (rows if self.span is None else rows[..., self.span, :]).unbind()
         self.pos = cache.pos[:, :used]
+
+    @functools.cached_property
+    def _span(self) -> slice | None:
+        """A run of neighbouring slots, the same in each row, is one strided copy instead of a scatter."""
+        first, count = int(self.slots[0, 0]) if self.slots.numel() else 0, self.slots.shape[1]
+        run = torch.arange(first, first + count, device=self.slots.device)
+        return slice(first, first + count) if bool((self.slots == run).all()) else None
+
+    # Views of all layers' keys and values are made at once: one by one they cost a decode step a few percent.
+
+    @functools.cached_property
+    def _seen(self) -> tuple[Tensor, ...]:
+        return self.cache.data.flatten(0, 1)[..., : self.used, :].unbind()
+
+    @functools.cached_property
+    def _written(self) -> tuple[Tensor, ...]:
+        rows = self.cache.data.flatten(0, 1)
+        return (rows if self._span is None else rows[..., self._span, :]).unbind()
+
+    def in_slots(self) -> CacheSlots:
+        """For layers that are run as one call."""
+        return CacheSlots(self.cache.k, self.cache.v, self.slots, self.pos, self.kv_bias)
 
     def begin(self, positions: Tensor) -> None:
         """What all layers read alike is brought into one piece once a forward."""
@@ -137,8 +153,9 @@ class SlotWriter:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for i, new in ((2 * layer, k), (2 * layer + 1, v)):
-            if self.span is not None:
-                self.written[i].copy_(new)
+            if self._span is not None:
+                self._written[i].copy_(new)
             else:
-                self.written[i].scatter_(2, self.index, new.to(self.written[i].dtype))
-        return self.seen[2 * layer], self.seen[2 * layer + 1], self.pos
+                index = self.slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+                self._written[i].scatter_(2, index, new.to(self._written[i].dtype))
+        return self._seen[2 * layer], self._seen[2 * layer + 1], self.pos

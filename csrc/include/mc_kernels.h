@@ -288,6 +288,66 @@ typedef struct mc_fused_linear_args {
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
+/* Weights of one layer of a Llama-family decoder: f32, f16 or bf16, each its own; matrices with a contiguous last dimension,
+ * vectors contiguous. */
+typedef struct mc_decoder_layer {
+    mc_tensor attention_norm; /* [E] gain */
+    mc_tensor qkv;            /* [(Hq + 2 Hkv) D, E]: rows of all query heads, of all key heads, of all value heads */
+    mc_tensor qkv_bias;       /* [(Hq + 2 Hkv) D] or absent */
+    mc_tensor q_norm, k_norm; /* [D] gains of every query head and of every key head, or both absent */
+    mc_tensor out;            /* [E, Hq D] */
+    mc_tensor out_bias;       /* [E] or absent */
+    mc_tensor ffn_norm;       /* [E] gain */
+    mc_tensor gate_up;        /* [2F, E]: the gate's rows, then the up projection's */
+    mc_tensor down;           /* [E, F] */
+} mc_decoder_layer;
+
+/* A few entries run through L layers of a decoder over a cache of slots, layer by layer. With norm(x, g) =
+ * x / sqrt(mean(x^2) + eps) * g:
+ *
+ *   q, k, v = qkv norm(x, attention_norm) + qkv_bias       q = norm(q, q_norm), k = norm(k, k_norm) in each head
+ *   cache[l, b, :, slots[b,t]] <- k, v                     unrotated
+ *   x = x + out attention(q, cache[l, :, :, 0..used-1]) + out_bias
+ *   x = x + down (silu(gate) * up),  gate, up = gate_up norm(x, ffn_norm)
+ *
+ * It is what mc_fused_linear_cpu and mc_context_attention_cpu compute, called one after the other: results have the same
+ * bits. What passes between them is rounded to x's dtype; so is a normed q or k, once. */
+typedef struct mc_decoder_layers_args {
+    size_t struct_size; /* sizeof(mc_decoder_layers_args) */
+    size_t layer_size;  /* sizeof(mc_decoder_layer) */
+
+    int64_t n_layers;               /* L >= 0 */
+    const mc_decoder_layer* layers; /* [L], all of the same shapes */
+    double eps;                     /* of all norms; finite, >= 0 */
+
+    /* [B T, E], row b T + t is entry t of sequence b; f32, f16 or bf16, last dimension contiguous. */
+    mc_tensor x;
+    const int64_t* positions; /* [B, T] contiguous; below 0: the entry sees nothing */
+
+    /* [L, B, Hkv, S, D] in x's dtype, last dimension contiguous, no element named twice; written in the slots given. Apart
+     * from each other and from all else, which is the caller's duty. */
+    mc_tensor k, v;
+    const int64_t* slots;  /* [B, T] contiguous, 0..S-1: where an entry's keys and values go, before any entry attends.
+                              Of several in one slot the last stays */
+    int64_t used;          /* slots [0, used) are attended to, 0 <= used <= S */
+    const int64_t* kv_pos; /* [B, used] contiguous, as for mc_context_attention_cpu, those of the entries included */
+    const float* kv_bias;  /* [B, used] contiguous, or NULL */
+
+    const double* inv_freq; /* this and the following: as for mc_context_attention_cpu */
+    int64_t half;
+    int32_t interleaved;
+    double attention_scaling;
+    double scale;
+
+    mc_tensor out; /* [B T, E] in x's dtype, as x; written. Apart from all that is read */
+    float* mass;   /* [L, B, used] contiguous, or NULL: attention probability by slot, summed over heads and entries */
+} mc_decoder_layers_args;
+
+/* Meant for at most some tens of entries. Memory: B T rows of what passes between the parts, and theirs.
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. L, B, T, S or used may be 0. With
+ * MC_OUT_OF_MEMORY slots, out and mass may have been written. */
+MC_API int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int32_t n_threads);
+
 /* LensNet: what each of N entries would gain expanded and cost collapsed, in nats.
  *
  * With x_n = entry_n / rms(entry_n), norm(x, g) = x / rms(x) * g, H heads of width d / H, W[h] the rows of head h:

@@ -10,7 +10,8 @@ one matmul, gate and up another: at T = 1 a step is bound by reading the weights
 Keys leave a layer unrotated: `context_attention` rotates them while it reads them.
 
 A few rows on a CPU without gradients, which is what a decode step is, go through `fused_linear`: a weight is read at
-the rate of memory, and norms, activation and residuals cost no calls of their own. Results agree within rounding.
+the rate of memory, and norms, activation and residuals cost no calls of their own. Results agree within rounding. Where
+such rows run over a slot cache, one native call does all layers (`few_entries.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from mc_kernels import fused_linear, native
 from mc_kernels.checks import FLOAT_DTYPES
 from mc_runtime.errors import InputError
 from mc_runtime.model.config import ModelConfig
+from mc_runtime.model.few_entries import FewEntries
 from mc_runtime.model.layers import Layer, Like, RMSNorm
 from mc_runtime.model.stores import KVStore, SelfStore
 
@@ -60,6 +62,7 @@ class Decoder(nn.Module):
         self.head = self.embedding if config.tied_embeddings else like.parameter(config.vocab_size, config.embed_dim)
         # Who has put a hook on a part of a layer wants its calls.
         self._hookable = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
+        self._few_entries = FewEntries()
         self.eval()
 
     @classmethod
@@ -115,17 +118,32 @@ class Decoder(nn.Module):
         begin = getattr(context, "begin", None)
         if begin is not None:
             begin(positions)
+        few = self._fuses(x)
+        done = (
+            self._few_entries.run(self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass)
+            if few and n_layers
+            else None
+        )
+        if done is None:
+            done = self._run_layers(x, positions, context, n_layers, hidden_layer, return_mass, few)
+        x, mass, tapped = done
+        return DecoderOutput(self.norm(x) if stop_layer is None else x, mass, tapped)
+
+    def _run_layers(
+        self, x: Tensor, positions: Tensor, store: KVStore, n_layers: int, hidden_layer: int | None, return_mass: bool,
+        few: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """One after the other: x after the last, their masses, x after `hidden_layer` of them."""
         masses: list[Tensor] = []
         tapped = x if hidden_layer == 0 else None
-        fused = self._fuses(x) and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hookable)
+        fused = few and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hookable)
         for number, layer in zip(range(1, n_layers + 1), self.layers, strict=False):
-            x, mass = layer(x, positions, context, self.rope, return_mass, fused)
+            x, mass = layer(x, positions, store, self.rope, return_mass, fused)
             if mass is not None:
                 masses.append(mass)
             if number == hidden_layer:
                 tapped = x
-        hidden = self.norm(x) if stop_layer is None else x
-        return DecoderOutput(hidden, torch.stack(masses) if masses else None, tapped)
+        return x, torch.stack(masses) if masses else None, tapped
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> [..., vocab] in the model's dtype."""

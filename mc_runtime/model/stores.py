@@ -16,7 +16,9 @@ class KVStore(Protocol):
     Optional, looked up by name:
     `begin(positions [B, T])` is called once per forward, before the first layer;
     `kv_bias [B, S]` is added to the attention logits of every head, or None;
-    `sigma [B, S]` damps the RoPE bands of spread-out entries, or None.
+    `sigma [B, S]` damps the RoPE bands of spread-out entries, or None;
+    `in_slots() -> CacheSlots | None`, called after `begin`: tensors that hold the keys and values of all layers, and
+    where in them the entries being run belong. Layers may then be run as one native call, without `update`.
     """
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

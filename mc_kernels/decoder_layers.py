@@ -1,0 +1,189 @@
+"""Layers of a decoder over a cache of slots, for the few entries of a decode step, in one native call.
+
+With norm(x, g) = x / sqrt(mean(x^2) + eps) * g, for each layer:
+
+    q, k, v = qkv norm(x, attention_norm) + qkv_bias;   q = norm(q, q_norm), k = norm(k, k_norm) in each head
+    k, v -> the entries' slots of the cache, unrotated
+    x = x + out attention(q, slots of the cache) + out_bias
+    x = x + down (silu(gate) * up),   gate, up = gate_up norm(x, ffn_norm)
+
+It is `fused_linear` and `context_attention` called one after the other (csrc/decoder_layers), with the same bits as
+these give on a CPU; a normed q or k is rounded once. From Python, the five calls of a layer spend much of a decode step
+outside their kernels: the stream of weights evicts the interpreter from the processor's caches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .checks import FLOAT_DTYPES, check_contiguous_rows, check_same_dtype, check_shape, check_tensor
+from .rope import RopeSpec
+
+
+class LayerWeights(NamedTuple):
+    """Of one layer, in the order of `mc_decoder_layer`; fp32, bf16 or fp16, each its own; on the CPU, contiguous."""
+
+    attention_norm: Tensor  # [E]
+    qkv: Tensor  # [(Hq + 2 Hkv) D, E]: all query heads, all key heads, all value heads
+    qkv_bias: Tensor | None  # [(Hq + 2 Hkv) D]
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D], where there is a q_norm
+    out: Tensor  # [E, Hq D]
+    out_bias: Tensor | None  # [E]
+    ffn_norm: Tensor  # [E]
+    gate_up: Tensor  # [2F, E]: gate, then up
+    down: Tensor  # [E, F]
+
+
+class CacheSlots(NamedTuple):
+    """Where the entries that are run put their keys and values, and what they attend to.
+
+    k, v: [L, B, Hkv, S, D], keys unrotated, any strides with a contiguous last dimension. slots: [B, T] int64: slot of
+    each entry, written before any entry attends. kv_pos: [B, used] int64: positions of slots [0, used), which are
+    attended to; -1: an empty slot. kv_bias: [B, used], added to the logits of every head, or None.
+    """
+
+    k: Tensor
+    v: Tensor
+    slots: Tensor
+    kv_pos: Tensor
+    kv_bias: Tensor | None = None
+
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
+
+
+class DecoderLayers:
+    """See the module. Prepared once, called for every step.
+
+    Holds references to the weights and looks at every call where they lie: values changed in place count from the next
+    call on, and so do other storages, shapes and dtypes (`tensor.data = ...`). Several threads may call it at once,
+    over caches of their own; weights must not be replaced meanwhile. No gradients.
+
+    layers: their weights, of the same shapes. eps: of all norms. rope: how queries and, while they are read, keys turn;
+        None: not at all. Logits are scaled by D ** -0.5.
+    Raises RuntimeError where there is no native library, TypeError and ValueError for weights that do not fit.
+    """
+
+    def __init__(self, layers: Sequence[LayerWeights], *, eps: float, rope: RopeSpec | None) -> None:
+        if not (math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+        if rope is not None and rope.inv_freq.dim() != 1:
+            raise ValueError("rope: expected inv_freq [D_rot/2] (one for all layers), got one row per layer")
+        self._layers, self._eps, self._rope = tuple(layers), eps, rope
+        self._tensors = tuple(x for layer in self._layers for x in layer if x is not None)
+        # Together, so that a thread sees addresses with the tensors they are of.
+        self._prepared = self._prepare()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, cache: CacheSlots, *, first: int = 0, end: int | None = None,
+        mass: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Run entries through layers [first, end).
+
+        x: [B, T, E]; fp32, bf16 or fp16. positions: [B, T] int64; an entry at -1 attends to nothing.
+        cache: of all layers, in x's dtype; see `CacheSlots`.
+        mass: [end - first, B, used] fp32, contiguous, or None; gets the attention probability of each slot, summed over
+            heads and entries.
+
+        Returns [B, T, E] in x's dtype, contiguous, aliasing nothing. Meant for at most some tens of entries.
+        Raises TypeError (dtype, device) or ValueError (shape, stride, slot) before anything is written.
+        """
+        end = len(self) if end is None else end
+        check_tensor("x", x, FLOAT_DTYPES)
+        tensors = {"positions": positions, "slots": cache.slots, "kv_pos": cache.kv_pos}
+        for name, t in tensors.items():
+            check_tensor(name, t, (torch.int64,))
+        dims: dict[str, int] = {"L": len(self)}
+        check_shape("x", x, ("B", "T", None), dims)
+        check_shape("positions", positions, ("B", "T"), dims)
+        for name, t in (("k", cache.k), ("v", cache.v)):
+            check_tensor(name, t, FLOAT_DTYPES)
+            check_shape(name, t, ("L", "B", "Hkv", "S", "D"), dims)
+            check_contiguous_rows(name, t)
+        check_same_dtype(("x", x), k=cache.k, v=cache.v)
+        check_shape("slots", cache.slots, ("B", "T"), dims)
+        check_shape("kv_pos", cache.kv_pos, ("B", "used"), dims)
+        tensors |= {"x": x, "k": cache.k, "v": cache.v}
+        if cache.kv_bias is not None:
+            check_tensor("kv_bias", cache.kv_bias, FLOAT_DTYPES)
+            check_shape("kv_bias", cache.kv_bias, ("B", "used"), dims)
+            tensors["kv_bias"] = cache.kv_bias
+        if self._rope is not None:
+            self._rope.check_head_dim(dims["D"])
+        if mass is not None:
+            check_tensor("mass", mass, (torch.float32,))
+            check_shape("mass", mass, (end - first, "B", "used"), dims)
+            if not mass.is_contiguous():
+                raise ValueError(f"mass: expected a contiguous tensor, got strides {mass.stride()}")
+            tensors["mass"] = mass
+        _check_on_cpu(tensors)
+        # Held in names: the library gets addresses.
+        x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
+        bias = None if cache.kv_bias is None else cache.kv_bias.to(torch.float32).contiguous()
+        freq = None if self._rope is None else self._rope.inv_freq_on(x.device).to(torch.float64).contiguous()
+        out = torch.empty(x.shape, dtype=x.dtype)
+        sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
+        dtype = native.dtype_code(x.dtype)
+        self._current().run(
+            first,
+            end,
+            self._eps,
+            (x.data_ptr(), dtype, sizes, strides),
+            at.data_ptr(),
+            native.view(cache.k[first:end]),
+            native.view(cache.v[first:end]),
+            slots.data_ptr(),
+            kv_pos.shape[1],
+            kv_pos.data_ptr(),
+            native.address(bias),
+            native.address(freq),
+            0 if freq is None else len(freq),
+            False if self._rope is None else self._rope.interleaved,
+            1.0 if self._rope is None else self._rope.attention_scaling,
+            dims["D"] ** -0.5,
+            (out.data_ptr(), dtype, sizes, strides),
+            native.address(mass),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _current(self) -> Any:
+        """The library's object, made again where a weight has moved."""
+        where, prepared = self._prepared
+        if self._where() != where:
+            self._prepared = self._prepare()
+            prepared = self._prepared[1]
+        return prepared
+
+    def _where(self) -> list[Any]:
+        # By `map`: a loop over 300 tensors would cost a step a percent.
+        each = (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype, _device)
+        return [value for of in each for value in map(of, self._tensors)]
+
+    def _prepare(self) -> tuple[list[Any], Any]:
+        for layer in self._layers:
+            tensors = {name: t for name, t in zip(layer._fields, layer, strict=True) if t is not None}
+            for name, t in tensors.items():
+                check_tensor(name, t, FLOAT_DTYPES)
+                check_contiguous_rows(name, t)
+            _check_on_cpu(tensors)
+        where = self._where()
+        views = [tuple(None if t is None else native.view(t) for t in layer) for layer in self._layers]
+        return where, native.library().DecoderLayers(views)
+
+
+def _check_on_cpu(tensors: dict[str, Tensor]) -> None:
+    for name, t in tensors.items():
+        if t.device.type != "cpu":
+            raise TypeError(f"{name}: expected a CPU tensor, got {t.device}")

@@ -1,0 +1,136 @@
+"""A decoder's layers as one native call, for few entries over a cache of slots: which decoders and forwards it serves.
+
+It computes what `Layer` does with `fused=True`, with the same bits (but a normed query or key of Qwen3, which is
+rounded once, agrees within rounding); it does not call the modules. So it serves only modules that are exactly this
+package's, without hooks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from mc_kernels.context_attention.cpu_native import MOST_PROBABILITIES
+from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
+from mc_kernels.registry import ENV_BACKEND
+from mc_kernels.rope import RopeSpec
+from mc_runtime.model.layers import Attention, FeedForward, Layer, Linear, RMSNorm
+from mc_runtime.model.stores import KVStore
+
+_PARTS = (Layer, Attention, FeedForward, Linear, RMSNorm)
+
+
+class FewEntries:
+    """Prepares a decoder's layers when they are first run, and again when a module or a parameter has been replaced.
+
+    A copy of a decoder, pickled or not, starts with nothing prepared.
+    """
+
+    def __init__(self) -> None:
+        # In one piece: several threads may run a decoder.
+        self._prepared: tuple[_Tree, RopeSpec, DecoderLayers | None] | None = None
+
+    def __reduce__(self) -> tuple[type[FewEntries], tuple[()]]:
+        return FewEntries, ()
+
+    def run(
+        self, layers: nn.ModuleList, x: Tensor, positions: Tensor, store: KVStore, rope: RopeSpec, n_layers: int,
+        hidden_layer: int | None, return_mass: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
+        """x after n_layers, the masses [n_layers, B, used] if wanted, and x after `hidden_layer` of them if that is
+        not None; or None where the layers have to be called one by one: nothing has been done then."""
+        cache = _cache(x, store)
+        call = None if cache is None else self._call(layers, rope)
+        if cache is None or call is None or len(call) != len(cache.k):
+            return None
+        heads: int = layers[0].attention.n_heads  # type: ignore[assignment, union-attr]
+        if return_mass and heads * positions.numel() * cache.kv_pos.shape[1] > MOST_PROBABILITIES:
+            return None
+        shape = (n_layers, *cache.kv_pos.shape)
+        mass = torch.empty(shape, dtype=torch.float32) if return_mass else None
+        tapped = x if hidden_layer == 0 else None
+        stops = [n_layers] if hidden_layer in (None, 0, n_layers) else [hidden_layer, n_layers]
+        first = 0
+        for end in stops:
+            part = None if mass is None else mass[first:end]
+            x = call(x, positions, cache, first=first, end=end, mass=part)
+            tapped = x if end == hidden_layer else tapped
+            first = end
+        return x, mass, tapped
+
+    def _call(self, layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
+        prepared = self._prepared
+        if prepared is None or not prepared[0].is_of(layers) or prepared[1] is not rope:
+            self._prepared = prepared = _Tree(layers), rope, _prepare(layers, rope)
+        return None if prepared[0].hooked() else prepared[2]
+
+
+def _cache(x: Tensor, store: KVStore) -> CacheSlots | None:
+    """The store's slots, where the call can serve."""
+    in_slots = getattr(store, "in_slots", None)
+    if (
+        in_slots is None
+        or getattr(store, "sigma", None) is not None
+        or os.environ.get(ENV_BACKEND, "") not in ("", "cpu")
+        or torch.compiler.is_compiling()
+        or torch_module._has_any_global_hook()
+    ):
+        return None
+    cache: CacheSlots | None = in_slots()
+    return None if cache is None or cache.k.dtype != x.dtype or cache.k.device.type != "cpu" else cache
+
+
+class _Tree:
+    """The modules and parameters below a module, to be compared by identity: some ten microseconds."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._modules = tuple(root.modules())
+        self._types = list(map(type, self._modules))
+        self._tables: list[dict[str, Any]] = [t for m in self._modules for t in (m._modules, m._parameters)]
+        self._sizes = list(map(len, self._tables))
+        self._items = [(table, name, x) for table in self._tables for name, x in table.items()]
+        self._norms = [(m, m.eps) for m in self._modules if isinstance(m, RMSNorm)]
+
+    def is_of(self, root: nn.Module) -> bool:
+        return (
+            root is self._root
+            and list(map(type, self._modules)) == self._types
+            and list(map(len, self._tables)) == self._sizes
+            and all(table.get(name) is x for table, name, x in self._items)
+            and all(norm.eps == eps for norm, eps in self._norms)
+        )
+
+    def hooked(self) -> bool:
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+
+
+def _prepare(layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
+    """None where a module is another than ours, or the norms differ in eps."""
+    modules = [m for layer in layers for m in layer.modules()]
+    eps = {m.eps for m in modules if isinstance(m, RMSNorm)}
+    if len(eps) != 1 or any(type(m) not in _PARTS for m in modules) or rope.inv_freq.dim() != 1:
+        return None
+    return DecoderLayers([_weights(layer) for layer in layers], eps=eps.pop(), rope=rope)
+
+
+def _weights(layer: nn.Module) -> LayerWeights:
+    assert isinstance(layer, Layer)
+    attention, ffn = layer.attention, layer.ffn
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    return LayerWeights(
+        layer.attention_norm.weight,
+        attention.qkv.weight,
+        attention.qkv.bias,
+        None if q_norm is None else q_norm.weight,
+        None if k_norm is None else k_norm.weight,
+        attention.out.weight,
+        attention.out.bias,
+        layer.ffn_norm.weight,
+        ffn.gate_up.weight,
+        ffn.down.weight,
+    )
