@@ -64,9 +64,10 @@ inline void tile(const DotRows& a, const char* w, const float* x, const char* ah
         }
     };
     const int64_t whole = a.n / kPair * kPair;
+    const bool past = reads_past(a.x_rows, kTileW * a.n * T::kBytes);
     const char* rows[kW];
     for (int64_t e = 0; e < whole; e += kPair) {
-        ahead = fetch<kW * kPairBytes>(ahead);
+        ahead = fetch<kW * kPairBytes>(ahead, past);
         MC_UNROLL for (int i = 0; i < kW; ++i) rows[i] = w + i * a.w_step + e * T::kBytes;
         add_products(rows, e);
     }

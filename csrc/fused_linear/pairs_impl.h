@@ -56,7 +56,7 @@ inline Vec dot(Vec sum, __m512i a, __m512i b) {
 // acc += products of a tile with kX rows of x, over bytes [from, to) of them and then over what `part` selects behind.
 // kLines: of what is read next, fetched at every step, see `fetch`.
 template <int kX, int kLines>
-inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part,
+inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part, bool past,
                        Vec* sums) {
     Vec acc[kX][kTileW];
     MC_UNROLL for (int j = 0; j < kX; ++j) {
@@ -71,7 +71,7 @@ inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from,
     __m512i rows[kTileW];
     const char* next = w.next;
     for (int64_t at = from; at < to; at += kStepBytes) {
-        next = fetch<64 * kLines>(next);
+        next = fetch<64 * kLines>(next, past);
         MC_UNROLL for (int i = 0; i < kTileW; ++i) rows[i] = load_span(w.at[i] + at);
         add_products(rows, at);
     }
@@ -88,12 +88,12 @@ inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from,
 // The fetches of a tile are spread over the groups of rows of x: all four lines of a step by one, fewer by several.
 template <int kX>
 inline void group_pairs(int lines, TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part,
-                        Vec* sums) {
+                        bool past, Vec* sums) {
     switch (lines) {
-        case 4: return tile_pairs<kX, 4>(w, x, x_step, from, to, part, sums);
-        case 2: return tile_pairs<kX, 2>(w, x, x_step, from, to, part, sums);
-        case 1: return tile_pairs<kX, 1>(w, x, x_step, from, to, part, sums);
-        default: return tile_pairs<kX, 0>(w, x, x_step, from, to, part, sums);
+        case 4: return tile_pairs<kX, 4>(w, x, x_step, from, to, part, past, sums);
+        case 2: return tile_pairs<kX, 2>(w, x, x_step, from, to, part, past, sums);
+        case 1: return tile_pairs<kX, 1>(w, x, x_step, from, to, part, past, sums);
+        default: return tile_pairs<kX, 0>(w, x, x_step, from, to, part, past, sums);
     }
 }
 
@@ -101,6 +101,7 @@ void dot_pairs(const DotPairs& a) {
     const int64_t whole = a.n / kSpan * kStepBytes;
     const __mmask32 rest = (1u << a.n % kSpan) - 1;
     const int64_t groups = (a.x_rows + kTileX - 1) / kTileX;
+    const bool past = reads_past(a.x_rows, kTileW * a.n * BF16::kBytes);
     const int64_t fetchers = groups >= 4 ? 4 : groups >= 2 ? 2 : 1;
     for (int64_t first = 0; first < a.w_rows; first += kTileW) {
         TileRows w;
@@ -120,10 +121,10 @@ void dot_pairs(const DotPairs& a) {
                 const char* x = a.x + g * kTileX * a.x_step;
                 const int lines = static_cast<int>(g < fetchers ? kTileW / fetchers : 0);
                 switch (a.x_rows - g * kTileX) {
-                    case 1: group_pairs<1>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
-                    case 2: group_pairs<2>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
-                    case 3: group_pairs<3>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
-                    default: group_pairs<kTileX>(lines, w, x, a.x_step, from, to, part, sums_of[g]);
+                    case 1: group_pairs<1>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
+                    case 2: group_pairs<2>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
+                    case 3: group_pairs<3>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
+                    default: group_pairs<kTileX>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]);
                 }
             }
             from = to;
