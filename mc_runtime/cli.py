@@ -42,8 +42,8 @@ Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to
 Policy = Annotated[
     str,
     typer.Option(
-        help="What decides where detail goes: blend, retrieval, attention, recency, retrieval+recency, lensnet, "
-        "lensnet+retrieval."
+        help="What decides where detail goes: blend, retrieval, attention, recency, retrieval+recency, hindsight, "
+        "lensnet, lensnet+retrieval."
     ),
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="What runs the model: native or transformers.")]

@@ -37,8 +37,8 @@ class MemoryConfig:
     recent_tokens: newest tokens, always at full detail.
     ingest_chunk, ingest_window: tokens per forward of contextual ingest, and how many it sees before them.
     archive_kv: collapsed token blocks whose exact K/V are kept in memory for the way back (0: recompute).
-    policy: name of the focus policy: blend, retrieval, attention, recency or retrieval+recency, or, with weights,
-        lensnet or lensnet+retrieval (see `mc_runtime.focus`).
+    policy: name of the focus policy: blend, retrieval, attention, recency, retrieval+recency or hindsight, or, with
+        weights, lensnet or lensnet+retrieval (see `mc_runtime.focus`).
     """
 
     budget: int = 2048

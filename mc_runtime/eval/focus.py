@@ -114,7 +114,7 @@ def focus_regret(
             legal = np.isfinite(gains).nonzero()[0]
             chosen = {ORACLE: legal[np.argsort(-gains[legal], kind="stable")[: setting.opened]]}
             for selector in selectors:
-                scores = selector.scores(samples[row], leaves)
+                scores = selector.scores(samples[row], leaves, scene, row)
                 chosen[selector.name] = legal[np.argsort(-scores[legal], kind="stable")[: setting.opened]]
                 batch.rank.setdefault(selector.name, []).append(spearman(scores[legal], gains[legal]))
             wanted = answers[row] if asking is not None else int(leaves.index[legal[gains[legal].argmax()]])

@@ -13,9 +13,9 @@ from matplotlib import pyplot as plt
 from .focus import ORACLE, FocusResult
 from .focus_report import gain
 from .plots import BEST, FAINT, INK, OURS, RIVAL
-from .selectors import ByLensNet
+from .selectors import ByHindsight, ByLensNet
 
-COLOURS = {ORACLE: BEST, ByLensNet.name: OURS}
+COLOURS = {ORACLE: BEST, ByLensNet.name: OURS, ByHindsight.name: OURS}
 
 
 def draw_focus(results: Sequence[FocusResult], path: Path, title: str) -> Path:

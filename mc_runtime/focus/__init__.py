@@ -9,6 +9,7 @@ from mc_runtime.errors import InputError
 
 from .attention import AttentionPolicy
 from .blend import BlendPolicy
+from .hindsight import HindsightPolicy
 from .lensnet import LensNetPolicy
 from .oracle import OraclePolicy
 from .recency import RecencyPolicy
@@ -25,6 +26,7 @@ __all__ = [
     "BlendPolicy",
     "FocusPolicy",
     "FocusView",
+    "HindsightPolicy",
     "LensNetPolicy",
     "OraclePolicy",
     "RecencyPolicy",
@@ -40,6 +42,7 @@ POLICIES: dict[str, Callable[[], FocusPolicy]] = {
     "attention": AttentionPolicy,
     "recency": RecencyPolicy,
     "retrieval+recency": BlendPolicy.reading,
+    "hindsight": HindsightPolicy,
 }
 
 

@@ -191,6 +191,19 @@ def layout_nll(scene: Scene, rows: Sequence[int], layouts: Sequence[Entries]) ->
     return np.array(out)
 
 
+@torch.no_grad()
+def recent_nll(scene: Scene, row: int, layouts: Sequence[Entries]) -> Floats:
+    """[n, recent - 1] NLL of one row's recent tokens, the first aside, behind each layout, packed positions."""
+    out: list[Floats] = []
+    targets = scene.ids[row, scene.far + 1 : scene.far + scene.recent]
+    for i in range(0, len(layouts), MEASURE_BATCH):
+        part = layouts[i : i + MEASURE_BATCH]
+        hidden = run_behind(scene, [row] * len(part), packed_slots(scene, part), scene.recent).hidden[:, :-1]
+        nll = nll_rows(hidden.flatten(0, 1), targets.repeat(len(part)), scene.decoder.head)
+        out.append(nll.view(len(part), -1).double().cpu().numpy())
+    return np.concatenate(out)
+
+
 def expanded_layout(layout: Entries, rank: int) -> Entries:
     """The layout with the gist at `rank` in place of which its children stand (the first token never twice)."""
     size, level, index = layout.block_size, int(layout.levels[rank]), int(layout.index[rank])

@@ -17,13 +17,15 @@ from mc_runtime.eval.focus_plot import draw_focus
 from mc_runtime.eval.focus_report import found, gain, markdown, rank, recovery, rows, share, to_dict
 from mc_runtime.eval.rivals import Rival
 from mc_runtime.eval.rivals.random_tokens import RandomTokens
-from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency, Selector
+from mc_runtime.eval.selectors import AtRandom, ByAttention, ByBM25, ByHindsight, ByLensNet, ByRecency, Selector
 from mc_runtime.focus.leaves import Leaves
 from mc_runtime.focus.view import Floats
 from mc_runtime.gistnet import GistNet
 from mc_runtime.lensnet import LensNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.ranks import spearman
+from mc_runtime.train.lens_contexts import Scene
+from mc_runtime.train.lens_labels import measured_labels
 from mc_runtime.train.lens_samples import LensSample
 
 K = 8
@@ -38,7 +40,7 @@ class ByPlace:
     def __init__(self, *blocks: int) -> None:
         self.blocks = blocks
 
-    def scores(self, sample: LensSample, leaves: Leaves) -> Floats:
+    def scores(self, sample: LensSample, leaves: Leaves, scene: Scene, row: int) -> Floats:
         return np.isin(leaves.index, self.blocks).astype(np.float64)
 
 
@@ -105,10 +107,10 @@ def test_recency_opens_the_newest(model: LoadedModel, result: FocusResult) -> No
 
 def test_an_interruption_leaves_whole_contexts(model: LoadedModel, result: FocusResult) -> None:
     class Interrupting(ByPlace):
-        def scores(self, sample: LensSample, leaves: Leaves) -> Floats:
+        def scores(self, sample: LensSample, leaves: Leaves, scene: Scene, row: int) -> Floats:
             if len(left.nll) and len(left.nll[GISTS]) == SETTING.batch:
                 raise KeyboardInterrupt
-            return super().scores(sample, leaves)
+            return super().scores(sample, leaves, scene, row)
 
     left = FocusResult("noise")
     with pytest.raises(KeyboardInterrupt):
@@ -155,3 +157,24 @@ def test_gists_are_weighed_as_the_setting_says(model: LoadedModel) -> None:
     plain, muted = (measured(model, [ByRecency()], setting=replace(SETTING, gist_bias=bias)) for bias in (0.0, -5.0))
     assert np.abs(np.subtract(plain.nll["gists alone"], muted.nll["gists alone"])).max() > 1e-4
     assert plain.nll["full context"] == muted.nll["full context"]
+
+
+def test_hindsight_scores_by_what_would_have_helped_the_recent_tokens(model: LoadedModel) -> None:
+    """As what an opening gains where the recent tokens, all but the first, are the ones to be predicted."""
+    seen: list[tuple[Floats, Leaves, Scene, int]] = []
+
+    class Spy(ByHindsight):
+        def scores(self, sample: LensSample, leaves: Leaves, scene: Scene, row: int) -> Floats:
+            seen.append((super().scores(sample, leaves, scene, row), leaves, scene, row))
+            return seen[-1][0]
+
+    measured(model, [Spy(decay=1e9)])
+    assert len(seen) == SETTING.n
+    for scores, leaves, scene, row in seen:
+        earlier = replace(scene, ids=scene.ids[:, : scene.far + scene.recent], recent=1)
+        gains = measured_labels(earlier, row, earlier.leaves(row))[:, 0]
+        far = leaves.starts < scene.far
+        legal = np.isfinite(gains[: far.sum()])
+        np.testing.assert_allclose(scores[far][legal], gains[: far.sum()][legal], atol=1e-5)
+        assert np.isinf(scores[~far]).all()
+        assert np.ptp(scores[far][legal]) > 1e-5

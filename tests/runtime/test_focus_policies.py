@@ -55,7 +55,7 @@ class Watched:
         return answer
 
 
-@pytest.mark.parametrize("name", ["blend", "retrieval", "recency", "attention", "retrieval+recency"])
+@pytest.mark.parametrize("name", ["blend", "retrieval", "recency", "attention", "retrieval+recency", "hindsight"])
 def test_utilities_are_finite_sorted_and_of_stored_nodes(memory: Memory, name: str) -> None:
     policy = Watched(make_policy(name))
     session = memory(policy=policy)
@@ -69,7 +69,7 @@ def test_utilities_are_finite_sorted_and_of_stored_nodes(memory: Memory, name: s
     assert len(policy.answers) >= 8
     assert any(policy.answers)
     assert {query[:16] for query, _, _ in policy.views} >= {"what of the dog?", "bread on the hil", "", "rain"}
-    assert any(with_mass for _, _, with_mass in policy.views) == (name in ("blend", "attention"))
+    assert any(with_mass for _, _, with_mass in policy.views) == (name in ("blend", "attention", "hindsight"))
     check_session(session)
 
 

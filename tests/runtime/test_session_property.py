@@ -44,7 +44,7 @@ CONFIGS = st.fixed_dictionaries(
         "gist_kind": st.sampled_from(["pooled", "projected", "embedding"]),
         "refresh": st.sampled_from(["none", "tail", "top", "full"]),
         "refresh_decode": st.sampled_from(["none", "tail", "top", "full"]),
-        "policy": st.sampled_from(["blend", "retrieval", "recency", "attention", "retrieval+recency"]),
+        "policy": st.sampled_from(["blend", "retrieval", "recency", "attention", "retrieval+recency", "hindsight"]),
         "archive_kv": st.sampled_from([0, 5]),
         "budget": st.integers(150, 256),
     }

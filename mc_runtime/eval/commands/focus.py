@@ -36,8 +36,8 @@ def focus(
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Open a few of many gists: what LensNet's choice gains beside attention mass, BM25, recency, chance, and the
-    measured best, and beside rivals that fill as many slots with exact tokens.
+    """Open a few of many gists: what LensNet's choice and that of hindsight gain beside attention mass, BM25, recency,
+    chance, and the measured best, and beside rivals that fill as many slots with exact tokens.
 
     Example: mc eval focus held-out/ --gistnet gist.safetensors --lensnet lens.safetensors --out focus.json
     """
@@ -57,7 +57,7 @@ def focus(
     from ..rivals.bm25 import BM25Append
     from ..rivals.recency import Recency
     from ..rivals.snapkv import SnapKV
-    from ..selectors import AtRandom, ByAttention, ByBM25, ByLensNet, ByRecency, Selector
+    from ..selectors import AtRandom, ByAttention, ByBM25, ByHindsight, ByLensNet, ByRecency, Selector
 
     size = MemoryConfig().block_size
     if far < 2 * size or far % size:
@@ -69,7 +69,7 @@ def focus(
     files = parse_texts(texts)
     loaded = load_model(model)
     net = GistNet.load(gistnet, loaded.decoder, size)
-    selectors: list[Selector] = [ByRecency(), ByAttention(), ByBM25(), AtRandom(seed)]
+    selectors: list[Selector] = [ByHindsight(), ByRecency(), ByAttention(), ByBM25(), AtRandom(seed)]
     if lensnet is not None:
         selectors.insert(0, ByLensNet(LensNet.load(lensnet, loaded.decoder), loaded, net))
     rivals: list[Rival] = [SnapKV(), Recency(), BM25Append(loaded.tokenizer)]
