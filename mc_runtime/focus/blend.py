@@ -16,7 +16,7 @@ class BlendPolicy:
     """Utilities add up in nats, each part with its weight."""
 
     def __init__(self, parts: Sequence[tuple[float, FocusPolicy]], *, nearly: float = 0.0) -> None:
-        """nearly: for a question, nodes worth less than this share of the best one, all parts together, stay closed."""
+        """nearly: for a question, blocks worth less than this share of the best one, all parts added, stay closed."""
         self.parts, self.nearly = tuple(parts), nearly
         self.needs_mass = any(policy.needs_mass for weight, policy in self.parts if weight)
 
@@ -34,10 +34,9 @@ class BlendPolicy:
 
     def utilities(self, view: FocusView) -> Utilities:
         added = add_utilities((weight, policy.utilities(view)) for weight, policy in self.parts if weight)
-        if not view.asked or not added:
+        if not view.asked:
             return added
-        least = self.nearly * max(float(nats.max()) for _, nats in added.values())
-        return {
-            level: (index, np.where(nats >= least, nats, np.minimum(nats, 0.0)))
-            for level, (index, nats) in added.items()
-        }
+        if 1 in added:
+            blocks, nats = added[1]
+            added[1] = blocks, np.where(nats >= self.nearly * nats.max(), nats, np.minimum(nats, 0.0))
+        return added

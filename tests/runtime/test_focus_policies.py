@@ -217,3 +217,8 @@ def test_a_blend_keeps_close_to_the_best_for_a_question(memory: Memory) -> None:
         nodes, nats = BlendPolicy(parts, nearly=nearly).utilities(replace(view, asked=asked))[1]
         assert dict(zip(nodes.tolist(), nats.tolist(), strict=True)) == pytest.approx(expected)
     assert BlendPolicy([(1.0, RetrievalPolicy())], nearly=0.5).utilities(replace(view_of(session), asked=True)) == {}
+    # What keeping a coarse node open is worth is summed over much text: no measure for a passage.
+    for level in (2, 3):
+        u = BlendPolicy([*parts, (1.0, Wants(level, 0, 4.0))], nearly=0.5).utilities(replace(view, asked=True))
+        assert dict(zip(u[1][0].tolist(), u[1][1].tolist(), strict=True)) == pytest.approx({3: 1.2, 4: 0.7, 5: 0.0})
+        assert u[level][1].tolist() == [4.0]
