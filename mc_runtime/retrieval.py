@@ -16,14 +16,13 @@ from .errors import InputError
 from .model import Tokenizer
 from .profiling import timed
 from .segments import SegmentedBM25
+from .told import OVERLAP, ToldWords
 from .tree import Tree
 
 K1, B = 1.5, 0.75
 # A fact often straddles two blocks, and a block alone names neither its subject nor its topic: a block also counts
 # what its neighbours score.
 NEIGHBOUR_SHARE = 0.5
-# Tokens decoded beyond a block's ends, so that a word that straddles them is whole in both.
-OVERLAP = 4
 # Blocks read at once: bounds the memory that a long text takes on its way into the index.
 READ_BLOCKS = 4096
 # What a user and the model said, as `Document.kind` has it.
@@ -91,6 +90,7 @@ class BlockIndex:
         self._index = SegmentedBM25(K1, B)
         self._length = 0  # of the history that is indexed
         self._turns = _TurnCounts(tree)
+        self._told = ToldWords(tree, tokenizer, lambda texts: _stems(texts, self._stemmer))
         if directory is not None:
             self._index.load(directory, self._settled(tree.length), self._about)
 
@@ -154,6 +154,18 @@ class BlockIndex:
     def turn_counts(self) -> NDArray[np.int64]:
         """[blocks] how many prompts and answers have a part in each block; not to be written to."""
         return self._turns.update()
+
+    def words(self, query: str, first: int, stop: int) -> frozenset[str]:
+        """Stems of a query's words that stand in blocks [first, stop), which may reach beyond the history."""
+        size = self.tree.spec.block_size
+        texts = [query, self.text(first * size - OVERLAP, stop * size + OVERLAP)]
+        asked, found = _stems(texts, self._stemmer)
+        return frozenset(asked) & frozenset(found)
+
+    def told_words(self, query: str, first: int, stop: int) -> frozenset[str]:
+        """Those of `words` that are told there, and not asked or answered (see `mc_runtime.told`)."""
+        size = self.tree.spec.block_size
+        return frozenset(_stems([query], self._stemmer)[0]) & self._told.of(first * size, stop * size)
 
     def search(self, query: str, top: int = 8) -> list[Hit]:
         """The best blocks, best first; blocks that match nothing are left out."""

@@ -9,9 +9,13 @@ from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
 HALF_SCORE = 2.0
-# What was said in the conversation counts this share of what was read: earlier questions repeat the words of this one
-# without knowing the answer, and a small model that sees its earlier answers gives them again.
+# What was asked and answered in the conversation counts this share of what was told: earlier questions repeat the words
+# of this one without knowing the answer, and a small model that sees its earlier answers gives them again.
 TURN_SHARE = 0.5
+# Blocks, the best first, of which the words are looked at one by one.
+LOOKED_AT = 16
+# What is told later about the same may say it in fewer words: of the best score at least this share.
+LATER_SHARE = 0.4
 
 
 class RetrievalPolicy:
@@ -22,6 +26,9 @@ class RetrievalPolicy:
     `scale` nats each, those of others in proportion to their score to the power `sharpness`: with 20 they are opened
     beside the best one where they score nearly as well, about 5/6 of it. Text of the same pattern as the answer (the
     debts of a hundred people) distracts most; docs/quality.md has what other settings find.
+
+    What is told since the conversation began (see `mc_runtime.told`) may correct what was known before: the newest such
+    passage that holds all words of the question which the best one holds is opened with it.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """
@@ -41,13 +48,40 @@ class RetrievalPolicy:
         stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
         scores = view.retrieval.scores(view.query)[:stop]
         found = scores.nonzero()[0]
-        scores[found] *= TURN_SHARE ** view.retrieval.turn_counts()[found].astype(np.float64)
-        if not len(scores) or scores.max() <= 0:
+        if not len(found):
             return {}
+        turns = view.retrieval.turn_counts()[:stop]
+        candidates = best_first(scores, LOOKED_AT)
+        plain = scores[candidates]
+        scores[found] *= TURN_SHARE ** turns[found].astype(np.float64)
+        if turns.any():
+            self._weigh_told(view, scores, candidates, plain, turns)
         blocks, best = self._passages(scores)
         top = float(scores.max())
         nats = self.scale * top / (top + HALF_SCORE) * (best / top) ** self.sharpness
         return {1: (blocks, nats)}
+
+    def _weigh_told(self, view: FocusView, scores: Floats, candidates: Ints, plain: Floats, turns: Ints) -> None:
+        """Gives the candidates, in place, back what turns had taken from their scores as far as their words are told,
+        and the newest correction of the best one that one's score. plain: their scores before."""
+
+        def told(block: int) -> frozenset[str]:
+            return view.retrieval.told_words(view.query, block - self.before, block + self.after + 1)
+
+        for block, score in zip(candidates.tolist(), plain, strict=True):
+            if turns[block]:
+                words = view.retrieval.words(view.query, block - self.before, block + self.after + 1)
+                share = len(told(block)) / max(len(words), 1)
+                scores[block] += (score - scores[block]) * min(share, 1.0)
+        best = int(scores.argmax())
+        since = max(best + self.after + self.before, int(turns.nonzero()[0][0]) - 1)
+        wanted = told(best)
+        later = [b for b in candidates.tolist() if b > since and scores[b] >= LATER_SHARE * scores[best]]
+        correcting = [b for b in later if told(b) >= wanted] if wanted else []
+        if correcting:
+            # Of neighbours, which hold the same words, the one that holds most of them itself.
+            newest = [b for b in correcting if b >= max(correcting) - self.before - self.after]
+            scores[max(newest, key=lambda b: float(scores[b]))] = scores[best]
 
     def _passages(self, scores: Floats) -> tuple[Ints, Floats]:
         """Sorted blocks of the chosen passages, and the score of the best passage that each is in."""

@@ -78,20 +78,26 @@ class OpenedMemory:
         start = time.perf_counter()
         model, turn, evidence = self.session.model, self.turn(question), self.spans(question)
         prompt = prompt_ids(model, question)
-        logits = turn.read(prompt, question.prompt)
-        context = turn.context
+        if self.remember:  # how the answer begins is the answer's, also for those who look back at this turn
+            opening = model.tokenizer.encode(question.opening)
+            logits = turn.read(prompt[: len(prompt) - len(opening)], question.prompt)
+            self._documents.kind = "assistant"
+            for token in opening:
+                logits = turn.step(token)
+        else:
+            logits = turn.read(prompt, question.prompt)
+        context, begun = turn.context, len(turn.generated)
         seen, slots = share_covered(evidence, tokens_shown(context.entries)), context.used
         refocus = len(prompt) if seen == 1 else None
         k, v = context.cache.gather(context.slots)
         logprobs = rank(model.decoder, k, v, logits, [model.tokenizer.encode(c) for c in question.candidates])
-        self._documents.kind = "assistant"
 
         def step(token: int) -> Tensor:
             nonlocal slots, refocus
             after = turn.step(token)
             slots = max(slots, context.used)
             if refocus is None and share_covered(evidence, tokens_shown(context.entries)) == 1:
-                refocus = len(prompt) + len(turn.generated)
+                refocus = len(prompt) + len(turn.generated) - begun
             return after
 
         text, _, rest = decode(model, logits, step, question.max_new_tokens)
