@@ -8,7 +8,8 @@ bfloat16. An array on another device is refused. No gradients: `mc_kernels` on t
 
 from ..splicing import Edit, SplicePlan
 from .attention import context_attention
-from .nets import GistEncodeWeights, LensScoreWeights, gist_encode, lens_score
+from .linear import fused_linear
+from .nets import GistEncodeWeights, LensScoreWeights, gist_encode, lens_score, signed_score
 from .pool import GistPoolWeights, collapse_, gist_pool
 from .rope import RopeSpec
 from .splice import PageTable, kv_splice_
@@ -23,8 +24,10 @@ __all__ = [
     "SplicePlan",
     "collapse_",
     "context_attention",
+    "fused_linear",
     "gist_encode",
     "gist_pool",
     "kv_splice_",
     "lens_score",
+    "signed_score",
 ]

@@ -1,7 +1,8 @@
-"""`gist_encode` and `lens_score` on arrays of any kind."""
+"""`gist_encode`, `lens_score` and `signed_score` on arrays of any kind."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -124,6 +125,14 @@ class LensScoreWeights:
         self.n_features = named["head_in"].shape[1] - named["score_v"].shape[0] - n_heads - named["direct"].shape[0]
 
 
+def _legal(legal: Any, dims: dict[str, int]) -> npt.NDArray[np.bool_] | None:
+    if legal is None:
+        return None
+    given = array("legal", legal, ("bool",))
+    check_shape("legal", given, ("N", 2), dims)
+    return np.ascontiguousarray(given.numpy())
+
+
 def lens_score(
     entries: Any, features: Any, queries: Any, weights: LensScoreWeights, *, legal: Any = None, n_threads: int = 0
 ) -> Any:
@@ -155,11 +164,7 @@ def lens_score(
     check_shape("queries", q, ("Q", "E"), dims)
     if not 1 <= dims["Q"] <= MAX_QUERIES:
         raise ValueError(f"queries: expected 1 <= Q <= {MAX_QUERIES}, got Q={dims['Q']}")
-    mask = None
-    if legal is not None:
-        given = array("legal", legal, ("bool",))
-        check_shape("legal", given, ("N", 2), dims)
-        mask = np.ascontiguousarray(given.numpy())  # held in a name: the library gets its address
+    mask = _legal(legal, dims)  # held in a name: the library gets its address
     check_same_dtype(("entries", x), queries=q)
     for name, part in (("entries", x), ("features", f), ("queries", q)):
         check_contiguous_rows(name, part)
@@ -174,4 +179,33 @@ def lens_score(
         out.view(),
         n_threads,
     )
+    return hand_over(out)
+
+
+def signed_score(scores: Any, legal: Any = None, *, price: float = 0.0) -> Any:
+    """Fold (expand_gain, collapse_cost) into one number per entry, positive to expand, negative to collapse:
+    `mc_kernels.signed_score` on arrays, the same bits.
+
+    Args:
+        scores: [N, 2] fp32 in nats, as `lens_score` returns them.
+        legal: [N, 2] bool as for `lens_score`, or None where all is legal.
+        price: what the slots of one edit are worth, in nats.
+
+    Returns:
+        [N] fp32, 0 where no legal edit is worth its price: a fresh array of scores' kind.
+
+    Raises TypeError (no array, dtype, device) or ValueError (shape, price), or RuntimeError where the package was built
+    without its native library and scores are not NumPy's.
+    """
+    given = array("scores", scores, ("float32",))
+    dims: dict[str, int] = {}
+    check_shape("scores", given, ("N", 2), dims)
+    if not math.isfinite(price):
+        raise ValueError(f"price: expected a finite number, got {price!r}")
+    mask, values = _legal(legal, dims), given.numpy()
+    worth = np.maximum(np.stack((values[:, 0] - np.float32(price), np.float32(price) - values[:, 1]), axis=-1), 0)
+    if mask is not None:
+        worth = np.where(mask, worth, np.float32(0))
+    out = empty((dims["N"],), "float32", given)
+    out.held.view(np.float32)[:] = np.where(worth[:, 0] >= worth[:, 1], worth[:, 0], -worth[:, 1])
     return hand_over(out)
