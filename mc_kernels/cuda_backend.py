@@ -1,64 +1,22 @@
-"""What the CUDA C++ versions of the ops share: the library `libmc_kernels_cuda`, whether it can run here, registration.
+"""What the CUDA C++ versions of the ops share: whether `libmc_kernels_cuda` can run here, registration, launches.
 
-The library and its extension `_cuda` lie beside the CPU's (build_cuda.py). Tests run the same kernels without a GPU, as
-plain C++ on emulated blocks and threads: `emulate(folder)` names a folder with that build, and tensors are then
-expected on the CPU. The registry never picks CUDA kernels for CPU tensors by itself, there they have to be named.
+Where kernels are emulated (`cuda_extension.emulate`) tensors are expected on the CPU. The registry never picks CUDA
+kernels for CPU tensors by itself, there they have to be named.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.machinery
-import importlib.util
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import extension as native_extension
+from .cuda_extension import emulate as emulate
+from .cuda_extension import emulated, found, library
 from .registry import IMPLS, register
-
-_emulation: Path | None = None
-
-
-@contextmanager
-def emulate(folder: Path) -> Iterator[Any]:
-    """Within this context the ops' CUDA kernels are those of the emulated build in `folder`. Yields its extension."""
-    global _emulation
-    before, _emulation = _emulation, folder
-    try:
-        yield library()
-    finally:
-        _emulation = before
-
-
-def emulated() -> bool:
-    """Do kernels run on emulated threads, on the CPU?"""
-    return _emulation is not None
-
-
-@functools.cache
-def _load(folder: Path, extension: str) -> Any:
-    """The extension module, or the reason why there is none."""
-    spec = importlib.machinery.PathFinder.find_spec(f"mc_kernels._native.{extension}", [str(folder)])
-    if spec is None or spec.loader is None:
-        reason = folder / "cuda_not_built.txt"
-        said = reason.read_text().strip() if reason.exists() else "reinstall the package where nvcc is"
-        return f"the CUDA library was not built: {said}"
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except ImportError as e:
-        return f"the CUDA library does not load: {e}"
-
-
-def _found() -> Any:
-    return _load(native_extension.FOLDER, "_cuda") if _emulation is None else _load(_emulation, "_cuda_emulated")
 
 
 @functools.cache
@@ -78,22 +36,14 @@ def _unserved(architectures: str, capability: tuple[int, int]) -> str | None:
 
 def available() -> str | None:
     """Reason why the CUDA library cannot serve here, or None."""
-    found = _found()
-    if isinstance(found, str):
-        return found
+    module = found()
+    if isinstance(module, str):
+        return module
     if emulated():
         return None
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _unserved(found.architectures(), torch.cuda.get_device_capability())
-
-
-def library() -> Any:
-    """The extension module; RuntimeError with the reason where there is none."""
-    found = _found()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    return _unserved(module.architectures(), torch.cuda.get_device_capability())
 
 
 def refuse_device(tensors: Iterable[Tensor | None]) -> str | None:

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import extension
-from ..contracts import check_contiguous_rows, check_same_dtype, check_shape, describe
+from ..contracts import check_contiguous_rows, check_same_device, check_same_dtype, check_shape, describe
+from .device import Device
 from .rope import RopeSpec
-from .views import FLOATS, array, empty, floats, hand_over, integers
+from .views import FLOATS, Array, array, empty, floats, hand_over, integers
 
 
 def _by_slot(name: str, given: Any, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
@@ -65,12 +66,13 @@ def context_attention(
 
     Raises TypeError, ValueError or RuntimeError as `kv_splice_` does.
     """
-    qq, kk, vv = (array(name, x, FLOATS) for name, x in (("q", q), ("k", k), ("v", v)))
+    qq, kk, vv = (array(name, x, FLOATS, cuda=True) for name, x in (("q", q), ("k", k), ("v", v)))
     dims: dict[str, int] = {}
     check_shape("q", qq, ("B", "Hq", "T", "D"), dims)
     check_shape("k", kk, ("B", "Hkv", "S", "D"), dims)
     check_shape("v", vv, ("B", "Hkv", "S", "D"), dims)
     check_same_dtype(("q", qq), k=kk, v=vv)
+    check_same_device(("q", qq), k=kk, v=vv)
     for name, x in (("q", qq), ("k", kk), ("v", vv)):
         check_contiguous_rows(name, x)
     batch, heads, queries, slots, d = (dims[name] for name in ("B", "Hq", "T", "S", "D"))
@@ -88,6 +90,9 @@ def context_attention(
             raise ValueError("rope: expected inv_freq [D_rot/2] (one layer at a time), got one row per layer")
     elif sigma is not None:
         raise ValueError("sigma: expected None without rope (it damps rotary bands), got an array")
+    scale = d**-0.5 if scale is None else float(scale)
+    if qq.device != "cpu":
+        return _on_device(qq, kk, vv, q_pos, kv_pos, rope, sigma, kv_bias, scale, return_lse, return_mass)
     # Held in names: the library gets addresses.
     q_at, kv_at = _positions("q_pos", q_pos, (batch, queries)), _positions("kv_pos", kv_pos, (batch, slots))
     spread, bias = _by_slot("sigma", sigma, (batch, slots)), _by_slot("kv_bias", kv_bias, (batch, slots))
@@ -106,7 +111,7 @@ def context_attention(
         1.0 if rope is None else rope.attention_scaling,
         0 if spread is None else spread.ctypes.data,
         0 if bias is None else bias.ctypes.data,
-        d**-0.5 if scale is None else float(scale),
+        scale,
         out.view(),
         lse.address,
         0 if mass is None else mass.address,
@@ -114,3 +119,40 @@ def context_attention(
     )
     extras = ([lse] if return_lse else []) + ([mass] if mass is not None else [])
     return tuple(hand_over(x) for x in (out, *extras)) if extras else hand_over(out)
+
+
+def _on_device(
+    q: Array, k: Array, v: Array, q_pos: Any, kv_pos: Any, rope: RopeSpec | None, sigma: Any, kv_bias: Any,
+    scale: float, return_lse: bool, return_mass: bool,
+) -> Any:  # fmt: skip
+    """Checked CuPy arrays, and what goes with them, which may lie here or there."""
+    batch, slots = k.shape[0], k.shape[2]
+    with Device(q) as device:
+        at = [device.taken(name, x, ("int64", "int32"), "int64") for name, x in (("q_pos", q_pos), ("kv_pos", kv_pos))]
+        check_shape("q_pos", at[0], (batch, q.shape[2]), {})
+        check_shape("kv_pos", at[1], (batch, slots), {})
+        by_slot: list[Array | None] = []
+        for name, given in (("sigma", sigma), ("kv_bias", kv_bias)):
+            x = None if given is None else device.taken(name, given, (*FLOATS, "float64"), "float32")
+            if x is not None:
+                check_shape(name, x, (batch, slots), {})
+            by_slot.append(x)
+        freq = None if rope is None else device.put(rope.inv_freq)
+        out, lse = device.empty(q.shape, q), device.empty(q.shape[:3], "float32")
+        mass = device.empty((batch, slots), "float32") if return_mass else None
+        arguments = (
+            *(x.view() for x in (q, k, v)),
+            *(x.address for x in at),
+            0 if freq is None else freq.address,
+            0 if freq is None else freq.shape[0],
+            rope is not None and rope.interleaved,
+            1.0 if rope is None else rope.attention_scaling,
+            *(0 if x is None else x.address for x in by_slot),
+            scale,
+            out.view(),
+            lse.address,
+            0 if mass is None else mass.address,
+        )
+        device.launch(lambda where: int(device.library.context_attention(*arguments, where)))
+    extras = ([lse.given] if return_lse else []) + ([mass.given] if mass is not None else [])
+    return (out.given, *extras) if extras else out.given

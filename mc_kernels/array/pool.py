@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import extension
-from ..contracts import check_contiguous_rows, check_same_dtype, check_shape, describe
+from ..contracts import check_contiguous_rows, check_same_device, check_same_dtype, check_shape, describe
 from ..memory import overlaps_itself, shares_memory
 from ..weight_shapes import GIST_POOL, check_gist_pool
+from .device import Device
 from .views import FLOATS, Array, array, check_writable, empty, hand_over, integers
 
 
@@ -32,7 +33,7 @@ class GistPoolWeights:
     arrays: tuple[Array, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        named = {name: array(f"weights.{name}", getattr(self, name), FLOATS) for name in GIST_POOL}
+        named = {name: array(f"weights.{name}", getattr(self, name), FLOATS, cuda=True) for name in GIST_POOL}
         check_gist_pool(named)
         for name, x in named.items():
             check_contiguous_rows(f"weights.{name}", x)
@@ -71,6 +72,10 @@ def _check_weights(weights: object) -> None:
         raise TypeError(f"weights: expected a mc_kernels.array.GistPoolWeights, got {describe(weights)}")
 
 
+def _check_one_device(k: Array, v: Array, weights: GistPoolWeights) -> None:
+    check_same_device(("k", k), v=v, **{f"weights.{n}": x for n, x in zip(GIST_POOL, weights.arrays, strict=True)})
+
+
 def gist_pool(k: Any, v: Any, weights: GistPoolWeights, *, n_threads: int = 0) -> tuple[Any, Any]:
     """Pool every block of K cached keys and values into G gists: `mc_kernels.gist_pool` on arrays, the same bits.
 
@@ -86,11 +91,12 @@ def gist_pool(k: Any, v: Any, weights: GistPoolWeights, *, n_threads: int = 0) -
     Raises TypeError, ValueError or RuntimeError as `kv_splice_` does.
     """
     _check_weights(weights)
-    kk, vv = array("k", k, FLOATS), array("v", v, FLOATS)
+    kk, vv = array("k", k, FLOATS, cuda=True), array("v", v, FLOATS, cuda=True)
     dims: dict[str, int] = {}
     check_shape("k", kk, ("R", "Hkv", "N", "K", "D"), dims)
     check_shape("v", vv, ("R", "Hkv", "N", "K", "D"), dims)
     check_same_dtype(("k", kk), v=vv)
+    _check_one_device(kk, vv, weights)
     w, b, _, _ = weights.arrays
     if dims["D"] == 0 or dims["K"] == 0:
         raise ValueError(f"k: expected K >= 1 and D >= 1, got {describe(kk)}")
@@ -101,6 +107,11 @@ def gist_pool(k: Any, v: Any, weights: GistPoolWeights, *, n_threads: int = 0) -
     check_contiguous_rows("k", kk)
     check_contiguous_rows("v", vv)
     shape = (*kk.shape[:3], weights.n_gists, dims["D"])
+    if kk.device != "cpu":
+        with Device(kk) as device:
+            there = device.empty(shape, kk), device.empty(shape, kk)
+            device.library.gist_pool(*(x.view() for x in (kk, vv, *weights.arrays, *there)), device.stream)
+            return there[0].given, there[1].given
     gists = empty(shape, kk.dtype, kk), empty(shape, kk.dtype, kk)
     extension.library().gist_pool(*(x.view() for x in (kk, vv, *weights.arrays, *gists)), n_threads)
     return hand_over(gists[0]), hand_over(gists[1])
@@ -133,12 +144,13 @@ def collapse_(
     Raises TypeError, ValueError or RuntimeError as `kv_splice_` does, before anything is written.
     """
     _check_weights(weights)
-    kk, vv = array("k", k, FLOATS), array("v", v, FLOATS)
+    kk, vv = array("k", k, FLOATS, cuda=True), array("v", v, FLOATS, cuda=True)
     dims = {"Hkv": weights.kv_heads, "D": weights.head_dim}
     shape = ("R", "Hkv", "S", "D") if kk.dim() == 4 else (weights.layers, "B", "Hkv", "S", "D")
     for name, x in (("k", kk), ("v", vv)):
         check_shape(name, x, shape, dims)
     check_same_dtype(("k", kk), v=vv)
+    _check_one_device(kk, vv, weights)
     for name, x in (("k", kk), ("v", vv)):
         check_contiguous_rows(name, x)
         check_writable(name, x)
@@ -164,12 +176,16 @@ def collapse_(
                 f"moves[{i}]: expected slots within {dims['S']}, got {source} to {destination}, {count} of them"
             )
     by_layer = (x.split_first(weights.layers) if x.dim() == 4 else x for x in (kk, vv))
-    extension.library().collapse(
+    arguments = (
         *(x.view() for x in (*by_layer, *weights.arrays)),
         len(blocks),
         blocks.ctypes.data,
         to.ctypes.data,
         len(steps),
         steps.ctypes.data,
-        n_threads,
     )
+    if kk.device == "cpu":
+        extension.library().collapse(*arguments, n_threads)
+        return
+    with Device(kk) as device:
+        device.launch(lambda where: int(device.library.collapse(*arguments, where)))

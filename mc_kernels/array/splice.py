@@ -12,6 +12,7 @@ import numpy.typing as npt
 from .. import extension, splice_checks
 from ..contracts import check_same_device, describe
 from ..splicing import Ints, SplicePlan
+from .device import Device
 from .rope import RopeSpec
 from .views import FLOATS, array, check_writable, integers
 
@@ -121,7 +122,7 @@ def kv_splice_(
     anything is written, or RuntimeError where the package was built without its native library.
     """
     given = {
-        name: array(name, x, FLOATS) for name, x in (("k", k), ("v", v), ("k_new", k_new), ("v_new", v_new))
+        name: array(name, x, FLOATS, cuda=True) for name, x in (("k", k), ("v", v), ("k_new", k_new), ("v_new", v_new))
     }  # fmt: skip
     if pages is not None and not isinstance(pages, PageTable):
         raise TypeError(f"pages: expected a mc_kernels.array.PageTable, got {describe(pages)}")
@@ -158,23 +159,24 @@ def kv_splice_(
         np.ascontiguousarray(np.concatenate([getattr(p, name) for p in plans]), dtype=np.int64)
         for name in ("segments", "stays", "insert_slots")
     )
-    table = None if pages is None else array("table", pages.table, ("int64",)).view()
+    table = None if pages is None else pages.table
     freq = None if rope is None else rope.inv_freq
-    extension.library().kv_splice(
-        *(x.view() for x in (kk, vv, given["k_new"], given["v_new"])),
-        table,
-        len(plans),
-        _address(offsets),
-        _address(of_rows),
-        _address(segments),
-        _address(stays),
-        _address(insert_slots),
-        _address(before),
-        _address(after),
-        0 if freq is None else 1 if freq.ndim == 1 else freq.shape[0],
-        _address(freq),
+    views = [x.view() for x in (kk, vv, given["k_new"], given["v_new"])]
+    plan_ = (len(plans), *(_address(x) for x in (offsets, of_rows, segments, stays, insert_slots)))
+    rows_of_freq = 0 if freq is None else 1 if freq.ndim == 1 else freq.shape[0]
+    turn = (
         0 if freq is None else freq.shape[-1],
         rope is not None and rope.interleaved,
         1.0 if rope is None else rope.attention_scaling,
-        n_threads,
     )
+    if kk.device == "cpu":
+        page_view = None if table is None else array("table", table, ("int64",)).view()
+        by_slot = _address(before), _address(after), rows_of_freq, _address(freq)
+        extension.library().kv_splice(*views, page_view, *plan_, *by_slot, *turn, n_threads)
+        return
+    with Device(kk) as device:
+        there = [None if x is None else device.put(x) for x in (table, before, after, freq)]
+        page_view = None if there[0] is None else there[0].view()
+        at = [0 if x is None else x.address for x in there[1:]]
+        arguments = (*views, page_view, *plan_, *at[:2], rows_of_freq, at[2], *turn)
+        device.launch(lambda where: int(device.library.kv_splice(*arguments, where)))

@@ -20,7 +20,7 @@ from ..contracts import describe
 from ..extension import View
 
 FLOATS = ("float32", "bfloat16", "float16")
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "bool": 1}
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int32": 4, "int64": 8, "bool": 1, "uint8": 1}
 # DLPack's codes.
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 _FLOAT, _BFLOAT = 2, 4
@@ -30,6 +30,8 @@ _DEVICES = {
 }  # fmt: skip
 # Memory that the CPU addresses as its own.
 _OF_CPU = ("cpu", "cuda_host", "rocm_host")
+# DLPack's number of CUDA's default stream: 0 would be ambiguous.
+_LEGACY_STREAM = 1
 # Of fresh memory: a cache line, and what XLA asks of memory that it is to take without a copy.
 ALIGNMENT = 64
 
@@ -76,7 +78,8 @@ class Array:
         return self.address, extension.dtype_code(self.dtype), self.shape, self.strides
 
     def numpy(self) -> npt.NDArray[Any]:
-        """A NumPy array of the same memory, read only; bfloat16 as its bits in uint16."""
+        """A NumPy array of the same memory, the CPU's, read only; bfloat16 as its bits in uint16."""
+        assert self.device == "cpu"
         if not self.numel():
             return np.empty(self.shape, "u2" if self.dtype == "bfloat16" else self.dtype)
         return np.asarray(_Memory(self))
@@ -103,10 +106,10 @@ def _(value: Array) -> str:
     return f"{value.dtype} array of shape {list(value.shape)} ({type(value.given).__name__})"
 
 
-def array(name: str, value: Any, dtypes: Sequence[str]) -> Array:
-    """`value` in CPU memory. TypeError for what is no array, another dtype or device, ValueError for a dimension that
-    runs backwards."""
-    found = _of_numpy(name, value) if isinstance(value, np.ndarray) else _of_dlpack(name, value)
+def array(name: str, value: Any, dtypes: Sequence[str], *, cuda: bool = False) -> Array:
+    """`value` in CPU memory; cuda: or CuPy's, in its own. TypeError for what is no array, another dtype or device,
+    ValueError for a dimension that runs backwards."""
+    found = _of_numpy(name, value) if isinstance(value, np.ndarray) else _of_dlpack(name, value, cuda)
     if found.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {', '.join(dtypes)}, got {describe(found)}")
     if any(n > 1 and s < 0 for n, s in zip(found.shape, found.strides, strict=True)):
@@ -125,17 +128,26 @@ def _of_numpy(name: str, value: npt.NDArray[Any]) -> Array:
     return Array(interface[0], dtype, value.shape, strides, value.flags.writeable, value, value)
 
 
-def _of_dlpack(name: str, value: Any) -> Array:
+def cupy_of(value: Any) -> Any:
+    """CuPy, if `value` is an array of its, else None."""
+    return sys.modules.get("cupy") if type(value).__module__.partition(".")[0] == "cupy" else None
+
+
+def _of_dlpack(name: str, value: Any, cuda: bool) -> Array:
     if not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
         raise TypeError(f"{name}: expected an array (NumPy's, or one with __dlpack__), got {describe(value)}")
     kind, index = (int(x) for x in value.__dlpack_device__())
     device = _DEVICES.get(kind, f"device type {kind}")
+    if device == "cuda" and cuda and (cupy := cupy_of(value)) is not None:
+        stream = cupy.cuda.get_current_stream().ptr or _LEGACY_STREAM
+        found = _read(name, value, value.__dlpack__(stream=stream))
+        return replace(found, device=f"cuda:{index}", writable=True)
     if device not in _OF_CPU:
-        raise TypeError(
-            f"{name}: expected an array in CPU memory, got {type(value).__name__} on {device}:{index}. "
-            "mc_kernels.array runs the CPU's kernels alone; the ops of mc_kernels on torch tensors serve CUDA "
-            "(torch.from_dlpack shares the memory)"
-        )
+        expected, hint = "an array in CPU memory", "copy it there"
+        if cuda:
+            expected += ", or CuPy's on a CUDA device"
+            hint = "cupy.from_dlpack shares the memory; torch's tensors are served by the ops of mc_kernels"
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} on {device}:{index} ({hint})")
     # JAX computes behind the caller's back: what has not been computed yet must not be read.
     if hasattr(value, "block_until_ready"):
         value.block_until_ready()
@@ -144,6 +156,13 @@ def _of_dlpack(name: str, value: Any) -> Array:
             capsule = value.__dlpack__(max_version=(1, 0))
         except TypeError:  # of before DLPack 1
             capsule = value.__dlpack__()
+    except (BufferError, RuntimeError, TypeError, ValueError) as e:
+        raise TypeError(f"{name}: expected an array that DLPack can share, got {type(value).__name__}: {e}") from e
+    return _read(name, value, capsule)
+
+
+def _read(name: str, value: Any, capsule: Any) -> Array:
+    try:
         address, code, bits, lanes, shape, strides, writable = extension.library().read_dlpack(capsule)
     except (BufferError, RuntimeError, TypeError, ValueError) as e:
         raise TypeError(f"{name}: expected an array that DLPack can share, got {type(value).__name__}: {e}") from e

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mc_kernels import fused_linear
 from mc_runtime.errors import ModelError
 from mc_runtime.model import Decoder, ModelConfig
+from mc_runtime.model.decoder import fuses
 from mc_runtime.model.weights import tensor_places
 
 CLASSES = {
@@ -20,8 +23,17 @@ CLASSES = {
 }
 
 
-def transformers_model(decoder: Decoder) -> PreTrainedModel:
+class FusedLinear(nn.Linear):
+    """`nn.Linear` whose few rows on a CPU go through `fused_linear`, as the decoder's do: it reads weights at the
+    rate of memory, which is what a decode step waits for. Results agree within rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_linear(x, self.weight, bias=self.bias) if fuses(x) else super().forward(x)
+
+
+def transformers_model(decoder: Decoder, *, fused: bool = False) -> PreTrainedModel:
     """The decoder as transformers' class of its family, frozen. The two share their weights: parameters are views.
+    fused: its linear maps are `FusedLinear`.
 
     Raises ModelError for partial rotary embeddings, which these classes do not have.
     """
@@ -31,6 +43,11 @@ def transformers_model(decoder: Decoder) -> PreTrainedModel:
     config_class, model_class = CLASSES[c.architecture]
     with torch.device("meta"):
         model: Any = getattr(transformers, model_class)(getattr(transformers, config_class)(**_settings(c)))
+        if fused:
+            for name, part in list(model.named_modules()):
+                if type(part) is nn.Linear:
+                    own = FusedLinear(part.in_features, part.out_features, bias=part.bias is not None)
+                    model.set_submodule(name, own)
     weights = tensor_places(decoder) | {"lm_head.weight": decoder.head}
     model.load_state_dict(weights, strict=True, assign=True)
     # Frequencies are no weights: they were computed on the meta device. The decoder's schedules include GGUF's own.

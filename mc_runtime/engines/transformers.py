@@ -1,7 +1,8 @@
 """Hugging Face Transformers as the engine: its model computes, over this package's cache.
 
 The model is built from the decoder's own weights, which it shares: nothing is downloaded or copied. Its attention
-layers write to and read from the memory's store (`mc_kernels.integrations.transformers`).
+layers write to and read from the memory's store (`mc_kernels.integrations.transformers`), and linear maps of a few rows
+go through `fused_linear`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class TransformersEngine(CacheEngine):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
-        self.model = transformers_model(decoder)
+        self.model = transformers_model(decoder, fused=True)
         self.attachment = attach(self.model)
         self._base: Any = self.model.get_decoder()
 

@@ -34,6 +34,17 @@ from mc_runtime.model.stores import KVStore, SelfStore
 MOST_FUSED_ROWS = 32
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether x [..., E] is few enough rows for `fused_linear`, where no gradient can be asked for."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in FLOAT_DTYPES
+        and x.numel() <= MOST_FUSED_ROWS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and native.available() is None
+    )
+
+
 @dataclass(frozen=True)
 class DecoderOutput:
     """hidden: [B, T, E], after the final norm; the raw residual stream when `stop_layer` was given.
@@ -118,7 +129,7 @@ class Decoder(nn.Module):
         begin = getattr(context, "begin", None)
         if begin is not None:
             begin(positions)
-        few = self._fuses(x)
+        few = fuses(x)
         done = (
             self._few_entries.run(self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass)
             if few and n_layers
@@ -147,17 +158,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> [..., vocab] in the model's dtype."""
-        return fused_linear(hidden, self.head) if self._fuses(hidden) else F.linear(hidden, self.head)
-
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether x [..., E] is few enough rows, where no gradient can be asked for."""
-        return (
-            x.device.type == "cpu"
-            and x.dtype in FLOAT_DTYPES
-            and x.numel() <= MOST_FUSED_ROWS * x.shape[-1]
-            and not torch.is_grad_enabled()
-            and native.available() is None
-        )
+        return fused_linear(hidden, self.head) if fuses(hidden) else F.linear(hidden, self.head)
 
     def check_forward(self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None) -> int:
         """Raise what `forward` raises for its arguments; returns how many layers are run."""

@@ -208,3 +208,14 @@ def test_a_filled_memory_is_whole(tiny_model: str, tmp_path: Path) -> None:
         assert per_token < 3 * bytes_per_token(model, 32) + 100
     with pytest.raises(ValueError, match="sample"):
         fill(session, ids, Nodes(sample.summary))
+
+
+def test_engines_decode_the_same_model_in_alternation(tiny_model: str) -> None:
+    result = CliRunner().invoke(app, ["engines", "--model", tiny_model, "--entries", "20", "--steps", "4"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines() if "│" in line]
+    assert [row[1] for row in rows] == ["native", "transformers", "transformers,"]
+    assert rows[0][-2] == "1.00"
+    wrong = CliRunner().invoke(app, ["engines", "--model", tiny_model, "--steps", "0"])
+    assert wrong.exit_code == 2
+    assert "expected at least 1" in wrong.output

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mc_kernels import cuda_backend, extension
+from mc_kernels import cuda_backend, cuda_extension, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def emulation() -> Path:
 def library(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The extension: of the library that ships, which loads without a device, and of the emulated build."""
     if request.param == "native":
-        found = cuda_backend._load(extension.FOLDER, "_cuda")
+        found = cuda_extension.load(extension.FOLDER, "_cuda")
         if isinstance(found, str):
             pytest.skip(found)
         yield found

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mc_kernels import cuda_backend, extension, native
+from mc_kernels import cuda_backend, cuda_extension, extension, native
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
@@ -24,7 +24,7 @@ NVCC = shutil.which("nvcc")
 @pytest.mark.skipif(NVCC is None or os.environ.get("MC_CUDA_ARCHS") == "", reason="no nvcc")
 def test_where_there_is_nvcc_the_library_is_there() -> None:
     """Otherwise every test of it would skip and nobody would notice."""
-    assert not isinstance(cuda_backend._load(extension.FOLDER, "_cuda"), str)
+    assert not isinstance(cuda_extension.load(extension.FOLDER, "_cuda"), str)
 
 
 def test_versions(library: Any) -> None:
@@ -154,7 +154,7 @@ def test_no_architecture_means_no_library(
     assert said.count("\n") == 1
     assert said.startswith("megacontext: CUDA kernels were not built: ")
     assert [p.name for p in made] == ["cuda_not_built.txt"]
-    found = cuda_backend._load(tmp_path / "out", "_cuda")
+    found = cuda_extension.load(tmp_path / "out", "_cuda")
     assert found == f"the CUDA library was not built: {made[0].read_text().strip()}"
 
 
@@ -187,7 +187,7 @@ def test_only_the_abi_is_exported(library: Any) -> None:
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_the_example_without_python(tmp_path: Path) -> None:
     """It is built and linked wherever nvcc is; where there is a device it runs and checks its result."""
-    if isinstance(found := cuda_backend._load(extension.FOLDER, "_cuda"), str):
+    if isinstance(found := cuda_extension.load(extension.FOLDER, "_cuda"), str):
         pytest.skip(found)
     program = tmp_path / "splice_paged"
     where = ["-I", str(ROOT / "csrc" / "include"), "-L", str(extension.FOLDER), "-lmc_kernels_cuda"]

@@ -39,6 +39,9 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 # Six of Gemma 3's layers see a window and rotate by another theta, the seventh sees everything.
 GEMMA3 = SHAPE | {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 24}
+# The sixth sees everything and rotates a quarter of its frequencies, by a theta of its own. Heads of one width.
+GEMMA4 = SHAPE | {"head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 24}
+GEMMA4 |= {"hidden_size_per_layer_input": 0}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHAPE),
     "llama3-rope": ("LlamaForCausalLM", "LlamaConfig", SHAPE | {"rope_parameters": LLAMA3}),
@@ -48,6 +51,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SHAPE | {"head_dim": 16}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", SHAPE | {"head_dim": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3),
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4),
     "phi": ("PhiForCausalLM", "PhiConfig", SHAPE | {"partial_rotary_factor": 0.5}),
     "glm": ("GlmForCausalLM", "GlmConfig", SHAPE | {"head_dim": 16}),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),

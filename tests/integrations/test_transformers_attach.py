@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from hf_models import CASES, SHAPE, attached, build, by_rank, named, random_ids, run
+from hf_models import CASES, GEMMA4, SHAPE, VOCAB, attached, build, by_rank, named, random_ids, run
 
 from mc_kernels.integrations import transformers as mc
 from mc_kernels.integrations.transformers import WorkingContextCache, attach, detach
@@ -119,6 +119,15 @@ def test_layers_take_their_own_frequencies_from_the_model() -> None:
     assert local is not None
     assert everywhere is not None
     assert everywhere.inv_freq[-1] < local.inv_freq[-1] / 10  # theta 1e6 beside 1e4
+    with attached(build("gemma4")) as model:
+        layers = mc.attachment_of(model).layers
+    local, everywhere = layers[0].rope, layers[5].rope
+    assert local is not None
+    assert everywhere is not None
+    assert [layer.window for layer in layers] == [24] * 5 + [None]
+    assert local.inv_freq.count_nonzero() == 8
+    assert everywhere.inv_freq.count_nonzero() == 2  # a quarter is rotated
+    assert everywhere.inv_freq[1] < local.inv_freq[1] / 1.5
     with attached(build("yarn")) as model:
         rope = mc.attachment_of(model).layers[0].rope
     assert rope is not None
@@ -138,7 +147,13 @@ def test_bf16_errs_no_more_than_the_model_itself() -> None:
 def refused_models() -> dict[str, tuple[str, Any]]:
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
+    per_layer = GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
     return {
+        "per-layer inputs": ("input ids", lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**per_layer))),
+        "unlike heads": (
+            "layers of one shape",
+            lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**GEMMA4 | {"global_head_dim": 32})),
+        ),
         "gemma2": ("softcap", lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SHAPE, head_dim=16))),
         "gpt-oss": ("s_aux", lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SHAPE, **experts))),
         "dynamic": (

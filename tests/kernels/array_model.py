@@ -1,16 +1,21 @@
-"""What the tests of `mc_kernels.array` share: the ops on torch's tensors, called with other arrays."""
+"""What the tests of `mc_kernels.array` share: kinds of arrays, and what the ops take besides, of the same values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from splice_model import same_bits
 from torch import Tensor
 
 import mc_kernels
 from mc_kernels import array
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_numpy(x: Tensor) -> Any:
@@ -32,6 +37,34 @@ def as_torch(x: Any) -> Tensor:
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
+
+
+def as_jax(x: Tensor) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.from_dlpack(x.contiguous())
+
+
+needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
+# A kind of array: how a tensor becomes one (a view where it may be written), and the class of results.
+KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "numpy": (as_numpy, "ndarray"), "torch": (lambda x: x, "Tensor"), "jax": (as_jax, "ArrayImpl"),
+}  # fmt: skip
+EACH_KIND = pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=needs_jax if name == "jax" else ()) for name in KINDS]
+)
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def maker(kind: str, dtype: torch.dtype) -> Callable[[Tensor], Any]:
+    if kind == "numpy" and dtype == torch.bfloat16 and find_spec("ml_dtypes") is None:
+        pytest.skip("ml_dtypes is not installed: NumPy has no bfloat16")
+    return KINDS[kind][0]
+
+
+def check_result(got: Any, want: Tensor, kind: str) -> None:
+    assert type(got).__name__ == KINDS[kind][1]
+    assert same_bits(as_torch(got), want)
 
 
 def plan_of(p: mc_kernels.SplicePlan) -> array.SplicePlan:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Callable
-from importlib.util import find_spec
+import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from array_model import as_numpy, as_torch, encode_weights, lens_weights, plan_of, pool_weights, rope_of
+from array_model import (
+    DTYPES,
+    EACH_DTYPE,
+    EACH_KIND,
+    as_numpy,
+    check_result,
+    encode_weights,
+    lens_weights,
+    maker,
+    plan_of,
+    pool_weights,
+    rope_of,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from splice_model import calls, memory, same_bits, seeded, to_pages
-from test_c_users import WITHOUT_TORCH
 from torch import Tensor
 
 import mc_kernels as mc
@@ -34,36 +43,7 @@ from mc_kernels.lens_score.cases import SMALL as LENS
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 ROOT = Path(__file__).resolve().parents[2]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def as_jax(x: Tensor) -> Any:
-    import jax.numpy as jnp
-
-    return jnp.from_dlpack(x.contiguous())
-
-
-needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
-# A kind of array: how a tensor becomes one (a view where it may be written), and the class of results.
-KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "numpy": (as_numpy, "ndarray"), "torch": (lambda x: x, "Tensor"), "jax": (as_jax, "ArrayImpl"),
-}  # fmt: skip
-EACH_KIND = pytest.mark.parametrize(
-    "kind", [pytest.param(name, marks=needs_jax if name == "jax" else ()) for name in KINDS]
-)
 WRITABLE = pytest.mark.parametrize("kind", ["numpy", "torch"])
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def maker(kind: str, dtype: torch.dtype) -> Callable[[Tensor], Any]:
-    if kind == "numpy" and dtype == torch.bfloat16 and find_spec("ml_dtypes") is None:
-        pytest.skip("ml_dtypes is not installed: NumPy has no bfloat16")
-    return KINDS[kind][0]
-
-
-def check_result(got: Any, want: Tensor, kind: str) -> None:
-    assert type(got).__name__ == KINDS[kind][1]
-    assert same_bits(as_torch(got), want)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -183,9 +163,22 @@ def test_frequencies_are_the_same(theta: float) -> None:
         assert np.array_equal(array.RopeSpec.from_theta(theta, dim).inv_freq.astype(np.float32), want.numpy())
 
 
-# Reads inputs, runs the ops where torch cannot be imported, writes results.
+def environment_without_torch(folder: Path) -> Path:
+    """The interpreter of a virtual environment that holds NumPy and nothing else."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, text=True, capture_output=True, check=True).stdout.strip())
+    for name in ("numpy", "numpy.libs"):
+        if (installed := Path(np.__file__).parents[1] / name).exists():
+            (packages / name).symlink_to(installed)
+    return python
+
+
+# Reads inputs, runs the ops where torch is not installed, writes results.
 ALONE = """
-import json, sys
+import importlib.util, json, sys
+assert importlib.util.find_spec("torch") is None
 import numpy as np
 from mc_kernels import array
 folder, edits = sys.argv[1], json.loads(sys.argv[2])
@@ -199,14 +192,15 @@ blocks = [x[:, :, 8:40].reshape(*x.shape[:2], 1, 32, x.shape[3]) for x in (k, v)
 gists = array.gist_pool(*blocks, weights)
 array.kv_splice_(k, v, *(x[:, :, 0] for x in gists), plan, rope)
 out = array.context_attention(given["q"], k, v, given["q_pos"], given["kv_pos"], rope)
-np.savez(folder + "/out.npz", k=k, v=v, out=out)
-assert "torch" not in sys.modules
+linear = array.fused_linear(given["q"], given["weight"], swiglu=True)
+signed = array.signed_score(given["scores"], price=0.25)
+np.savez(folder + "/out.npz", k=k, v=v, out=out, linear=linear, signed=signed)
 print("alone")
 """
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_where_torch_cannot_be_imported(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_where_torch_is_not_installed(dtype: torch.dtype, tmp_path: Path) -> None:
     generator = seeded(3)
     k, v = (torch.randn(2, 3, 64, 64, generator=generator).to(dtype) for _ in range(2))
     weights = Pool("x", 2, 1, 3, 1, 32, 64).make(torch.float32)[2]
@@ -216,10 +210,11 @@ def test_where_torch_cannot_be_imported(dtype: torch.dtype, tmp_path: Path) -> N
     edits = [[8, 32, 1]]
     named = {"k": k, "v": v, "q": q, "q_pos": q_pos, "kv_pos": kv_pos, "inv_freq": rope.inv_freq}
     named |= dict(zip("wbmc", weights.tensors(), strict=True))
+    named |= {"weight": torch.randn(32, 64, generator=generator).to(dtype), "scores": torch.randn(9, 2)}
     np.savez(tmp_path / "in.npz", **{name: x.numpy() for name, x in named.items()})
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH + ALONE, str(tmp_path), json.dumps(edits)], text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+        [environment_without_torch(tmp_path / "venv"), "-c", ALONE, str(tmp_path), json.dumps(edits)], text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip() == "alone", done.stderr
     gists = mc.gist_pool(*(x[:, :, 8:40].unflatten(2, (1, 32)) for x in (k, v)), weights, backend="cpu")
@@ -227,6 +222,8 @@ def test_where_torch_cannot_be_imported(dtype: torch.dtype, tmp_path: Path) -> N
     mc.kv_splice_(k, v, *(x[:, :, 0] for x in gists), plan, rope, backend="cpu")
     out = mc.context_attention(q, k, v, q_pos, kv_pos, rope, backend="cpu")
     with np.load(tmp_path / "out.npz") as found:
-        for name, want in (("k", k), ("v", v), ("out", out)):
+        linear = mc.fused_linear(q, named["weight"], swiglu=True, backend="cpu")
+        signed = mc.signed_score(named["scores"], price=0.25)
+        for name, want in (("k", k), ("v", v), ("out", out), ("linear", linear), ("signed", signed)):
             assert isinstance(want, Tensor)
             assert same_bits(torch.from_numpy(found[name]), want), name

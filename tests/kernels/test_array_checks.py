@@ -65,8 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Callable[[dict[str, Any]], Any]], type[Except
     "a list": ({"k": lambda a: a["k"].tolist()}, TypeError, "k: expected an array (NumPy's, or one with __dlpack__)"),
     "on a GPU": (
         {"v": lambda a: OnGpu()}, TypeError,
-        "v: expected an array in CPU memory, got OnGpu on cuda:1. mc_kernels.array runs the CPU's kernels alone; the "
-        "ops of mc_kernels on torch tensors serve CUDA",
+        "v: expected an array in CPU memory, or CuPy's on a CUDA device, got OnGpu on cuda:1 (cupy.from_dlpack shares",
     ),
     "fp64": ({"k": lambda a: a["k"].astype(np.float64)}, TypeError, "k: expected dtype float32, bfloat16, float16"),
     "another dtype": ({"v": lambda a: a["v"].astype(np.float16)}, TypeError, "v: expected dtype float32 as k, got"),

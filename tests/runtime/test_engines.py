@@ -15,9 +15,9 @@ from checks import SMALL, kv_by_rank, refused, relative_error, words
 from tiny import tiny_model
 from torch import Tensor
 
-from mc_kernels import Edit, SplicePlan
+from mc_kernels import Edit, SplicePlan, fused_linear, native
 from mc_runtime import Session
-from mc_runtime.engines import ENGINES, CacheEngine, Engine, NativeEngine, Reading, make_engine
+from mc_runtime.engines import ENGINES, CacheEngine, Engine, NativeEngine, Reading, hf_model, make_engine
 from mc_runtime.engines.transformers import TransformersEngine
 from mc_runtime.errors import BudgetError, InputError, ModelError
 from mc_runtime.model import ConcatStore, Decoder, LoadedModel, RopeConfig, load_model
@@ -94,6 +94,31 @@ def test_weights_are_shared_and_gradients_reach_the_inputs() -> None:
         engine.logits(engine.forward(x, positions).hidden).square().mean().backward()
         gradients.append(x.grad)
     assert relative_error(gradients[1], gradients[0]) < 1e-4
+
+
+@pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
+def test_few_rows_of_transformers_modules_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step's linear maps and its logits are; many rows and what may ask for gradients are not."""
+    calls: list[int] = []
+
+    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(x.numel() // x.shape[-1])
+        return fused_linear(x, *args, **kwargs)
+
+    native_engine, other = engines("llama-bias")
+    monkeypatch.setattr(hf_model, "fused_linear", counting)
+    for length, expected in ((1, [1] * (7 * other.config.n_layers + 1)), (33, [])):
+        ids = torch.arange(length)[None]
+        with torch.no_grad():
+            want, got = (
+                e.logits(e.forward(e.embed(ids), ids).hidden) for e in (native_engine, other)
+            )  # fmt: skip
+        assert calls == expected
+        assert relative_error(got, want) < 1e-5
+        calls.clear()
+    x = native_engine.embed(torch.tensor([[1]]))
+    other.forward(x, torch.tensor([[0]]))
+    assert not calls
 
 
 def test_bad_forwards_are_refused_like_the_decoders() -> None:

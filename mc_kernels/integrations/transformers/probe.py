@@ -68,6 +68,10 @@ def hook_identity(modules: list[nn.Module]) -> list[Any]:
 def probe(model: PreTrainedModel, decoder: PreTrainedModel) -> list[ProbedLayer]:
     """The attention layers of a model whose attention implementation is ours, in order. Raises ValueError, saying
     what stands in the way, for one that cannot run over a Working Context exactly."""
+    if getattr(decoder.config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"model: {type(decoder).__name__} feeds its layers from the input ids too, which a vector does not have"
+        )
     rotary = rotary_modules(decoder)
     if not rotary:
         raise ValueError(f"model: expected rotary position embeddings, found no inv_freq in {type(decoder).__name__}")
