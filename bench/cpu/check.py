@@ -1,6 +1,7 @@
 """The CPU kernels against their targets, rivals and limits in one run: a line a target, and what is missed.
 
     python bench/cpu_check.py --out bench/results/DATE-targets-cpu.json
+    python bench/cpu_check.py --busy     # beside other work: processor time of one thread
 
 Exit status 1 where a result is wrong; a target that is missed says so and no more, since a busy machine misses some.
 """
@@ -89,6 +90,10 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="Only targets with this in their case's name.")] = None,
     peers: Annotated[str, typer.Option(help="As for bench/run.py.")] = RIVALS,
     seconds: Annotated[float, typer.Option(help="Seconds of timing per candidate.")] = 0.5,
+    busy: Annotated[
+        bool,
+        typer.Option("--busy", help="One thread's processor time: other work on the machine changes it little."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write a JSON report here.")] = None,
 ) -> None:
     targets = [
@@ -99,13 +104,16 @@ def main(
         raise typer.BadParameter("no target is left")
     if reason := IMPLS["kv_splice_"][OURS].available():
         raise typer.BadParameter(reason)
+    if busy:
+        torch.set_num_threads(1)
+    clock = time.thread_time if busy else None
     begin = time.monotonic()
     present, absent = pick_peers(peers, CPU)
     report = Report(commit(), datetime.now(UTC).isoformat(timespec="seconds"), describe(CPU), {}, skipped=absent)
-    limits = Limits(CPU, seconds=0.4)
+    limits = Limits(CPU, 0.4, clock)
     for (name, case, dtype), needed in jobs(targets).items():
         console.print(f"{name.removesuffix('_')} {case} {dtype}", style="dim", highlight=False)
-        options = Options(CPU, dtype, (OURS,), seconds)
+        options = Options(CPU, dtype, (OURS,), seconds, clock=clock)
         report.rows += run_case(name, case_of(name, case), options, limits, offering(needed, present))
     report = replace(report, limits=limits.describe(), seconds=round(time.monotonic() - begin, 1))
     measured = [(t, measure(t, report.rows, report.limits)) for t in targets]

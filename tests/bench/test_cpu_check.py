@@ -74,9 +74,14 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Target("gist_pool", "SmolLM2-135M/N1", BF16, Measure.READ, 0.8)
     monkeypatch.setattr(check, "TARGETS", (small, replace(small, measure=Measure.FASTER, against="torch")))
     out = tmp_path / "targets.json"
-    result = CliRunner().invoke(app, ["--seconds", "0.01", "--peers", "torch", "--out", str(out)])
+    threads = torch.get_num_threads()
+    try:
+        result = CliRunner().invoke(app, ["--busy", "--seconds", "0.01", "--peers", "torch", "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
     assert result.exit_code == 0, result.output
     page = json.loads(out.read_text())
     assert [t["measured"] > 0 for t in page["targets"]] == [True, True]
+    assert page["report"]["machine"]["threads"] == 1
     assert {r["backend"] for r in page["report"]["rows"]} >= {"cpu", "torch"}
     assert CliRunner().invoke(app, ["--op", "nothing"]).exit_code == 2
