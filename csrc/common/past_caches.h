@@ -14,8 +14,9 @@
 
 namespace mc {
 
-// dst and src [bytes] do not overlap. Call settle() before another thread may read dst.
+// dst and src [bytes] do not overlap; of no bytes they may be NULL. Call settle() before another thread may read dst.
 inline void copy_past_caches(char* dst, const char* src, int64_t bytes) {
+    if (bytes == 0) return;
     int64_t done = 0;
 #if defined(__SSE2__)
     constexpr int64_t kLine = 64;
