@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .machine import last_level_cache
-from .timing import Burst, Timed, interleave
+from .timing import Burst, Clock, Timed, interleave
 
 # A probe's buffers are this many times the largest cache.
 PROBE_CACHES = 4
@@ -47,9 +47,9 @@ class Probe:
 class Limits:
     """Probes of one device, and every rate that they have shown, in B/s and FLOP/s."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.5) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.5, clock: Clock | None = None) -> None:
         """Choose the fastest read and copy; about 4 x `seconds`."""
-        self.device, self.seconds = device, seconds
+        self.device, self.seconds, self.clock = device, seconds, clock
         n = PROBE_CACHES * last_level_cache(device)
         a = torch.ones(n // 4, dtype=torch.float32, device=device)
         b = torch.zeros(n // 8, dtype=torch.float32, device=device)
@@ -66,12 +66,15 @@ class Limits:
 
     def _fastest(self, *probes: Probe) -> Probe:
         """The fastest of the probes; its rates are kept, and the best of each other name's."""
-        timed = interleave([p.burst() for p in probes], self.device, seconds=self.seconds * len(probes))
+        timed = self._timed(*probes, seconds=self.seconds * len(probes))
         ranked = sorted(zip(probes, timed, strict=True), key=lambda pair: pair[1].median / pair[0].work)
         for probe, t in ranked:
             if probe.name not in self._rates:
                 self._record(probe, t)
         return ranked[0][0]
+
+    def _timed(self, *probes: Probe, seconds: float) -> list[Timed]:
+        return interleave([p.burst() for p in probes], self.device, seconds=seconds, clock=self.clock)
 
     def _record(self, probe: Probe, timed: Timed) -> list[float]:
         rates = [probe.work / s for s in timed.samples]
@@ -85,7 +88,7 @@ class Limits:
             name = f"matrix {str(dtype).removeprefix('torch.')}"
             probe = Probe(name, lambda: torch.nn.functional.linear(x, w), 2 * n**3)
             self._matrix[dtype] = probe
-            (timed,) = interleave([probe.burst()], self.device, seconds=self.seconds)
+            (timed,) = self._timed(probe, seconds=self.seconds)
             self._record(probe, timed)
         return self._matrix[dtype]
 
@@ -101,7 +104,7 @@ class Limits:
         if key not in self._at_rows:
             x, w = (torch.randn(s, ROW_WIDTH, device=self.device).to(dtype) for s in (key[1], ROW_WIDTH))
             probe = Probe("", lambda: torch.nn.functional.linear(x, w), 2 * key[1] * ROW_WIDTH**2)
-            (timed,) = interleave([probe.burst()], self.device, seconds=self.seconds / 2)
+            (timed,) = self._timed(probe, seconds=self.seconds / 2)
             self._at_rows[key] = probe.work / timed.median
         return self._at_rows[key]
 

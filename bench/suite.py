@@ -14,7 +14,7 @@ import torch
 from .limits import Limits, flusher
 from .machine import available_memory, last_level_cache
 from .rows import Row
-from .timing import Burst, Timed, interleave, ratio
+from .timing import Burst, Clock, Timed, interleave, ratio
 from .workloads import OPS, Candidate, Workload
 from .workloads.base import PEER_ALLOWANCE
 
@@ -29,7 +29,8 @@ WORKING_COPIES = 4
 class Options:
     """What holds for every case of a run.
 
-    seconds: of timing per candidate. warm: time on one set of inputs that stays in the cache, where it fits.
+    seconds: of timing per candidate, by `clock`. warm: time on one set of inputs that stays in the cache, where it
+    fits.
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Options:
     backends: Sequence[str] = ()
     seconds: float = 0.5
     warm: bool = False
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def _time(
     bursts = [Burst(c.run, [c.prepare(x) for x in workload.inputs]) for c in candidates]
     flush = flusher(device, last_level_cache(device)) if cache.flush else None
     all_bursts = [p.burst() for p in probes] + bursts
-    timed = interleave(all_bursts, device, seconds=options.seconds * len(all_bursts), flush=flush)
+    seconds = options.seconds * len(all_bursts)
+    timed = interleave(all_bursts, device, seconds=seconds, flush=flush, clock=options.clock)
     limit = limits.per_round(probes, timed[: len(probes)], traffic, flops)
     slower = 1.0
     if len(probes) > 1 and workload.rows is not None:

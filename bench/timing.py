@@ -47,19 +47,22 @@ def ratio(a: Timed, b: Timed) -> float:
     return statistics.median(x / y for x, y in zip(a.samples, b.samples, strict=True))
 
 
-class Stopwatch:
-    """Seconds of a burst on one device: wall clock for a CPU, events for CUDA."""
+Clock = Callable[[], float]
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+
+class Stopwatch:
+    """Seconds of a burst on one device: for a CPU those of `clock` (None: wall time), for CUDA those between events."""
+
+    def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
+        self.cuda, self.clock = device.type == "cuda", clock or time.perf_counter
         if self.cuda:
             self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, burst: Callable[[], object]) -> float:
         if not self.cuda:
-            begin = time.perf_counter()
+            begin = self.clock()
             burst()
-            return time.perf_counter() - begin
+            return self.clock() - begin
         torch.cuda.synchronize()
         self.start.record()
         burst()
@@ -92,19 +95,21 @@ def interleave(
     max_rounds: int = 200,
     flush: Callable[[], object] | None = None,
     seed: int = 0,
+    clock: Clock | None = None,
 ) -> list[Timed]:
-    """Time the bursts in alternation for about `seconds`, at least `min_rounds` rounds.
+    """Time the bursts in alternation for about `seconds` of `clock`, at least `min_rounds` rounds.
 
     flush: called, untimed, before every burst; a burst is then a single call, since its second would find a warm cache.
     """
-    watch, order = Stopwatch(device), list(range(len(bursts)))
+    clock = clock or time.perf_counter
+    watch, order = Stopwatch(device, clock), list(range(len(bursts)))
     for burst in bursts:
         first = watch(burst)
         estimate = min(first, watch(burst)) if first < seconds else first
         burst.calls = 1 if flush else max(1, min(MAX_CALLS, round(BURST_SECONDS / max(estimate, 1e-9))))
     samples: list[list[float]] = [[] for _ in bursts]
-    shuffler, begin, rounds = random.Random(seed), time.perf_counter(), 0
-    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - begin < seconds):
+    shuffler, begin, rounds = random.Random(seed), clock(), 0
+    while rounds < min_rounds or (rounds < max_rounds and clock() - begin < seconds):
         shuffler.shuffle(order)
         for i in order:
             if flush:

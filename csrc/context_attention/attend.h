@@ -12,8 +12,8 @@
 
 namespace mc {
 
-constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
-constexpr int64_t kBlock = 64;  // entries that are looked at together
+constexpr int64_t kPad = 16;     // floats: the widest vector of all levels
+constexpr int64_t kBlock = 128;  // entries that are looked at together: long streams over each head's keys and values
 
 struct RowShape {
     int64_t dims, half, width, padded;
@@ -62,7 +62,7 @@ struct HeadBlock {
     const float* q;           // [rows, padded]
     const uint16_t* q_pairs;  // for bf16 products: [rows, dims] as narrow_query leaves them
     int64_t rows;
-    float* turned;  // scratch [kPad, padded]
+    float* turned;      // scratch [kPad, padded]
     float* p;           // [rows, kBlock], becomes 2^(score - top)
     uint16_t* p_pairs;  // for bf16 products: scratch [rows, kBlock]
     float *top, *total, *out;

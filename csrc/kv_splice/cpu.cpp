@@ -2,9 +2,9 @@
 //
 // Floor. Of every entry that moves, a head's key and value are read once and written once, of every inserted one
 // likewise: 4 * D * sizeof(dtype) bytes an entry, head and row (2 * D * sizeof(dtype) for a key that turns where it
-// is). The floor is that sum over the machine's copy bandwidth, read plus write. The destination of an in-place move
-// usually lies in lines that were read shortly before, so ordinary stores need no fetch of their own and there is no
-// case for streaming ones. Arithmetic stays below it: 3 fused operations and one conversion each way for every 2
+// is). The floor is that sum over the machine's copy bandwidth, read plus write. The destination of an ordered move
+// usually lies in lines that were read shortly before, so ordinary stores need no fetch of their own. Where source and
+// destination lie apart (inserts, and moves in slots) the destination is cold, and is written past the caches. Arithmetic stays below it: 3 fused operations and one conversion each way for every 2
 // elements of a key.
 // Phases cost a sine and a cosine an entry and band, shared by all rows and heads of a task; an ordered splice at
 // packed positions needs one phase a segment, because all of the segment turns by its shift.
@@ -18,6 +18,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "past_caches.h"
 #include "pool.h"
 
 namespace mc {
@@ -51,6 +52,7 @@ public:
             }
             splice(Plan(a_, plan));
         }
+        settle();
     }
 
 private:
@@ -124,17 +126,27 @@ private:
         pieces(s.source + ahead, s.destination + ahead, s.count, dir, [&](int64_t from, int64_t to, int64_t n) {
             if (lane.slot_step == bytes) {
                 const int64_t back = dir > 0 ? 0 : n - 1;
-                std::memmove(lane.at(to - back), lane.at(from - back), static_cast<size_t>(n * bytes));
+                move_piece(lane.at(to - back), lane.at(from - back), n * bytes);
             } else {
                 copy_rows(lane.at(from), lane.at(to), n, dir * lane.slot_step, dir * lane.slot_step, bytes);
             }
         });
     }
 
+    static void move_piece(char* dst, const char* src, int64_t bytes) {
+        const auto to = reinterpret_cast<uintptr_t>(dst), from = reinterpret_cast<uintptr_t>(src);
+        const auto apart = static_cast<int64_t>(to > from ? to - from : from - to);
+        if (apart < bytes) {
+            std::memmove(dst, src, static_cast<size_t>(bytes));
+        } else {
+            copy_past_caches(dst, src, bytes);
+        }
+    }
+
     // Rows that follow each other on both sides lie apart (`copy` moves its own) and are one piece.
     static void copy_rows(const char* src, char* dst, int64_t n, int64_t src_step, int64_t dst_step, int64_t bytes) {
         if (src_step == bytes && dst_step == bytes) {
-            std::memcpy(dst, src, static_cast<size_t>(n * bytes));
+            copy_past_caches(dst, src, n * bytes);
             return;
         }
         for (int64_t i = 0; i < n; ++i) {

@@ -16,7 +16,9 @@ def _supports(k: Tensor, *_: object) -> str | None:
 
 
 def _int64(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to("cpu", torch.int64).contiguous()
+    if x is None or (x.dtype is torch.int64 and x.is_cpu and x.is_contiguous()):  # a call costs more than the look
+        return x
+    return x.to("cpu", torch.int64).contiguous()
 
 
 @register("kv_splice_", "cpu", available=native.available, supports=_supports)

@@ -66,10 +66,10 @@ class PackedPlans(NamedTuple):
 
 def pack_plans(plans: Sequence[SplicePlan]) -> PackedPlans:
     """Concatenate the plans' arrays; the arrays of a single plan are passed as they are."""
+    if len(plans) == 1:
+        return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, plans[0].offsets)
     # A third of the time of torch.tensor.
     offsets = torch.from_numpy(np.array(plan_offsets(plans), dtype=np.int64))
-    if len(plans) == 1:
-        return PackedPlans(plans[0].segments, plans[0].stays, plans[0].insert_slots, offsets)
     segments, stays = torch.cat([p.segments for p in plans]), torch.cat([p.stays for p in plans])
     return PackedPlans(segments, stays, torch.cat([p.insert_slots for p in plans]), offsets)
 

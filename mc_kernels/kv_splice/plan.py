@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import splicing
 from ..checks import INDEX_DTYPES, check_tensor, describe
+from ..splice_checks import plan_offsets
 from ..splicing import Edit, Ints
 
 
@@ -27,6 +29,7 @@ class SplicePlan:
         place, see `splicing.SplicePlan`.
     stays: [m, 3] (slot, slot, count) of the survivors that keep their slot.
     insert_slots: [M] slot of each inserted entry, in timeline order over all edits. Write them after the moves.
+    offsets: [2, 5], where the plan's part of a call begins and ends, see `splice_checks.plan_offsets`.
     arrays: the same plan in numpy's arrays.
     """
 
@@ -38,6 +41,7 @@ class SplicePlan:
     segments: Tensor
     stays: Tensor
     insert_slots: Tensor
+    offsets: Tensor
     arrays: splicing.SplicePlan = field(repr=False)
     _slots: Tensor | None = field(default=None, repr=False)
     _new_slots: Tensor | None = field(default=None, repr=False)
@@ -74,6 +78,7 @@ class SplicePlan:
             tensor(plan.segments),
             tensor(plan.stays),
             tensor(plan.insert_slots),
+            tensor(np.array(plan_offsets((plan,)), dtype=np.int64)),
             plan,
             tensor(plan.slots) if mapped else None,
             tensor(plan.new_slots) if mapped else None,

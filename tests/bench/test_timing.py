@@ -100,6 +100,16 @@ def test_flush_comes_before_every_burst_and_is_not_timed(clock: Clock) -> None:
     assert timed[0].median == pytest.approx(1e-6)
 
 
+def test_another_clock(clock: Clock) -> None:
+    thread = Clock.__new__(Clock)
+    thread.now = 0.0
+    burst = Burst(thread.taking(0.02), [None])
+    (timed,) = interleave([burst], CPU, seconds=0.2, clock=lambda: thread.now)
+    assert len(timed.samples) in (10, 11)  # sums of 0.02
+    assert timed.median == pytest.approx(0.02)
+    assert clock.now == 100.0
+
+
 def test_a_slow_first_call_is_made_once_before_the_rounds(clock: Clock) -> None:
     calls: list[object] = []
     interleave([Burst(clock.taking(2.0, calls.append), [None])], CPU, seconds=1.0, min_rounds=5)
