@@ -345,3 +345,13 @@ def test_a_case_that_does_not_fit_is_not_begun(limits: Limits, monkeypatch: pyte
     assert row.error is not None
     assert row.error.startswith("needs about")
     assert row.correct is None
+
+
+def test_a_refusal_is_no_wrong_result(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend need not take every case: its row has the reason, and nothing failed."""
+    op = "context_attention"
+    install(monkeypatch, op, IMPLS[op]["ref"].fn, supports=lambda *_: "too many rows")
+    row = rows_of(op, limits, "cpu")["cpu"]
+    assert row.correct is None
+    assert row.median_s is None
+    assert row.error == f"not available: {op}: backend 'cpu' cannot serve: too many rows"
