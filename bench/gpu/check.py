@@ -36,6 +36,7 @@ from . import preference
 from .budget import Budget
 from .device_time import graph_seconds, kernel_seconds
 from .junit import Outcome, run_tests
+from .sanitize import sanitize
 from .targets import ALSO, TARGETS, Measure, Target
 
 DTYPE = torch.bfloat16
@@ -146,6 +147,12 @@ def main(
     write_preference: Annotated[
         bool, typer.Option("--write-preference", help="Let the faster backend serve: write mc_kernels/preference.json.")
     ] = False,
+    sanitized: Annotated[
+        bool,
+        typer.Option(
+            "--sanitize", help="Then the tests of the CUDA kernels under compute-sanitizer, for up to as long again."
+        ),
+    ] = False,
 ) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is visible: this check needs one")
@@ -172,6 +179,7 @@ def main(
     if write_preference:
         count = preference.save(FILE, report, keys)
         console.print(f"{FILE}: {count} buckets" if count else f"{FILE} stays: no two backends were measured")
+    failures += sanitize(60 * minutes) if sanitized else []
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = [{"target": t.name, "measured": x, "bound": t.bound, "met": t.met(x)} for t, x in measured]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bench.gpu import check
 from bench.gpu.budget import SHARES, Budget
 from bench.gpu.check import app, case_of, last_line, measure, run_cases, verdicts
-from bench.gpu.junit import Outcome as Tests
+from bench.gpu.junit import Outcome as Ran
 from bench.gpu.junit import read_tests
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
 from bench.rows import Row
@@ -27,7 +27,7 @@ ROW = Row(
     "kv_splice", "b", "triton", "cuda", "bfloat16", 1, 1,
     median_s=1e-3, limit_s=0.85e-3, fraction_of_limit=0.85, correct=True,
 )  # fmt: skip
-PASSED = Tests(3, 0, ())
+PASSED = Ran(3, 0, ())
 
 
 def test_every_target_names_a_case() -> None:
@@ -134,12 +134,12 @@ def test_nothing_that_failed_is_passed_over() -> None:
     assert verdicts([(ORDERED, 0.9)], PASSED, [ROW]) == []
     assert last_line([]).startswith("Everything")
     wrong = replace(ROW, correct=False, error="wrong: error 1")
-    failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Tests(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
+    failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Ran(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
     assert len(failures) == 4
     line = last_line(failures)
     for part in ("FAILED (4)", "x::y", "wrong: error 1", "50%, target 80%", "not measured"):
         assert part in line
-    assert verdicts([], Tests(0, 0, (), "no test ran"), []) == ["no test ran"]
+    assert verdicts([], Ran(0, 0, (), "no test ran"), []) == ["no test ran"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_test_reports(
 ) -> None:
     report = tmp_path / "tests.xml"
     report.write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>")
-    assert read_tests(report) == Tests(passed, skipped, failed, error)
+    assert read_tests(report) == Ran(passed, skipped, failed, error)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
