@@ -74,6 +74,8 @@ def _candidates(
         else:
             found.append((candidate, None))
     for name, module in peers.items():
+        if workload.rivals is not None and name not in workload.rivals:
+            continue
         try:
             found += [(candidate, None) for candidate in module.offers(workload)]
         except Exception as error:  # as with what a candidate raises: the table shows it

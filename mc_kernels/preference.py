@@ -53,9 +53,10 @@ def _kv_splice(
 
 
 def _context_attention(q: Any, k: Any, *_: object) -> str:
-    """groups: sequences times KV heads; rows: queries times heads of a group; slots: S."""
+    """Whether the cache is of fp8. groups: sequences times KV heads; rows: queries times heads of a group; slots: S."""
     groups, rows = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1] * q.shape[2]
-    return f"D={q.shape[-1]} groups={at_least(groups)} rows={at_least(rows)} slots={at_least(k.shape[2])}"
+    kind = "" if k.dtype == q.dtype else "fp8 "
+    return f"{kind}D={q.shape[-1]} groups={at_least(groups)} rows={at_least(rows)} slots={at_least(k.shape[2])}"
 
 
 def _gist_encode(blocks: Any, *_: object) -> str:

@@ -83,6 +83,8 @@ ALSO: tuple[tuple[str, str], ...] = (
     ("context_attention", "SmolLM2-135M/2k/decode"),
     ("context_attention", "SmolLM2-135M/8k/decode"),
     ("context_attention", "Llama-3-8B/2k/decode"),
+    ("context_attention", "Llama-3-8B/8k/decode-fp8"),
+    ("context_attention", "Llama-3-8B/32k/decode-fp8"),
     ("lens_score", "SmolLM2-135M/N2k"),
     ("lens_score", "SmolLM2-135M/N8k"),
     ("gist_encode", "SmolLM2-135M/N8"),

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mc_kernels.checks import FP8
-
-MOST = torch.finfo(FP8).max
-
-
-def stored(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, Hkv, S, D] as bytes and their scales [Hkv], of which each head's largest element needs all."""
-    scale = x.float().abs().amax(dim=(0, 2, 3)) / MOST
-    return (x.float() / scale[:, None, None]).to(FP8), scale
+from mc_kernels.context_attention.cases import stored
 
 
 def with_fp8(args: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from attention_model import DTYPES, model, small
-from fp8_model import MOST, read, with_fp8
+from fp8_model import read, with_fp8
 from splice_model import same_bits, splice_list
 from torch import Tensor
 
 from mc_kernels import BackendError, Edit, PageTable, RopeSpec, SplicePlan, context_attention, kv_splice_, registry
 from mc_kernels.checks import FP8
-from mc_kernels.context_attention.cases import SMALL
+from mc_kernels.context_attention.cases import SMALL, stored
 from mc_kernels.testing import assert_within_error_rule
 
 DECODE, PREFILL, FEATURES, _ = SMALL
@@ -31,6 +31,14 @@ def test_formula(case: Any, dtype: torch.dtype) -> None:
     for name, x, exact, rival in zip(("out", "lse", "mass"), got, want, plain, strict=True):
         assert x.dtype == (dtype if name == "out" or dtype == torch.float64 else torch.float32)
         assert_within_error_rule(x, exact, rival, what=name)
+
+
+def test_a_head_is_stored_up_to_its_largest() -> None:
+    x = torch.tensor([[[[3.0, -6.0]], [[0.5, 0.25]]]])
+    data, scale = stored(x)
+    assert data.dtype == FP8
+    assert torch.equal(scale, torch.tensor([6.0, 0.5]) / 448)
+    torch.testing.assert_close(data.float() * scale[:, None, None], x)
 
 
 def test_one_scale_of_all() -> None:
@@ -189,4 +197,3 @@ def test_the_oracle_knows_every_value() -> None:
     out = context_attention(torch.zeros(1, 1, 1, 254), v, v, at, at, None, k_scale=one, v_scale=one / 4, backend="ref")
     assert isinstance(out, Tensor)
     assert torch.equal(out, v.float() / 4)
-    assert MOST == 448

@@ -133,6 +133,8 @@ def test_the_key_of_an_attention() -> None:
     args = ATTENTION[0].make(torch.float16)
     want = "D=16 groups=4+ rows=1+ slots=16+"
     assert key("context_attention", [args["q"], args["k"], args["v"]]) == ("context_attention", "float16", want)
+    fp8 = args["k"].to(torch.float8_e4m3fn)
+    assert key("context_attention", [args["q"], fp8, fp8]) == ("context_attention", "float16", f"fp8 {want}")
 
 
 def test_the_table_that_comes_with_the_package() -> None:
