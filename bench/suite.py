@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mc_kernels import BackendError
+
 from .limits import Limits, flusher
 from .machine import available_memory, last_level_cache
 from .rows import Row
@@ -74,6 +76,8 @@ def _candidates(
         else:
             found.append((candidate, None))
     for name, module in peers.items():
+        if workload.rivals is not None and name not in workload.rivals:
+            continue
         try:
             found += [(candidate, None) for candidate in module.offers(workload)]
         except Exception as error:  # as with what a candidate raises: the table shows it
@@ -96,8 +100,12 @@ def run_case(
     limits: Limits,
     peers: Mapping[str, ModuleType],
     progress: Callable[[str], None] = lambda _: None,
+    begun: Callable[[Workload], object] = lambda _: None,
 ) -> list[Row]:
-    """Rows of all candidates on a case, ours first. A candidate that raises or is wrong gets its error, not a time."""
+    """Rows of all candidates on a case, ours first. A candidate that raises or is wrong gets its error, not a time.
+
+    begun: called with the workload before anything of it runs.
+    """
     cache = plan_cache(op, case, options)
     blank = Row(
         op.removesuffix("_"), case.name, "all", str(options.device), str(options.dtype).removeprefix("torch."),
@@ -106,6 +114,7 @@ def run_case(
     if (reason := lacking_memory(op, case, options, cache.copies)) is not None:
         return [replace(blank, error=reason)]
     workload = OPS[op](case, options.dtype, options.device, cache.copies)
+    begun(workload)
     rows: list[Row] = []
     running: list[tuple[int, Candidate]] = []
     for candidate, absent in _candidates(workload, options, peers):
@@ -118,6 +127,9 @@ def run_case(
         progress(f"{row.op} {case.name}: checking {candidate.name}")
         try:
             check = workload.check(candidate)
+        except BackendError as error:  # a refusal: a backend need not take every case
+            rows.append(replace(row, error=f"not available: {error}"))
+            continue
         except Exception as error:  # the table shows it; one broken candidate must not end the run
             rows.append(replace(row, correct=False, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
             continue

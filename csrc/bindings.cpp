@@ -144,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("BF16") = static_cast<int>(MC_BF16);
     m.attr("I32") = static_cast<int>(MC_I32);
     m.attr("I64") = static_cast<int>(MC_I64);
+    m.attr("F8E4M3") = static_cast<int>(MC_F8E4M3);
     m.def("version", &mc_version);
     m.def("read_dlpack", &dlpack::read, "capsule"_a);
     m.def("write_dlpack", &dlpack::write, "address"_a, "code"_a, "bits"_a, "shape"_a, "owner"_a);

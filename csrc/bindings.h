@@ -140,7 +140,8 @@ mc_lens_score_args lens_args(const py::handle& entries, const py::handle& featur
 mc_context_attention_args attention_args(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
                                          uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
                                          double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
-                                         const py::handle& out, uintptr_t lse, uintptr_t mass) {
+                                         const py::handle& out, uintptr_t lse, uintptr_t mass, uintptr_t k_scale = 0,
+                                         uintptr_t v_scale = 0) {
     mc_context_attention_args a{};
     a.struct_size = sizeof a;
     a.q = tensor("q", q);
@@ -158,6 +159,8 @@ mc_context_attention_args attention_args(const py::handle& q, const py::handle& 
     a.out = tensor("out", out);
     a.lse = reinterpret_cast<float*>(lse);
     a.mass = reinterpret_cast<float*>(mass);
+    a.k_scale = array<float>(k_scale);
+    a.v_scale = array<float>(v_scale);
     return a;
 }
 

@@ -69,9 +69,11 @@ int64_t lens_score(const py::handle& entries, const py::handle& features, const 
 int64_t context_attention(const py::handle& q, const py::handle& k, const py::handle& v, uintptr_t q_pos,
                           uintptr_t kv_pos, uintptr_t inv_freq, int64_t half, bool interleaved,
                           double attention_scaling, uintptr_t sigma, uintptr_t kv_bias, double scale,
-                          const py::handle& out, uintptr_t lse, uintptr_t mass, const Where* where) {
-    const mc_context_attention_args a = attention_args(q, k, v, q_pos, kv_pos, inv_freq, half, interleaved,
-                                                       attention_scaling, sigma, kv_bias, scale, out, lse, mass);
+                          const py::handle& out, uintptr_t lse, uintptr_t mass, uintptr_t k_scale, uintptr_t v_scale,
+                          const Where* where) {
+    const mc_context_attention_args a =
+        attention_args(q, k, v, q_pos, kv_pos, inv_freq, half, interleaved, attention_scaling, sigma, kv_bias, scale,
+                       out, lse, mass, k_scale, v_scale);
     int64_t bytes = 0;
     raise(where ? mc_context_attention_cuda(&a, where->memory(), where->bytes, where->on())
                 : mc_context_attention_cuda_workspace(&a, &bytes));
@@ -115,7 +117,7 @@ PYBIND11_MODULE(MC_MODULE, m) {
           "out"_a, "where"_a.none(true));
     m.def("context_attention", &context_attention, "q"_a, "k"_a, "v"_a, "q_pos"_a, "kv_pos"_a, "inv_freq"_a, "half"_a,
           "interleaved"_a, "attention_scaling"_a, "sigma"_a, "kv_bias"_a, "scale"_a, "out"_a, "lse"_a, "mass"_a,
-          "where"_a.none(true));
+          "k_scale"_a, "v_scale"_a, "where"_a.none(true));
     m.def("gist_encode", &gist_encode, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a, "target_rms"_a, "blocks"_a,
           "out"_a, "level"_a, "where"_a.none(true));
 }

@@ -14,7 +14,9 @@ from torch import Tensor
 from .contracts import check_contiguous_rows, check_same_device, check_same_dtype, check_shape, describe
 
 __all__ = [
+    "CACHE_DTYPES",
     "FLOAT_DTYPES",
+    "FP8",
     "INDEX_DTYPES",
     "ORACLE_DTYPES",
     "accumulate_dtype",
@@ -29,6 +31,9 @@ __all__ = [
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fp64 is taken by the oracles only, for gradcheck and for exact reference results.
 ORACLE_DTYPES = (*FLOAT_DTYPES, torch.float64)
+# Of keys and values that a cache stores in a byte, beside a scale.
+FP8 = torch.float8_e4m3fn
+CACHE_DTYPES = (*ORACLE_DTYPES, FP8)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 

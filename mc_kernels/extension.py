@@ -18,7 +18,9 @@ FOLDER = Path(os.environ.get("MC_NATIVE") or Path(__file__).parent / "_native")
 # (address, dtype code, sizes, strides in elements)
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 # The library's names of the dtypes that both torch and NumPy know by the other name.
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}
+DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "float8_e4m3fn": "F8E4M3",
+}  # fmt: skip
 
 
 @functools.cache

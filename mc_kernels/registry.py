@@ -5,8 +5,8 @@
 asks `select` for an implementation, so `torch.compile`, autograd and fake tensors see one op whatever serves it.
 
 `backend=None` means: the fastest registered implementation that is available and takes the input; each fallback is
-logged once. A backend that is named, by argument or by the environment variable `MC_BACKEND`, and cannot serve raises
-`BackendError` with the reason.
+logged once. On a GPU a table of measurements says which that is, call by call (`preference`). A backend that is named,
+by argument or by the environment variable `MC_BACKEND`, and cannot serve raises `BackendError` with the reason.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from . import preference
 
 logger = logging.getLogger("mc_kernels")
 
 BACKENDS = ("ref", "cpu", "triton", "cuda")
-# Fastest first. A backend missing here for a device can still be named (triton on CPU: the interpreter). On a GPU
-# Triton and CUDA C++ have not been measured yet; Triton has the backward passes.
+# Fastest first. A backend missing here for a device can still be named (triton on CPU: the interpreter). On a GPU this
+# is the order for calls that the table of `preference` has no measurement of; Triton has the backward passes.
 PREFERENCE = {"cpu": ("cpu", "ref"), "cuda": ("triton", "cuda", "ref")}
 ENV_BACKEND = "MC_BACKEND"
 
@@ -87,8 +89,14 @@ def _refusal(impl: Impl | None, op: str, args: tuple[Any, ...]) -> str | None:
     return impl.available() or impl.supports(*args)
 
 
+def _order(op: str, device_type: str, args: tuple[Any, ...]) -> Sequence[str]:
+    fallback = PREFERENCE.get(device_type, ("ref",))
+    return preference.table().order(op, args, fallback) if device_type == "cuda" else fallback
+
+
 def select(op: str, backend: str | None, device_type: str, args: tuple[Any, ...] = ()) -> Callable[..., Any]:
-    """The function that serves `op` for these arguments. Raises BackendError if the named backend cannot."""
+    """The function that serves `op` for these arguments. Raises BackendError if the named backend cannot, ValueError if
+    the table of measured backends is asked and malformed."""
     table = IMPLS.get(op, {})
     named = backend or os.environ.get(ENV_BACKEND) or None
     if named is not None:
@@ -99,7 +107,7 @@ def select(op: str, backend: str | None, device_type: str, args: tuple[Any, ...]
             raise BackendError(f"{op}: backend {named!r} cannot serve: {reason}")
         return table[named].fn
     refused: list[tuple[str, str]] = []
-    for name in PREFERENCE.get(device_type, ("ref",)):
+    for name in _order(op, device_type, args):
         impl = table.get(name)
         if impl is None:
             continue

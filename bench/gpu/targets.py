@@ -11,7 +11,8 @@ class Measure(Enum):
 
     LIMIT: share of the measured limit, at least. CALL: seconds per call, host code included, at most. DEVICE: seconds
     that its kernels run, at most. GRAPH: seconds per replay of a CUDA graph of the call, at most. ROPE: time with
-    rotation on read over the time without, at most.
+    rotation on read over the time without, at most. TIMES: its kernels' time over what the measured limit allows, at
+    most.
     """
 
     LIMIT = "of limit"
@@ -19,6 +20,7 @@ class Measure(Enum):
     DEVICE = "device"
     GRAPH = "graph"
     ROPE = "with rope / without"
+    TIMES = "device / limit"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,39 @@ _TRITON = (
     ("gist_encode", "SmolLM2-135M/N1", Measure.CALL, 150 * US),
     ("gist_encode", "SmolLM2-135M/N1", Measure.GRAPH, 60 * US),
 )
-TARGETS: tuple[Target, ...] = tuple(Target(op, case, "triton", measure, bound) for op, case, measure, bound in _TRITON)
-# Timed beside them, so that every op has a row; nothing is asked of these.
+# gist_encode of one window is a read of the weights.
+_CUDA = (
+    ("kv_splice_", "Llama-3-8B/8k/ordered-rope/1-collapse", Measure.LIMIT, 0.9),
+    ("kv_splice_", "Llama-3-8B/32k/ordered-rope/1-collapse", Measure.LIMIT, 0.9),
+    ("kv_splice_", "Llama-3-8B/2k/slots/8-mixed", Measure.DEVICE, 8 * US),
+    ("kv_splice_", "Llama-3-8B/32k/slots/8-mixed", Measure.DEVICE, 8 * US),
+    ("lens_score", "Llama-3-8B/N8k", Measure.DEVICE, 25 * US),
+    ("gist_encode", "SmolLM2-135M/N1", Measure.TIMES, 1.5),
+)
+TARGETS: tuple[Target, ...] = tuple(
+    Target(op, case, backend, measure, bound)
+    for backend, asked in (("triton", _TRITON), ("cuda", _CUDA))
+    for op, case, measure, bound in asked
+)
+# Timed beside them, so that every op has a row and the table of `mc_kernels.preference` the shapes of both models;
+# nothing is asked of these.
 ALSO: tuple[tuple[str, str], ...] = (
     ("gist_pool", "SmolLM2-135M/N256"),
     ("gist_pool", "Llama-3-8B/N1"),
     ("context_attention", "SmolLM2-135M/2k/prefill512"),
     ("lens_score", "SmolLM2-135M/N32k"),
+    ("kv_splice_", "SmolLM2-135M/8k/ordered-rope/1-collapse"),
+    ("kv_splice_", "SmolLM2-135M/8k/slots/8-mixed"),
+    ("context_attention", "SmolLM2-135M/2k/decode"),
+    ("context_attention", "SmolLM2-135M/8k/decode"),
+    ("context_attention", "Llama-3-8B/2k/decode"),
+    ("context_attention", "Llama-3-8B/8k/decode-fp8"),
+    ("context_attention", "Llama-3-8B/32k/decode-fp8"),
+    ("lens_score", "SmolLM2-135M/N2k"),
+    ("lens_score", "SmolLM2-135M/N8k"),
+    ("gist_encode", "SmolLM2-135M/N8"),
+    ("gist_encode", "Llama-3-8B/N1"),
+    ("gist_pool", "SmolLM2-135M/N1"),
+    ("collapse_", "SmolLM2-135M/2k/1-last"),
+    ("collapse_", "SmolLM2-135M/2k/8"),
 )

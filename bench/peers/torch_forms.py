@@ -248,5 +248,5 @@ def serves(workload: Workload) -> bool:
     """Whether the forms know everything that the case asks for."""
     case = workload.case
     if workload.op == "context_attention":
-        return not case.features
+        return not case.features and not case.fp8
     return not (workload.op == "kv_splice_" and case.rope and case.discipline == "slots")

@@ -90,6 +90,11 @@ class Workload(ABC):
         """Rows of the op's typical matrix product, at which its matrix rate is also measured; None: it has none."""
         return None
 
+    @property
+    def rivals(self) -> tuple[str, ...] | None:
+        """The peers that can take the inputs; None: all of them may be asked."""
+        return None
+
     @staticmethod
     def touched(case: Any, dtype: torch.dtype) -> int:
         """Bytes of one set of inputs."""

@@ -47,8 +47,22 @@ def plain_attention(inputs: Args) -> Tensor:
     return (p.view(b, hkv, hq // hkv * t, -1) @ inputs["v"]).view(b, hq, t, d)
 
 
+def as_read(inputs: Args, dtype: torch.dtype) -> Args:
+    """Inputs of q and of what keys and values stand for in `dtype`, without scales."""
+    out = {name: x for name, x in inputs.items() if name not in ("k_scale", "v_scale")}
+    for name in ("q", "k", "v"):
+        scale = inputs.get(f"{name}_scale")
+        wide = inputs[name] if scale is None else inputs[name].float() * scale[:, None, None]
+        out[name] = wide.to(dtype)
+    return out
+
+
 class ContextAttention(Workload):
     op = "context_attention"
+
+    @property
+    def rivals(self) -> tuple[str, ...] | None:
+        return ("torch",) if self.case.fp8 else None
 
     @property
     def rows(self) -> int:
@@ -58,13 +72,12 @@ class ContextAttention(Workload):
         return context_attention(**inputs, backend=backend)
 
     def plain(self, inputs: Args) -> Tensor:
-        return plain_attention(inputs)
+        return plain_attention(as_read(inputs, self.dtype) if self.case.fp8 else inputs)
 
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
         t = inputs["q"].shape[2]
         some = torch.linspace(0, t - 1, min(t, CHECKED_QUERIES), device=self.device).round().long()
         few = inputs | {"q": inputs["q"][:, :, some], "q_pos": inputs["q_pos"][:, some]}
-        wide: Args = few | {name: few[name].double() for name in ("q", "k", "v")}
-        exact: Any = context_attention(**wide, backend="ref")
-        plain = plain_attention(few)
+        exact: Any = context_attention(**as_read(few, torch.float64), backend="ref")
+        plain = self.plain(few)
         return lambda out: error_rule([out[:, :, some]], [exact], [plain])

@@ -8,7 +8,10 @@ namespace mc {
 // Floating dtypes, numbered as in mc_kernels.h.
 enum Dtype : int { kF32 = 0, kF16 = 1, kBF16 = 2, kDtypes = 3 };
 
-static inline int64_t dtype_bytes(int dtype) { return dtype == kF32 ? 4 : 2; }
+// A cache's fp8, which the rows here do not know.
+enum : int { kF8E4M3 = 5 };
+
+static inline int64_t dtype_bytes(int dtype) { return dtype == kF32 ? 4 : dtype == kF8E4M3 ? 1 : 2; }
 
 // `count` rows, one after the other: row i goes from src + i * src_step to dst + i * dst_step. Steps are in bytes and
 // may be negative; a row's source is its own destination or apart from it.

@@ -23,13 +23,15 @@ inline bool is_empty(const mc_tensor& x) {
 }
 
 // Floating dtype, `ndim` dimensions, no negative size or stride, last dimension contiguous, an address unless empty.
-inline void check_view(const char* name, const mc_tensor& x, int ndim) {
+// fp8: MC_F8E4M3 is taken too.
+inline void check_view(const char* name, const mc_tensor& x, int ndim, bool fp8 = false) {
     const std::string who = std::string(name) + ": ";
     if (x.ndim != ndim) {
         invalid(who + "expected " + std::to_string(ndim) + " dimensions, got " + std::to_string(x.ndim));
     }
-    if (x.dtype != MC_F32 && x.dtype != MC_F16 && x.dtype != MC_BF16) {
-        throw Error(MC_INVALID_DTYPE, who + "expected dtype MC_F32, MC_F16 or MC_BF16, got " + std::to_string(x.dtype));
+    if (x.dtype != MC_F32 && x.dtype != MC_F16 && x.dtype != MC_BF16 && !(fp8 && x.dtype == MC_F8E4M3)) {
+        throw Error(MC_INVALID_DTYPE, who + "expected dtype MC_F32, MC_F16 or MC_BF16" + (fp8 ? " or MC_F8E4M3" : "") +
+                                          ", got " + std::to_string(x.dtype));
     }
     for (int i = 0; i < ndim; ++i) {
         if (x.size[i] < 0) invalid(who + "expected sizes >= 0, got shape " + shape_text(x));

@@ -1,5 +1,6 @@
 // Attention of up to 4 rows to a range of slots for every dtype, head and layout, in fp32 without tensor cores: fp32
-// (whose products are exact), heads of other widths, partial rotary, addresses and strides off 16 bytes. See kernel.cuh.
+// queries (whose products are exact), heads of other widths, partial rotary, addresses and strides off 16 bytes. See
+// kernel.cuh.
 //
 // A block takes 32 slots at a time: their keys are turned into shared memory, each warp multiplies its share of the
 // dimensions for all slots and rows, and each thread sums its dimensions of the values.
@@ -79,7 +80,7 @@ MC_DEVICE void turn_queries(const AttendCall& c, const Part& p, const PlainMemor
     }
 }
 
-template <class E>
+template <class S>
 MC_DEVICE void turn_keys(const AttendCall& c, const Part& p, const PlainMemory& m, int tile, int64_t latest) {
     const int items = c.dims - c.half;
     const char* keys = p.keys(c);
@@ -92,7 +93,7 @@ MC_DEVICE void turn_keys(const AttendCall& c, const Part& p, const PlainMemory& 
         const float sigma = c.sigma ? read_constant<float>(c.sigma + index) : 0.0f;
         int first, second;
         float x, y = 0.0f;
-        load_turned<E>(c, m.bands, keys + (tile + s) * c.k_step[2], i % items, at, sigma, c.sigma != nullptr, first,
+        load_turned<S>(c, m.bands, keys + (tile + s) * c.k_step[2], i % items, at, sigma, c.sigma != nullptr, first,
                        second, x, y);
         m.keys[s * (c.dims + 1) + first] = x;
         if (second != first) m.keys[s * (c.dims + 1) + second] = y;
@@ -117,13 +118,13 @@ MC_DEVICE void multiply_keys(const AttendCall& c, const PlainMemory& m, int64_t 
 }
 
 // Scores become weights relative to the greatest so far. A warp a row, a lane a slot.
-MC_DEVICE void soften_plain(const AttendCall& c, const Part& p, const PlainMemory& m, int tile) {
+MC_DEVICE void soften_plain(const AttendCall& c, const Part& p, const PlainMemory& m, int tile, float scale) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32, s = tile + lane;
     for (int r = static_cast<int>(threadIdx.x) / 32; r < kPlainRows; r += warps) {
         float x = 0.0f;
         for (int w = 0; w < warps; ++w) x += m.parts[(w * kPlainSlots + lane) * kPlainRows + r];
         const bool visible = m.at[lane] >= 0 && m.at[lane] <= p.position(c, r);
-        x *= c.scale;
+        x *= scale;
         if (c.bias && visible) {
             x += read_constant<float>(c.bias + static_cast<int64_t>(p.b) * c.slots + s) * kLog2E;
         }
@@ -145,7 +146,8 @@ MC_DEVICE void soften_plain(const AttendCall& c, const Part& p, const PlainMemor
     }
 }
 
-template <class E>
+// Queries of E, keys and values of S.
+template <class E, class S>
 __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_constant__ AttendCall c) {
     MC_SHARED_MEMORY(memory);
     SharedMemory shared(memory);
@@ -164,6 +166,7 @@ __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_const
 
     float sums[kPlainDimsEach][kPlainRows] = {};
     const char* values = p.values(c);
+    const float scale = scale_of<S>(c, p);
     for (int tile = p.low; tile < p.high; tile += kPlainSlots) {
         for (int s = thread; s < kPlainSlots; s += size) {
             m.at[s] = tile + s < p.high
@@ -171,11 +174,11 @@ __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_const
                           : -1;
         }
         __syncthreads();
-        turn_keys<E>(c, p, m, tile, latest);
+        turn_keys<S>(c, p, m, tile, latest);
         __syncthreads();
         multiply_keys(c, m, latest);
         __syncthreads();
-        soften_plain(c, p, m, tile);
+        soften_plain(c, p, m, tile, scale);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kPlainDimsEach; ++i) {
@@ -186,9 +189,9 @@ __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_const
 #pragma unroll 8
             for (int s = 0; s < kPlainSlots; ++s) {
                 if (m.at[s] < 0 || m.at[s] > latest) continue;
-                using Bits = typename E::Bits;
+                using Bits = typename S::Bits;
                 const int slot = tile + s + (MC_FAULT(12) ? 1 : 0);
-                const float x = E::widen(read_constant<Bits>(values + slot * c.v_step[2] + d * sizeof(Bits)));
+                const float x = S::widen(read_constant<Bits>(values + slot * c.v_step[2] + d * sizeof(Bits)));
 #pragma unroll
                 for (int r = 0; r < kPlainRows; ++r) sums[i][r] += m.weights[s * kPlainRows + r] * x;
             }
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(kPlainThreads) attend_plain(const __grid_const
         if (d >= c.dims) continue;
 #pragma unroll
         for (int r = 0; r < kPlainRows; ++r) {
-            if (r < p.count) store_result<E>(c, p, r, d, sums[i][r], m.top[r], m.total[r]);
+            if (r < p.count) store_result<E, S>(c, p, r, d, sums[i][r], m.top[r], m.total[r]);
         }
     }
 }

@@ -1,5 +1,5 @@
 // Attention of up to 8 T rows to a range of slots on tensor cores: 16-bit heads of 64 or 128 dimensions that turn whole
-// or not at all. See kernel.cuh.
+// or not at all, over a cache of their dtype or of fp8. See kernel.cuh.
 //
 // A warp takes 16 slots at a time, on its own: keys and values go from memory into the operands' registers (fragments.cuh),
 // the next slots' keys while these slots' values are awaited. Of a tile, lane 4 g + c has
@@ -8,40 +8,11 @@
 //   values    slots 2c, 2c + 1, 2c + 8, 2c + 9, pieces g and g + 8; sums: the same dimensions of rows 2c and 2c + 1
 #pragma once
 
-#include "call.cuh"
-#include "fragments.cuh"
+#include "tile_slots.cuh"
 
 namespace mc::cuda {
 
-constexpr int kTensorThreads = 128, kTileSlots = 16;
-
-// Positions of slots g and g + 8 of a tile.
-struct Slots {
-    int64_t at[2];
-
-    MC_DEVICE Slots(const AttendCall& c, const Part& p, int first) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int s = first + 8 * i;
-            const int64_t index = static_cast<int64_t>(p.b) * c.slots + s;
-            at[i] = s < p.high ? read_constant<int64_t>(c.kv_pos + index) : -1;
-        }
-    }
-    MC_DEVICE bool seen(int i, int64_t latest) const { return at[i] >= 0 && at[i] <= latest; }
-};
-
-// Of slots g and g + 8 of a tile: what an array has for them, or 0.
-struct Extras {
-    float x[2];
-
-    MC_DEVICE Extras(const AttendCall& c, const Part& p, const float* array, int first) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int s = first + 8 * i;
-            x[i] = array && s < p.high ? read_constant<float>(array + static_cast<int64_t>(p.b) * c.slots + s) : 0.0f;
-        }
-    }
-};
+constexpr int kTensorThreads = 128;
 
 // A row, as its lane has it, turned. c: the lane's piece.
 template <class E, int D>
@@ -85,32 +56,6 @@ MC_DEVICE void turn_row(const AttendCall& call, const Bands& bands, int c, int64
     }
 }
 
-// Slots that no row of the block sees are not read.
-template <int D>
-MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const Slots& slots, int64_t latest, int first,
-                         int piece, Quad (&to)[2][D / 32]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const char* row = keys + (first + 8 * i + (MC_FAULT(11) ? 1 : 0)) * c.k_step[2] + 16 * piece;
-#pragma unroll
-        for (int j = 0; j < D / 32; ++j) to[i][j] = slots.seen(i, latest) ? read_constant<Quad>(row + 64 * j) : Quad{};
-    }
-}
-
-// seen: bit 4 s of word i for slot s + 8 i.
-template <int D>
-MC_DEVICE void load_values(const AttendCall& c, const char* values, const unsigned (&seen)[2], int tile, int lane,
-                           Quad (&to)[4][D / 64]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int s = 2 * (lane % 4) + i % 2;
-        const char* row = values + (tile + s + i / 2 * 8) * c.v_step[2] + 16 * (lane / 4);
-        const bool wanted = (seen[i / 2] >> 4 * s & 1) != 0;
-#pragma unroll
-        for (int j = 0; j < D / 64; ++j) to[i][j] = wanted ? read_constant<Quad>(row + 128 * j) : Quad{};
-    }
-}
-
 // Of rows 2c and 2c + 1 of each 8.
 template <int D, int T>
 struct Running {
@@ -145,13 +90,17 @@ MC_DEVICE void soften(float (&x)[T][4], Running<D, T>& state, uint32_t (&weights
     }
 }
 
-template <class E, int D, int T>
-MC_DEVICE void add_values(const Quad (&values)[4][D / 64], const uint32_t (&weights)[T][2], Running<D, T>& state) {
+template <class E, class S, int D, int T>
+MC_DEVICE void add_values(const typename Piece<E, S>::Loaded (&values)[4][D / 64], const uint32_t (&weights)[T][2],
+                          Running<D, T>& state) {
 #pragma unroll
     for (int j = 0; j < D / 64; ++j) {
+        Quad of[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) of[i] = Piece<E, S>::of(values[i][j]);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-            const uint32_t a = values[0][j].x[m], b = values[1][j].x[m], c = values[2][j].x[m], d = values[3][j].x[m];
+            const uint32_t a = of[0].x[m], b = of[1].x[m], c = of[2].x[m], d = of[3].x[m];
 #pragma unroll
             for (int t = 0; t < T; ++t) {
                 multiply_16x8x16<E>(state.sums[t][4 * j + m], lower_halves(a, b), upper_halves(a, b),
@@ -162,7 +111,7 @@ MC_DEVICE void add_values(const Quad (&values)[4][D / 64], const uint32_t (&weig
 }
 
 // What the warps have, joined.
-template <class E, int D, int T>
+template <class E, class S, int D, int T>
 MC_DEVICE void join_warps(const AttendCall& c, const Part& p, SharedMemory& shared, const Running<D, T>& state) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int warps = static_cast<int>(blockDim.x) / 32;
@@ -198,11 +147,12 @@ MC_DEVICE void join_warps(const AttendCall& c, const Part& p, SharedMemory& shar
             total += weight * totals[w * kRows + row];
             sum += weight * sums[(w * kRows + row) * D + dim];
         }
-        store_result<E>(c, p, row, dim, sum, top, total);
+        store_result<E, S>(c, p, row, dim, sum, top, total);
     }
 }
 
-template <class E, int D, int T>
+// Queries of E, keys and values of S.
+template <class E, class S, int D, int T>
 __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
     attend_tensor(const __grid_constant__ AttendCall call) {
     MC_SHARED_MEMORY(memory);
@@ -248,32 +198,35 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
     for (int lanes = 4; lanes < 32; lanes *= 2) latest = max(latest, __shfl_xor_sync(0xffffffffu, latest, lanes));
     __syncthreads();
 
+    using Stored = Piece<E, S>;
     const char *k = p.keys(call), *v = p.values(call);
+    const float scale = scale_of<S>(call, p);
     int tile = p.low + kTileSlots * (static_cast<int>(threadIdx.x) / 32);
     Slots now(call, p, tile + g);
-    Quad keys[2][D / 32];
+    typename Stored::Loaded keys[2][D / 32];
     load_keys<D>(call, k, now, latest, tile + g, c, keys);
     for (; tile < p.high; tile += step) {
         const Slots next(call, p, tile + step + g);
         const unsigned seen[2] = {__ballot_sync(0xffffffffu, now.seen(0, latest)),
                                   __ballot_sync(0xffffffffu, now.seen(1, latest))};
         const bool some = (seen[0] | seen[1]) != 0;
-        Quad values[4][D / 64];
+        typename Stored::Loaded values[4][D / 64];
         uint32_t weights[T][2];
         float x[T][4] = {};
         const Extras bias(call, p, call.bias, tile + g);
         if (some) {
             const Extras sigma(call, p, call.sigma, tile + g);
-            if (turns) {
+            Quad turned[2][D / 32];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    turn_row<E, D>(call, bands, c, now.at[i], sigma.x[i], call.sigma != nullptr, keys[i]);
-                }
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int j = 0; j < D / 32; ++j) turned[i][j] = Stored::of(keys[i][j]);
+                if (turns) turn_row<E, D>(call, bands, c, now.at[i], sigma.x[i], call.sigma != nullptr, turned[i]);
             }
 #pragma unroll
             for (int t = 0; t < T; ++t) {
                 for (int j = 0; j < D / 32; ++j) {
-                    multiply<E>(x[t], keys[0][j], keys[1][j], queries[(t * (D / 32) + j) * 32 + lane]);
+                    multiply<E>(x[t], turned[0][j], turned[1][j], queries[(t * (D / 32) + j) * 32 + lane]);
                 }
             }
         }
@@ -286,7 +239,7 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
             for (int i = 0; i < 4; ++i) {
                 const int row = 8 * t + 2 * c + i % 2, s = tile + g + i / 2 * 8;
                 const bool visible = now.at[i / 2] >= 0 && now.at[i / 2] <= at[t][i % 2];
-                x[t][i] = visible ? x[t][i] * call.scale + bias.x[i / 2] * kLog2E : -MC_INFINITY;
+                x[t][i] = visible ? x[t][i] * scale + bias.x[i / 2] * kLog2E : -MC_INFINITY;
                 if (call.logits && row < p.count && s < p.high) {
                     write(call.logits + p.index(call, row) * call.slots + s, x[t][i]);
                 }
@@ -294,11 +247,11 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
         }
         if (some) {
             soften<E, D, T>(x, state, weights);
-            add_values<E, D, T>(values, weights, state);
+            add_values<E, S, D, T>(values, weights, state);
         }
         now = next;
     }
-    join_warps<E, D, T>(call, p, shared, state);
+    join_warps<E, S, D, T>(call, p, shared, state);
 }
 
 template <int D, int T>

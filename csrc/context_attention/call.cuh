@@ -1,7 +1,7 @@
 // What the attention kernels are told, and which part of the work a block has.
 #pragma once
 
-#include "device_types.cuh"
+#include "fp8.cuh"
 #include "turns.cuh"
 
 namespace mc::cuda {
@@ -12,6 +12,8 @@ struct AttendCall {
     int64_t q_step[3], k_step[3], v_step[3], out_step[3];  // bytes: b, head, query or slot
     const int64_t *q_pos, *kv_pos;
     const double* inv_freq;  // nullptr: nothing is rotated
+    // [Hkv], of fp8 keys and values.
+    const float *k_scale, *v_scale;
     const float *sigma, *bias;
     float* lse;          // [B, Hq, T]
     float* mass;         // [B, S] or nullptr
@@ -94,6 +96,18 @@ constexpr float kLog2 = 0.69314718055994530942f, kLog2E = 1.44269504088896340736
 #define MC_INFINITY HUGE_VALF
 #endif
 
+// Of <q, k> and of the result, for keys and values that are stored as S.
+template <class S>
+MC_DEVICE float scale_of(const AttendCall& c, const Part& p) {
+    if constexpr (std::is_same_v<S, Fp8>) return c.scale * read_constant<float>(c.k_scale + p.h);
+    return c.scale;
+}
+template <class S>
+MC_DEVICE float result_scale_of(const AttendCall& c, const Part& p) {
+    if constexpr (std::is_same_v<S, Fp8>) return read_constant<float>(c.v_scale + p.h);
+    return 1.0f;
+}
+
 // 2^(x - top), 0 where top is -infinity.
 MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f(x - top); }
 
@@ -104,10 +118,10 @@ MC_DEVICE void store_lse(const AttendCall& c, int64_t row, float lse) {
 }
 
 // An element of row `row`'s result; top and total: greatest logit in units of log 2, sum of 2^(logit - top).
-template <class E>
+template <class E, class S>
 MC_DEVICE void store_result(const AttendCall& c, const Part& p, int row, int dim, float sum, float top, float total) {
     const int64_t index = p.index(c, row);
-    const float x = total > 0.0f ? sum / total : 0.0f;
+    const float x = (total > 0.0f ? sum / total : 0.0f) * result_scale_of<S>(c, p);
     const float lse = total > 0.0f ? top + log2f(total) : -MC_INFINITY;
     if (c.partial_out) {
         const int64_t at = p.split * c.all_rows + index;

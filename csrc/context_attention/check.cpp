@@ -1,4 +1,4 @@
-// Checks of mc_context_attention_cpu. Whatever could make the kernel leave the caller's memory is refused here.
+// Checks of mc_context_attention_cpu and mc_context_attention_cuda. Whatever could make the kernel leave the caller's memory is refused here.
 #include "check.h"
 
 #include <cmath>
@@ -6,13 +6,17 @@
 namespace mc {
 namespace {
 
-void check_tensors(const mc_context_attention_args& a) {
+void check_tensors(const mc_context_attention_args& a, bool fp8) {
     check_view("q", a.q, 4);
-    check_view("k", a.k, 4);
-    check_view("v", a.v, 4);
+    check_view("k", a.k, 4, fp8);
+    check_view("v", a.v, 4, fp8);
     check_view("out", a.out, 4);
-    check_dtype("k", a.k, "q", a.q);
-    check_dtype("v", a.v, "q", a.q);
+    if (a.k.dtype == MC_F8E4M3) {
+        check_dtype("v", a.v, "k", a.k);
+    } else {
+        check_dtype("k", a.k, "q", a.q);
+        check_dtype("v", a.v, "q", a.q);
+    }
     check_dtype("out", a.out, "q", a.q);
     const int64_t *q = a.q.size, *k = a.k.size;
     check_sizes("k", a.k, {q[0], -1, -1, q[3]});
@@ -38,6 +42,13 @@ void check_arrays(const mc_context_attention_args& a) {
     if (queries && !a.q_pos) invalid("q_pos: expected an array [B, T], got NULL");
     if (slots && !a.kv_pos) invalid("kv_pos: expected an array [B, S], got NULL");
     if (queries && a.q.size[1] && !a.lse) invalid("lse: expected an array [B, Hq, T], got NULL");
+    const float* const scales[2] = {a.k_scale, a.v_scale};
+    static const char* const names[2] = {"k_scale", "v_scale"};
+    for (int i = 0; i < 2; ++i) {
+        if ((scales[i] != nullptr) == (a.k.dtype == MC_F8E4M3)) continue;
+        invalid(std::string(names[i]) + (scales[i] ? ": expected NULL with keys that are not MC_F8E4M3, got an array"
+                                                   : ": expected an array [Hkv] with MC_F8E4M3 keys, got NULL"));
+    }
 }
 
 void check_rotation(const mc_context_attention_args& a) {
@@ -61,16 +72,17 @@ void byte_strides(const mc_tensor& x, int64_t* out) {
 
 }  // namespace
 
-Attention check_context_attention(const mc_context_attention_args& a) {
+Attention check_context_attention(const mc_context_attention_args& a, bool fp8) {
     if (a.struct_size != sizeof(mc_context_attention_args)) {
         invalid("struct_size: expected " + std::to_string(sizeof(mc_context_attention_args)) + ", got " +
                 std::to_string(a.struct_size) + " (another version of mc_kernels.h?)");
     }
-    check_tensors(a);
+    check_tensors(a, fp8);
     check_arrays(a);
     check_rotation(a);
     Attention x{};
     x.dtype = a.q.dtype;
+    x.fp8 = a.k.dtype == MC_F8E4M3;
     x.batch = a.q.size[0];
     x.heads = a.q.size[1];
     x.queries = a.q.size[2];

@@ -13,9 +13,10 @@ struct Attention {
     RowShape row;
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // bytes: b, head, query or slot
     bool interleaved;
+    bool fp8;  // k and v are MC_F8E4M3
 };
 
-// Throws Error for whatever the ABI promises to refuse. Nothing has been written then.
-Attention check_context_attention(const mc_context_attention_args& a);
+// Throws Error for whatever the ABI promises to refuse. Nothing has been written then. fp8: a cache may be of it.
+Attention check_context_attention(const mc_context_attention_args& a, bool fp8 = false);
 
 }  // namespace mc

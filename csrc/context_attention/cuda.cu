@@ -1,5 +1,6 @@
 // mc_context_attention_cuda: checks, tiles and splits, launches. The kernels: kernel.cuh.
 #include <algorithm>
+#include <type_traits>
 
 #include "check.h"
 #include "host_checks.h"
@@ -27,7 +28,8 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
     const bool whole = !a.inv_freq || 2 * x.row.half == dims;
     l.tensor = x.dtype != MC_F32 && (dims == 64 || dims == 128) && whole && rows_on_16(a.q) && rows_on_16(a.k) &&
                rows_on_16(a.v);
-    l.tile_rows = !l.tensor ? kPlainRows : x.rows <= 8 ? 8 : 16;
+    // Of fp8 by 8, however many: a tile of 16 is worth no instances of its own.
+    l.tile_rows = !l.tensor ? kPlainRows : x.rows <= 8 || x.fp8 ? 8 : 16;
     l.row_tiles = (x.rows + l.tile_rows - 1) / l.tile_rows;
     const int64_t rows = x.batch * x.heads * x.queries, programs = x.batch * x.kv_heads * l.row_tiles;
     if (rows == 0 || x.slots == 0) return l;
@@ -49,7 +51,7 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
 }
 
 Attention check(const mc_context_attention_args& a) {
-    const Attention x = check_context_attention(a);
+    const Attention x = check_context_attention(a, true);
     if (x.row.dims > kMostDims) {
         invalid("q: expected at most D = " + std::to_string(kMostDims) + ", got shape " + shape_text(a.q));
     }
@@ -73,6 +75,8 @@ void set_call(AttendCall& c, const mc_context_attention_args& a, const Attention
     c.inv_freq = x.row.half ? a.inv_freq : nullptr;
     c.sigma = x.row.half ? a.sigma : nullptr;
     c.bias = a.kv_bias;
+    c.k_scale = a.k_scale;
+    c.v_scale = a.v_scale;
     c.lse = a.lse;
     c.mass = a.mass;
     if (l.splits > 1) {
@@ -111,38 +115,42 @@ void watch(Watched& watched, const mc_context_attention_args& a, const Attention
     watched.array("inv_freq", a.inv_freq, 8 * x.row.half, false);
     watched.array("sigma", a.sigma, 4 * x.batch * x.slots, false);
     watched.array("kv_bias", a.kv_bias, 4 * x.batch * x.slots, false);
+    watched.array("k_scale", a.k_scale, 4 * x.kv_heads, false);
+    watched.array("v_scale", a.v_scale, 4 * x.kv_heads, false);
     watched.array("lse", a.lse, 4 * x.batch * x.heads * x.queries, true);
     watched.array("mass", a.mass, 4 * x.batch * x.slots, true);
     watched.array("workspace", workspace, bytes, true);
 }
 
-template <class E, int D, int T>
+template <class E, class S, int D, int T>
 void launch_tensor(const AttendCall& c, int64_t blocks, void* stream) {
     const int threads = block_threads(kTensorThreads);
-    launch("context_attention", attend_tensor<E, D, T>, blocks, threads, tensor_shared_bytes<D, T>(threads, c.half),
+    launch("context_attention", attend_tensor<E, S, D, T>, blocks, threads, tensor_shared_bytes<D, T>(threads, c.half),
            stream, c);
 }
 
-template <class E>
+template <class E, class S>
 void attend(const AttendCall& c, const Layout& l, int64_t blocks, void* stream) {
     if constexpr (sizeof(typename E::Bits) == 2) {
         if (l.tensor) {
+            constexpr int kMost = std::is_same_v<S, Fp8> ? 1 : 2;
             const bool few = l.tile_rows == 8;
-            const auto go = c.dims == 64 ? few ? launch_tensor<E, 64, 1> : launch_tensor<E, 64, 2>
-                            : few        ? launch_tensor<E, 128, 1>
-                                         : launch_tensor<E, 128, 2>;
+            const auto go = c.dims == 64 ? few ? launch_tensor<E, S, 64, 1> : launch_tensor<E, S, 64, kMost>
+                            : few        ? launch_tensor<E, S, 128, 1>
+                                         : launch_tensor<E, S, 128, kMost>;
             return go(c, blocks, stream);
         }
     }
     const int threads = std::max(block_threads(kPlainThreads), (c.dims + 63) / 64 * 32);
-    launch("context_attention (plain)", attend_plain<E>, blocks, threads,
+    launch("context_attention (plain)", attend_plain<E, S>, blocks, threads,
            PlainMemory::bytes(c.dims, c.half, threads / 32), stream, c);
 }
 
 template <class E>
-void launch_all(const AttendCall& c, const Layout& l, void* stream) {
+void launch_all(const AttendCall& c, const Layout& l, bool fp8, void* stream) {
     if (c.all_rows && l.splits) {
-        attend<E>(c, l, static_cast<int64_t>(c.batch) * c.kv_heads * l.row_tiles * l.splits, stream);
+        const int64_t blocks = static_cast<int64_t>(c.batch) * c.kv_heads * l.row_tiles * l.splits;
+        fp8 ? attend<E, Fp8>(c, l, blocks, stream) : attend<E, E>(c, l, blocks, stream);
     }
     if (c.all_rows && l.splits != 1) {
         launch("context_attention (splits)", join_splits<E>, c.all_rows, block_threads(kJoinThreads), 0, stream, c);
@@ -171,11 +179,11 @@ void context_attention(const mc_context_attention_args& a, void* workspace, int6
     watch(watched, a, x, workspace, l.bytes);
     switch (x.dtype) {
         case MC_F32:
-            return launch_all<Float>(c, l, stream);
+            return launch_all<Float>(c, l, x.fp8, stream);
         case MC_F16:
-            return launch_all<Half>(c, l, stream);
+            return launch_all<Half>(c, l, x.fp8, stream);
         default:
-            return launch_all<Bfloat>(c, l, stream);
+            return launch_all<Bfloat>(c, l, x.fp8, stream);
     }
 }
 

@@ -44,7 +44,8 @@ enum {
     MC_F16 = 1,  /* IEEE binary16 */
     MC_BF16 = 2, /* the upper half of a binary32 */
     MC_I32 = 3,
-    MC_I64 = 4
+    MC_I64 = 4,
+    MC_F8E4M3 = 5 /* a byte: sign, 4 bits of exponent, 3 of mantissa; no infinities, 0x7f and 0xff are NaN. Of caches only */
 };
 
 /* A strided view. Zero-initialised it means "absent" where an argument is optional. */
@@ -107,7 +108,8 @@ typedef struct mc_kv_splice_args {
     size_t struct_size; /* sizeof(mc_kv_splice_args) */
 
     /* The cache, written. f32, f16 or bf16, all four tensors the same; the last dimension contiguous; no two indices of
-     * one view name the same element.
+     * one view name the same element. Without rotation elements are moved as they are, whatever they mean: a cache of
+     * single bytes goes as one of 16-bit elements with half the dimensions and strides.
      *   table absent:  k, v [L, B, Hkv, S, D]
      *   table given:   k, v [L, P, Hkv, page_size, D], and S below is max_pages * page_size
      * k and v may be interleaved views of one allocation but must share no element; that is the caller's duty and only
@@ -172,7 +174,7 @@ typedef struct mc_context_attention_args {
     size_t struct_size; /* sizeof(mc_context_attention_args) */
 
     /* q [B, Hq, T, D]; k, v [B, Hkv, S, D], keys unrotated. f32, f16 or bf16, all the same; D >= 1, contiguous; Hkv
-     * divides Hq. */
+     * divides Hq. On a CUDA device k and v may both be MC_F8E4M3, see k_scale. */
     mc_tensor q, k, v;
 
     const int64_t* q_pos;  /* [B, T] contiguous */
@@ -191,6 +193,10 @@ typedef struct mc_context_attention_args {
     mc_tensor out; /* [B, Hq, T, D], q's dtype, last dimension contiguous, no element named twice */
     float* lse;    /* [B, Hq, T] contiguous, natural logarithm */
     float* mass;   /* [B, S] contiguous, or NULL: not wanted */
+
+    /* [Hkv] contiguous: an element of k or v of MC_F8E4M3 stands for itself times its head's. NULL, both, with any other
+     * dtype. */
+    const float *k_scale, *v_scale;
 } mc_context_attention_args;
 
 /* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, heads of 64 or 128 dimensions that turn
@@ -509,7 +515,9 @@ MC_API int32_t mc_lens_score_cuda(const mc_lens_score_args* args, void* workspac
 /* q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse and mass are device memory; D <= 256. Where mass is wanted, the
  * workspace has B * Hq * T * S floats. Meant for few queries a sequence, as the CPU's: each 16 rows (queries times heads of a
  * group; 4 where D is neither 64 nor 128, in fp32, and off 16 bytes) read the keys again. Heads of 64 or 128 dimensions of
- * 16 bits multiply in their dtype: rotated queries and keys and the softmax's weights are rounded to it, sums are fp32. */
+ * 16 bits multiply in their dtype: rotated queries and keys and the softmax's weights are rounded to it, sums are fp32. So
+ * do keys and values of MC_F8E4M3 under queries of 16 bits, in the queries' dtype, 8 rows at a time; their scales multiply
+ * logits and results in fp32. k_scale and v_scale are device memory. */
 MC_API int32_t mc_context_attention_cuda_workspace(const mc_context_attention_args* args, int64_t* bytes);
 MC_API int32_t mc_context_attention_cuda(const mc_context_attention_args* args, void* workspace, int64_t workspace_bytes,
                                          void* stream);

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import FP8
 from ..registry import register
 from ..rope import phases
 from . import cpu_native
@@ -37,9 +38,11 @@ HIDDEN = -1e30
 LOG2_E = math.log2(math.e)
 
 
-def _supports(q: Tensor, *_: object) -> str | None:
+def _supports(q: Tensor, k: Tensor, *_: object) -> str | None:
     if q.device.type != "cpu":
         return f"expected CPU tensors, got {q.device}"
+    if k.dtype == FP8:
+        return "it reads no float8_e4m3fn keys and values"
     return "fp64 is for the oracle" if q.dtype == torch.float64 else None
 
 
@@ -211,8 +214,9 @@ class _Call:
 def context_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+    k_scale: None = None, v_scale: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `ref.context_attention_ref`."""
+    """See `ref.context_attention_ref`; not of fp8 caches, so without scales."""
     if cpu_native.serves(q, k.shape[2], return_mass):
         return cpu_native.context_attention_native(
             q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass

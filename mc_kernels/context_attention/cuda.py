@@ -39,12 +39,12 @@ def _empty_results(q: Tensor, k: Tensor, return_mass: bool, device: torch.device
 def _call(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
-    out: Results,
+    k_scale: Tensor | None, v_scale: Tensor | None, out: Results,
 ) -> Callable[[Any], int]:  # fmt: skip
     """The library's call but for its last argument; keeps what it reads."""
     positions = [_as(x, torch.int64) for x in (q_pos, kv_pos)]
     freq = _as(inv_freq, torch.float64)
-    by_slot = [_as(x, torch.float32) for x in (sigma, kv_bias)]
+    by_slot, by_head = ([_as(x, torch.float32) for x in pair] for pair in ((sigma, kv_bias), (k_scale, v_scale)))
     result, lse, mass = out
     arguments = (
         *(native.view(x) for x in (q, k, v)),
@@ -58,8 +58,9 @@ def _call(
         native.view(result),
         native.address(lse),
         native.address(mass),
+        *(native.address(x) for x in by_head),
     )
-    held = (*positions, freq, *by_slot, out)  # the library gets addresses
+    held = (*positions, freq, *by_slot, *by_head, out)  # the library gets addresses
 
     def call(where: Any, held: object = held) -> int:
         return int(cuda_backend.library().context_attention(*arguments, where))
@@ -70,19 +71,21 @@ def _call(
 def context_attention_workspace(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> int:  # fmt: skip
     """Bytes of workspace that a call with these arguments needs on this device."""
     args = (q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass)
     with torch.cuda.device_of(q):
-        return _call(*args, _empty_results(q, k, return_mass, q.device))(None)
+        return _call(*args, k_scale, v_scale, _empty_results(q, k, return_mass, q.device))(None)
 
 
 def context_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
-    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool, *,
-    out: Results | None = None, workspace: Tensor | None = None,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, *, out: Results | None = None,
+    workspace: Tensor | None = None,
 ) -> Results:  # fmt: skip
-    """See `ref.context_attention_ref`. fp32, bf16 or fp16, D <= 256.
+    """See `ref.context_attention_ref`. fp32, bf16 or fp16, keys and values of float8_e4m3fn too, D <= 256.
 
     out: (out [B, Hq, T, D] of q's dtype, last dimension contiguous; lse [B, Hq, T] and mass [B, S] ([0] unless asked)
         fp32, contiguous), overwritten; they alias nothing else. workspace: uint8 on q's device,
@@ -96,7 +99,8 @@ def context_attention_cuda(
         for name, x, like in zip(names, out, _empty_results(q, k, return_mass, "meta"), strict=True):
             _check_out(name, x, like, q.device, contiguous=name != "out")
     call = _call(
-        q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass, out
+        q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass, k_scale,
+        v_scale, out,
     )  # fmt: skip
     cuda_backend.launch(call, q, workspace)
     return out

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import (
+    CACHE_DTYPES,
+    FP8,
     INDEX_DTYPES,
     ORACLE_DTYPES,
     accumulate_dtype,
@@ -26,13 +28,14 @@ from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
 
+_SCALES = "Tensor? k_scale, Tensor? v_scale"
 _ROPE = "Tensor? inv_freq, bool interleaved, float attention_scaling, Tensor? sigma, Tensor? kv_bias, float scale"
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
-    backend: str | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     acc = accumulate_dtype(q.dtype)
     mass_shape = (k.shape[0], k.shape[2]) if return_mass else (0,)
@@ -56,6 +59,8 @@ def _refuse_triton(
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, *_: object,
 ) -> str | None:  # fmt: skip
     """Frequencies may be fp64; a head has to fit into a block's shared memory."""
+    if k.dtype == FP8:
+        return "it reads no float8_e4m3fn keys and values"
     if q.shape[-1] > MOST_TRITON_DIMS:
         return f"expected at most {MOST_TRITON_DIMS} dimensions a head, got D={q.shape[-1]}"
     return refuse_device((q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias)) or refuse_fp64((q, k, v, sigma, kv_bias))
@@ -99,7 +104,7 @@ register_backward(
 
 _op = define_op(
     "context_attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor kv_pos, {_ROPE}, bool return_mass, str? backend)"
+    f"(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor kv_pos, {_ROPE}, bool return_mass, {_SCALES}, str? backend)"
     " -> (Tensor, Tensor, Tensor)",
     _fake,
 )
@@ -112,7 +117,7 @@ _op_backward = define_op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, _, backend = inputs
+    q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, *_, backend = inputs
     out, lse, mass = output
     ctx.mark_non_differentiable(lse, mass)
     ctx.save_for_backward(q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse)
@@ -126,10 +131,30 @@ def _backward(ctx: Any, grad_out: Tensor, _lse: Tensor, _mass: Tensor) -> tuple[
         grad_out, q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, out, lse, backend
     )
     none = None
-    return dq, dk, dv, none, none, none, none, none, none, dbias if kv_bias is not None else none, none, none, none
+    return dq, dk, dv, *[none] * 6, dbias if kv_bias is not None else none, *[none] * 5
 
 
 register_autograd("context_attention", _backward, _setup_context)
+
+
+def _check_scales(
+    k: Tensor, scales: dict[str, Tensor | None], leaves: dict[str, Tensor | None], dims: dict[str, int]
+) -> None:
+    """Of an fp8 cache both scales, of any other none; and then no gradient is wanted."""
+    for name, scale in scales.items():
+        if k.dtype != FP8:
+            if scale is not None:
+                raise ValueError(f"{name}: expected None with keys and values that are not float8_e4m3fn, got a tensor")
+            continue
+        if scale is None:
+            raise ValueError(f"{name}: expected a tensor [Hkv] with float8_e4m3fn keys and values, got None")
+        check_tensor(name, scale, (torch.float32,))
+        check_shape(name, scale, ("Hkv",), dims)
+    for name, x in leaves.items():
+        if k.dtype == FP8 and torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that requires no gradient with float8_e4m3fn keys and values (no backward)"
+            )
 
 
 def context_attention(
@@ -145,6 +170,8 @@ def context_attention(
     scale: float | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention over cache slots with RoPE applied to the keys while they are read.
@@ -152,6 +179,7 @@ def context_attention(
     Args:
         q: [B, Hq, T, D] queries, unrotated; fp32, bf16 or fp16.
         k, v: [B, Hkv, S, D], keys unrotated, q's dtype, any strides with a contiguous last dimension; Hkv divides Hq.
+            Or float8_e4m3fn (an fp8 cache) with any such q.
         q_pos: [B, T] int64 or int32, positions of the queries.
         kv_pos: [B, S] int64 or int32, positions of the slots; -1 marks an empty slot, whose content is never used
             (it must be finite where the backend multiplies before it masks; the caches of this project are).
@@ -161,7 +189,10 @@ def context_attention(
         scale: multiplies q.k; D**-0.5 by default.
         return_lse: also return lse [B, Hq, T] fp32 (natural logarithm), -inf where a query sees nothing.
         return_mass: also return mass [B, S] fp32: probability received, summed over heads and queries.
-        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
+        k_scale, v_scale: [Hkv] fp32 > 0, both with an fp8 cache, neither without: an element stands for itself times
+            its head's scale (it was divided by that when it was stored). A scale of the whole tensor: `x.expand(Hkv)`.
+        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can. fp8 caches are read by `cuda` (few
+            queries) and `ref`.
 
     Returns:
         out [B, Hq, T, D] in q's dtype (0 where a query sees nothing), followed by lse and mass where asked.
@@ -172,11 +203,12 @@ def context_attention(
         ValueError: shape, stride or value.
         BackendError: the named backend cannot serve.
 
-    Gradients flow to q, k, v and kv_bias; lse and mass are not differentiable.
+    Gradients flow to q, k, v and kv_bias; lse and mass are not differentiable, and nothing is with an fp8 cache.
     Source: RoFormer (Su et al. 2021) for the rotation; FlashAttention-2 (Dao 2023) for the closed-form backward.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, ORACLE_DTYPES)
+    check_tensor("q", q, ORACLE_DTYPES)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, CACHE_DTYPES)
     for name, x in (("q_pos", q_pos), ("kv_pos", kv_pos)):
         check_tensor(name, x, INDEX_DTYPES)
     dims: dict[str, int] = {}
@@ -189,8 +221,11 @@ def context_attention(
         if optional is not None:
             check_tensor(name, optional, ORACLE_DTYPES)
             check_shape(name, optional, ("B", "S"), dims)
-    check_same_dtype(("q", q), k=k, v=v)
-    check_same_device(("q", q), k=k, v=v, q_pos=q_pos, kv_pos=kv_pos, sigma=sigma, kv_bias=kv_bias)
+    check_same_dtype(("k", k) if k.dtype == FP8 else ("q", q), k=k, v=v)
+    _check_scales(k, {"k_scale": k_scale, "v_scale": v_scale}, {"q": q, "k": k, "v": v, "kv_bias": kv_bias}, dims)
+    check_same_device(
+        ("q", q), k=k, v=v, q_pos=q_pos, kv_pos=kv_pos, sigma=sigma, kv_bias=kv_bias, k_scale=k_scale, v_scale=v_scale
+    )
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_contiguous_rows(name, x)
     hq, hkv, d = dims["Hq"], dims["Hkv"], dims["D"]
@@ -210,7 +245,7 @@ def context_attention(
         raise ValueError("sigma: expected None without rope (it damps rotary bands), got a tensor")
     out, lse, mass = torch.ops.mc.context_attention(
         q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias,
-        d**-0.5 if scale is None else float(scale), return_mass, backend,
+        d**-0.5 if scale is None else float(scale), return_mass, k_scale, v_scale, backend,
     )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([mass] if return_mass else [])
     return (out, *extras) if extras else out

@@ -5,7 +5,8 @@
     p = softmax over visible s;  out = p v;  lse = logsumexp of visible logits;  mass[b,s] = sum over h and t of p
 
 q [B,Hq,T,D]; k, v [B,Hkv,S,D], unrotated keys; g = Hq/Hkv. Accumulates in fp32 (fp64 for fp64 input). A query that
-sees nothing gives out = 0 and lse = -inf. Empty B, T or S give empty or zero outputs.
+sees nothing gives out = 0 and lse = -inf. Empty B, T or S give empty or zero outputs. Of an fp8 cache, k and v stand
+for k k_scale[h] and v v_scale[h] in fp32.
 Damping (Gaussian RoPE: the expectation of the rotation over positions spread by `sigma`): band b of a key shrinks by
 exp(-(inv_freq[b] sigma)^2 / 2), which is exactly 1 at sigma = 0.
 """
@@ -80,6 +81,8 @@ def context_attention_ref(
     kv_bias: Tensor | None,
     scale: float,
     return_mass: bool,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out [B,Hq,T,D] in q's dtype, lse [B,Hq,T] and mass [B,S] ([0] unless asked) in the accumulate dtype."""
     (b, hq, t, d), (hkv, s) = q.shape, k.shape[1:3]
@@ -89,6 +92,8 @@ def context_attention_ref(
     mass = torch.zeros((b, s) if return_mass else (0,), dtype=acc, device=q.device)
     if out.numel() == 0 or s == 0:
         return out, lse, mass
+    if k_scale is not None and v_scale is not None:
+        k, v = (x.to(acc) * by_head.to(acc)[:, None, None] for x, by_head in ((k, k_scale), (v, v_scale)))
     g = hq // hkv
     kt = _rotated_keys(k, kv_pos, inv_freq, interleaved, attention_scaling, sigma).transpose(-1, -2)
     values = v.to(acc)

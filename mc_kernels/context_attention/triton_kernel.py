@@ -78,10 +78,11 @@ def context_attention_workspace(q: Tensor, k: Tensor, inv_freq: Tensor | None, r
 
 def context_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
-    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool, *,
-    out: tuple[Tensor, Tensor, Tensor] | None = None, workspace: Tensor | None = None,
+    attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
+    k_scale: None = None, v_scale: None = None, *, out: tuple[Tensor, Tensor, Tensor] | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `ref.context_attention_ref`. fp32, bf16 or fp16, D <= 256.
+    """See `ref.context_attention_ref`. fp32, bf16 or fp16, D <= 256; not of fp8 caches, so without scales.
 
     out: (out [B, Hq, T, D] of q's dtype, last dimension contiguous; lse [B, Hq, T] and mass [B, S] ([0] unless asked)
         fp32, contiguous), overwritten; they alias nothing else. workspace: uint8, `context_attention_workspace` bytes.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import splice_checks
-from ..checks import INDEX_DTYPES, ORACLE_DTYPES, check_same_device, check_shape, check_tensor, describe
+from ..checks import CACHE_DTYPES, FP8, INDEX_DTYPES, check_same_device, check_shape, check_tensor, describe
 from ..rope import RopeSpec
 from .plan import PageTable, SplicePlan
 
@@ -53,7 +53,7 @@ def check_cache(
         return k, v, k_new.shape[0], k.shape[-2]
     given = {"k": k, "v": v, "k_new": k_new, "v_new": v_new}
     for name, x in given.items():
-        check_tensor(name, x, ORACLE_DTYPES)
+        check_tensor(name, x, CACHE_DTYPES)
     if pages is not None and not isinstance(pages, PageTable):
         raise TypeError(f"pages: expected a PageTable, got {describe(pages)}")
     n_rows, n_slots = splice_checks.check_views(given, pages)
@@ -66,6 +66,21 @@ def check_cache(
         splice_checks.check_aliasing(given)
     k, v = (k[None], v[None]) if k.dim() == 4 else (k, v)
     return k, v, n_rows, n_slots
+
+
+def movable(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as every backend moves them: of fp8, two elements as one of 16 bits. Without rotation a splice is a
+    move of bytes, whatever they mean."""
+    if k.dtype != FP8:
+        return k, v, k_new, v_new
+    for name, x in (("k", k), ("v", v), ("k_new", k_new), ("v_new", v_new)):
+        offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
+        if any(n % 2 for n in (x.shape[-1], offset, *x.stride()[:-1])):
+            raise ValueError(
+                f"{name}: expected float8_e4m3fn entries that begin on 2 bytes (even D and strides), got {describe(x)},"
+                f" strides {list(x.stride())}"
+            )
+    return tuple(x.view(torch.bfloat16) for x in (k, v, k_new, v_new))
 
 
 def check_plans(
@@ -116,6 +131,10 @@ def check_rope(rope: RopeSpec | None, n_rows: int, k: Tensor) -> tuple[Tensor | 
         return None, False, 1.0
     if not isinstance(rope, RopeSpec):
         raise TypeError(f"rope: expected a RopeSpec or None, got {describe(rope)}")
+    if k.dtype == FP8:
+        raise ValueError(
+            "rope: expected None for a float8_e4m3fn cache (keys would be rounded to it again), got a RopeSpec"
+        )
     rope.check_head_dim(k.shape[-1])
     if rope.inv_freq.dim() == 2 and rope.inv_freq.shape[0] != n_rows:
         raise ValueError(f"rope: expected inv_freq [D_rot/2] or [R={n_rows}, D_rot/2], got {describe(rope.inv_freq)}")

@@ -16,7 +16,7 @@ from ..splice_checks import plan_offsets
 from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
-from .checks import check_cache, check_pages, check_plans, check_positions, check_rope
+from .checks import check_cache, check_pages, check_plans, check_positions, check_rope, movable
 from .plan import PageTable, SplicePlan
 
 _SCHEMA = (
@@ -105,7 +105,8 @@ def kv_splice_(
     Args:
         k, v: [R, Hkv, S, D] (R = layers x batch) or [L, B, Hkv, S, D] (R = L * B, row r = layer * B + b), fp32, bf16
             or fp16, any strides with a contiguous last dimension; both may be views of one allocation. With `pages`:
-            [L, P, Hkv, page_size, D] or, for L = 1, [P, Hkv, page_size, D]. Written.
+            [L, P, Hkv, page_size, D] or, for L = 1, [P, Hkv, page_size, D]. Written. Or float8_e4m3fn, with even D and
+            strides and without `rope`: bytes are moved, and the scales of old and new entries are one.
         k_new, v_new: [R, Hkv, M, D] inserted entries of all edits in timeline order, keys unrotated. With several
             plans M is at least the largest of them and what lies beyond a row's own plan is not read.
         plan: what to do, or several plans (of one discipline) with `rows`.
@@ -153,7 +154,7 @@ def kv_splice_(
         check_pages(pages, kk, plans, row_plans, before, after)
     packed = pack_plans(plans)
     torch.ops.mc.kv_splice_(
-        kk, vv, k_new, v_new, None if pages is None else pages.table, row_plans, ordered, packed.segments,
+        *movable(kk, vv, k_new, v_new), None if pages is None else pages.table, row_plans, ordered, packed.segments,
         packed.stays, packed.insert_slots, packed.offsets, before, after, inv_freq, interleaved, scaling, backend,
     )  # fmt: skip
     if not torch.compiler.is_compiling() and not k.is_inference():

@@ -5,26 +5,40 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from bench.gpu import check
-from bench.gpu.check import Outcome as Tests
-from bench.gpu.check import app, case_of, last_line, measure, read_tests, verdicts
+from bench.gpu.budget import SHARES, Budget
+from bench.gpu.check import app, case_of, last_line, measure, run_cases, verdicts
+from bench.gpu.junit import Outcome as Ran
+from bench.gpu.junit import read_tests
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
 from bench.rows import Row
+from bench.suite import CachePlan
 
 SLOTS = Target("kv_splice_", "a", "triton", Measure.DEVICE, 20e-6)
 ORDERED = Target("kv_splice_", "b", "triton", Measure.LIMIT, 0.8)
-ROW = Row("kv_splice", "b", "triton", "cuda", "bfloat16", 1, 1, median_s=1e-3, fraction_of_limit=0.85, correct=True)
-PASSED = Tests(3, 0, ())
+ROW = Row(
+    "kv_splice", "b", "triton", "cuda", "bfloat16", 1, 1,
+    median_s=1e-3, limit_s=0.85e-3, fraction_of_limit=0.85, correct=True,
+)  # fmt: skip
+PASSED = Ran(3, 0, ())
 
 
 def test_every_target_names_a_case() -> None:
     for op, name in [(t.op, t.case) for t in TARGETS] + list(ALSO):
         assert case_of(op, name).name == name
+
+
+def test_cuda_has_targets_of_its_own() -> None:
+    asked = {(t.op, t.measure.name): t.bound for t in TARGETS if t.backend == "cuda"}
+    want = {("kv_splice_", "LIMIT"): 0.9, ("kv_splice_", "DEVICE"): 8e-6, ("lens_score", "DEVICE"): 25e-6}
+    assert asked == pytest.approx(want | {("gist_encode", "TIMES"): 1.5})
 
 
 def test_a_share_is_a_least_and_a_time_a_most() -> None:
@@ -43,6 +57,69 @@ def test_a_row_gives_the_figure_of_its_target() -> None:
     assert measure(ORDERED, [replace(ROW, median_s=None, error="wrong")], device) is None
 
 
+def test_kernels_are_held_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = "SmolLM2-135M/N1"
+    row = replace(ROW, op="gist_encode", case=case, backend="cuda", limit_s=4e-6)
+    target = Target("gist_encode", case, "cuda", Measure.TIMES, 1.5)
+    ran = []
+    monkeypatch.setattr(check, "kernel_seconds", lambda run, states: ran.append(len(states)) or 5e-6)
+    monkeypatch.setattr(check, "plan_cache", lambda *_: CachePlan(1, False, ""))
+    found = measure(target, [row], torch.device("cpu"))
+    assert found == pytest.approx(1.25)
+    assert target.met(found)
+    assert not target.met(1.51)
+    assert check.shown(target, found) == "1.250"
+    assert ran == [1]
+
+
+def test_parts_end_in_time_and_leave_the_rest_to_others() -> None:
+    now = [100.0]
+    budget = Budget(480, lambda: now[0])
+    assert sum(SHARES.values()) == pytest.approx(1)
+    assert [budget.left(part) for part in SHARES] == pytest.approx([216, 408, 480])
+    now[0] += 100
+    assert budget.spent == 100
+    assert budget.left("cases") == pytest.approx(308)
+    assert budget.share("cases") == pytest.approx(192)
+    now[0] += 400
+    assert budget.left("targets") == pytest.approx(-20)
+
+
+@pytest.fixture
+def clock() -> list[float]:
+    return [0.0]
+
+
+@pytest.fixture
+def timed_cases(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Cases that take a minute where a rival is slow to start, else 30 s: what ran, with its rivals."""
+    ran = []
+
+    def run_case(op: str, case: Any, options: Any, limits: Any, rivals: Any, **_: Any) -> list[Row]:
+        ran.append((op, case.name, tuple(rivals)))
+        clock[0] += 60 if "slow" in rivals else 30
+        return [replace(ROW, op=op, case=case.name)]
+
+    monkeypatch.setattr(check, "run_case", run_case)
+    return ran
+
+
+def test_cases_stop_where_the_next_might_be_late(
+    clock: list[float], timed_cases: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0.85 of 480 s. A rival that is slow to start runs on each op's first case, while half of the part is left."""
+    peers = {"slow": SimpleNamespace(SLOW_TO_START=True), "fast": SimpleNamespace()}
+    rows = run_cases(torch.device("cpu"), Budget(480, lambda: clock[0]), None, peers, {})
+    assert clock[0] == 390
+    assert len(rows) == len(timed_cases)
+    with_slow = [op for op, _, rivals in timed_cases if "slow" in rivals]
+    assert with_slow == list(dict.fromkeys(op for op, *_ in timed_cases))[: len(with_slow)]
+    assert 3 <= len(with_slow) <= 6
+    assert all("fast" in rivals for *_, rivals in timed_cases)
+    wanted = len(dict.fromkeys([(t.op, t.case) for t in TARGETS] + list(ALSO)))
+    assert capsys.readouterr().out.count("no time left for") == wanted - len(rows)
+
+
 def test_a_measurement_that_raises_is_a_failure_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> float:
         raise RuntimeError("cannot be captured\nand more")
@@ -57,12 +134,12 @@ def test_nothing_that_failed_is_passed_over() -> None:
     assert verdicts([(ORDERED, 0.9)], PASSED, [ROW]) == []
     assert last_line([]).startswith("Everything")
     wrong = replace(ROW, correct=False, error="wrong: error 1")
-    failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Tests(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
+    failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Ran(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
     assert len(failures) == 4
     line = last_line(failures)
     for part in ("FAILED (4)", "x::y", "wrong: error 1", "50%, target 80%", "not measured"):
         assert part in line
-    assert verdicts([], Tests(0, 0, (), "no test ran"), []) == ["no test ran"]
+    assert verdicts([], Ran(0, 0, (), "no test ran"), []) == ["no test ran"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +157,7 @@ def test_test_reports(
 ) -> None:
     report = tmp_path / "tests.xml"
     report.write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>")
-    assert read_tests(report) == Tests(passed, skipped, failed, error)
+    assert read_tests(report) == Ran(passed, skipped, failed, error)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -345,3 +345,35 @@ def test_a_case_that_does_not_fit_is_not_begun(limits: Limits, monkeypatch: pyte
     assert row.error is not None
     assert row.error.startswith("needs about")
     assert row.correct is None
+
+
+def test_a_refusal_is_no_wrong_result(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend need not take every case: its row has the reason, and nothing failed."""
+    op = "context_attention"
+    install(monkeypatch, op, IMPLS[op]["ref"].fn, supports=lambda *_: "too many rows")
+    row = rows_of(op, limits, "cpu")["cpu"]
+    assert row.correct is None
+    assert row.median_s is None
+    assert row.error == f"not available: {op}: backend 'cpu' cannot serve: too many rows"
+
+
+def test_an_fp8_cache_is_judged_by_what_it_stands_for(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the bytes, and torch's plain code, which widens it first, is its one rival."""
+    op = "context_attention"
+    case = replace(TINY[op], name="tiny/fp8", fp8=True)
+    rivals = {"torch": torch_eager, "other": SimpleNamespace(offers=lambda _: pytest.fail("asked"))}
+    rows = run_case(op, case, options(torch.bfloat16, "ref", "cpu"), limits, rivals)  # type: ignore[arg-type]
+    found = {row.backend: row for row in rows}
+    assert set(found) == {"ref", "cpu", "torch"}
+    assert found["ref"].correct
+    assert found["torch"].correct
+    assert "reads no float8_e4m3fn" in (found["cpu"].error or "")
+    cache = 2 * case.kv_heads * case.slots * case.head_dim
+    assert TINY[op].bytes(torch.bfloat16) - case.bytes(torch.bfloat16) == cache - 8 * case.kv_heads
+    reference = IMPLS[op]["ref"].fn
+    for at in (12, 13):  # a wrong scale, of keys and of values
+        install(
+            monkeypatch, op, lambda *args, at=at: reference(*args[:at], args[at] * 1.1, *args[at + 1 :])
+        )  # fmt: skip
+        (row,) = run_case(op, case, options(torch.bfloat16, "cpu"), limits, {})
+        assert "wrong: error" in rejected(row)

@@ -259,7 +259,7 @@ def test_gradients_are_those_of_others(device: str) -> None:
 def test_opcheck(device: str) -> None:
     emulate(device)
     args = on(small(FEATURES, torch.float32), device)
-    torch.library.opcheck(torch.ops.mc.context_attention.default, (*flat(args), "cuda"))
+    torch.library.opcheck(torch.ops.mc.context_attention.default, (*flat(args), None, None, "cuda"))
 
 
 @pytest.mark.parametrize(("fault", "case"), [(11, FEW), (12, DECODE)], ids=["key", "value"])

@@ -23,7 +23,7 @@ def valid_attention() -> Call:
         "q": (q.data_ptr(), 0, *heads), "k": (k.data_ptr(), 0, *slots), "v": (k.data_ptr(), 0, *slots),
         "q_pos": q_pos.data_ptr(), "kv_pos": kv_pos.data_ptr(), "inv_freq": freq.data_ptr(), "half": 4,
         "interleaved": False, "attention_scaling": 1.0, "sigma": 0, "kv_bias": per_slot.data_ptr(), "scale": 0.3,
-        "out": (out.data_ptr(), 0, *heads), "lse": lse.data_ptr(), "mass": mass.data_ptr(),
+        "out": (out.data_ptr(), 0, *heads), "lse": lse.data_ptr(), "mass": mass.data_ptr(), "k_scale": 0, "v_scale": 0,
     }  # fmt: skip
     return call, [q, k, out, lse, q_pos, kv_pos, freq, per_slot, mass]
 
@@ -72,6 +72,10 @@ ATTENTION = {
     "half": ("half", None, 5, ValueError, r"half: expected 0\.\.4 \(D/2\), got 5"),
     "no inv_freq": ("inv_freq", None, 0, ValueError, r"half: expected 0\.\.0 without inv_freq, got 4"),
     "scale": ("scale", None, float("nan"), ValueError, "scale: expected a finite number"),
+    "fp8 queries": ("q", 1, 5, TypeError, "q: expected dtype MC_F32, MC_F16 or MC_BF16, got 5"),
+    "one fp8": ("k", 1, 5, TypeError, "v: expected dtype 5 as k, got 0"),
+    "scale of fp32": ("k_scale", None, 16, ValueError, "k_scale: expected NULL with keys that are not MC_F8E4M3"),
+    "another scale": ("v_scale", None, 16, ValueError, "v_scale: expected NULL with keys that are not MC_F8E4M3"),
 }
 ENCODE = {
     "dtype": ("4", 1, 2, TypeError, "qkv: expected dtype 0 as w_in, got 2"),

@@ -91,7 +91,7 @@ def op_arguments(requires_grad: bool, features: bool = True) -> tuple[Any, ...]:
     q, k, v, bias = (args[n].clone().requires_grad_(requires_grad) for n in LEAVES)
     return (
         q, k, v, args["q_pos"], args["kv_pos"], args["rope"].inv_freq, False, 1.0, args["sigma"] if features else None,
-        bias if features else None, 0.3, True, None,
+        bias if features else None, 0.3, True, None, None, None,
     )  # fmt: skip
 
 

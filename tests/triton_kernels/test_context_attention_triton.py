@@ -305,7 +305,7 @@ def assert_finite_differences(args: dict[str, Any], device: str) -> None:
 def test_opcheck(device: str) -> None:
     args = on(small(FEATURES, torch.float32), device)
     args |= {name: args[name].clone().requires_grad_(True) for name in LEAVES}
-    torch.library.opcheck(torch.ops.mc.context_attention.default, (*flat(args), "triton"))
+    torch.library.opcheck(torch.ops.mc.context_attention.default, (*flat(args), None, None, "triton"))
 
 
 def test_compiled_forward_and_backward(device: str) -> None:
