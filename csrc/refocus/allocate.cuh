@@ -33,7 +33,7 @@ MC_DEVICE double place_of(const RefocusCall& c, int level, int64_t index) {
     const int64_t tokens = read_constant<int64_t>(c.counts);
     const double share =
         __ddiv_rn(static_cast<double>(span_of(c, level)), static_cast<double>(tokens > 1 ? tokens : 1));
-    return __dmul_rn(static_cast<double>(index + 1), share);
+    return __dmul_rn(static_cast<double>(MC_FAULT(4) ? -index : index + 1), share);
 }
 
 MC_DEVICE double opening_weight(const RefocusCall& c, double gain, int level, int64_t index) {

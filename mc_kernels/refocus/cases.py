@@ -48,9 +48,9 @@ def random_layout(rng: np.random.Generator, k: int, counts: list[int], share: fl
 
 @dataclass(frozen=True)
 class Case:
-    """layers, kv_heads, head_dim: of the cache. tokens, k: of the tree; missing: see `tree_counts`. share: of the nodes
-    that are opened. at_hand: share of the gists whose children are in the store. room: slots of the budget beyond the
-    entries, below 0: it is short. scale: nats; grid: scores are multiples of it, 0: any."""
+    """layers, kv_heads, head_dim: of the cache. tokens, k: of the tree, 2 <= k; missing: see `tree_counts`. share:
+    of the nodes that are opened. at_hand: share of the gists whose children are in the store. room: slots of the budget
+    beyond the entries, below 0: it is short. scale: nats; grid: scores are multiples of it, 0: any."""
 
     name: str
     layers: int = 1
@@ -68,9 +68,21 @@ class Case:
     pinned: tuple[tuple[int, int], ...] = ((0, 1),)
     rule: dict[str, Any] = field(default_factory=dict)
 
-    def make(self, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
-        """The arguments of `refocus_`, all of them but `backend`."""
+    def make(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """The arguments of `refocus_`, all of them but `backend`. k and v are views of one cache [L, 2, Hkv, S, D]."""
         rng = np.random.default_rng(seed)
+        context = self.context(rng, device)
+        keys, rows = self.store_index(rng, context["state"], device)
+        shape = (self.layers, self.kv_heads, int(rows.max()) + self.k, self.head_dim)
+        k, v = (self._random(rng, *shape).to(device, dtype) for _ in range(2))
+        return {
+            **context,
+            **self._cache(rng, context["state"].capacity, dtype, device),
+            "store": GistStore(k, v, keys, rows),
+        }
+
+    def context(self, rng: np.random.Generator, device: str = "cpu") -> dict[str, Any]:
+        """The arguments without keys and values: state, scores, counts, pinned, rule, lists."""
         counts = tree_counts(self.tokens, self.k, self.missing)
         nodes = random_layout(rng, self.k, counts, self.share)
         n = len(nodes)
@@ -83,20 +95,22 @@ class Case:
         state.numbers[1] = cycle
         past = rng.integers(-cycle, cycle + 1, n) * (rng.random(n) < 0.5)
         state.born[:n] = torch.from_numpy(past).to(state.born)
-        scores = torch.from_numpy(rng.normal(0, self.scale, (capacity, 2))).float()
-        scores[:, 1] += self.scale
-        if self.grid:
-            scores = (scores / self.grid).round() * self.grid
         return {
-            **self._cache(rng, capacity, dtype, device),
             "state": state,
-            "scores": scores.to(device),
-            "store": self._store(rng, nodes, dtype, device),
+            "scores": self.scores(rng, capacity, device),
             "counts": torch.tensor([*counts, 0], device=device),
             "pinned": torch.tensor(self.pinned, dtype=torch.int64, device=device).view(-1, 2),
             "rule": RefocusRule(self.k, budget, gist_bias=0.5, **self.rule),
             "lists": RefocusLists.allocate(capacity, max(n // 4, 1), device),
         }
+
+    def scores(self, rng: np.random.Generator, capacity: int, device: str = "cpu") -> Tensor:
+        """Random ones, [capacity, 2] fp32."""
+        scores = torch.from_numpy(rng.normal(0, self.scale, (capacity, 2))).float()
+        scores[:, 1] += self.scale
+        if self.grid:
+            scores = (scores / self.grid).round() * self.grid
+        return scores.to(device)
 
     def _random(self, rng: np.random.Generator, *shape: int) -> Tensor:
         return torch.from_numpy(rng.normal(size=shape))
@@ -114,23 +128,17 @@ class Case:
         ]  # fmt: skip
         return {"k": cache[:, 0], "v": cache[:, 1], "weights": weights}
 
-    def _store(self, rng: np.random.Generator, nodes: Nodes, dtype: torch.dtype, device: str) -> GistStore:
-        """Also of nodes that are not shown, in rows of no order, with unused ends."""
-        gists = [node for node in nodes if node[0] > 0 and rng.random() < self.at_hand]
+    def store_index(self, rng: np.random.Generator, state: RefocusState, device: str) -> tuple[Tensor, Tensor]:
+        """Keys and rows; also of nodes that are not shown, in rows of no order, with unused ends."""
+        shown = zip(state.levels.tolist(), state.index.tolist(), strict=True)
+        gists = [node for node in shown if node[0] > 0 and rng.random() < self.at_hand]
         keys = sorted({node_key(*node, self.k) for node in [*gists, (1, 10_000), (3, 1)]})
         rows = rng.permutation(len(keys)) * self.k
-        shape = (self.layers, self.kv_heads, len(keys) * self.k, self.head_dim)
-        k, v = (self._random(rng, *shape).to(device, dtype) for _ in range(2))
         ends = [LAST_KEY] * 3
-        return GistStore(
-            k, v, torch.tensor([*keys, *ends], device=device),
+        return (
+            torch.tensor([*keys, *ends], device=device),
             torch.tensor([*rows, 0, 0, 0], dtype=torch.int32, device=device),
-        )  # fmt: skip
-
-
-def of_slots(name: str, slots: int, k: int, **more: Any) -> Case:
-    """A context of about so many entries: tokens mostly, as they are shown, and gists of two levels."""
-    return Case(name, tokens=slots * 4, k=k, share=0.3, spare_slots=k, **more)
+        )
 
 
 SMALL = [
@@ -147,3 +155,7 @@ SMALL = [
     Case("small/nothing-at-hand", at_hand=0.0, room=20),
 ]
 EMPTY = [Case("empty/no-tokens", tokens=0, pinned=()), Case("empty/no-nodes", tokens=2)]
+# A context of some 8,000 entries, most of them tokens; the cache is Llama-3-8B's but for the number of layers.
+LARGE = Case(
+    "large/8k", 2, 8, 128, tokens=36_000, k=32, missing=(0, 0, 1), share=0.46, room=-200, rule={"max_edits": 24}
+)

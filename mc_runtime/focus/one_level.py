@@ -2,8 +2,8 @@
 
 `mc_kernels.refocus_` decides the same from the same numbers without the host; this is its oracle. What can change is
 what stands in the layout: a gist whose children's keys and values are at hand may open, and K leaves of one parent may
-close. All other nodes are frozen, so too the parent of a gist that may open. The candidates are then independent of each
-other, and one refocus changes each place of the history by one level at most.
+close. All other nodes are frozen, so too the parent of a gist that may open. The candidates are then independent of
+each other, and one refocus changes each place of the history by one level at most.
 """
 
 from __future__ import annotations
@@ -50,19 +50,17 @@ def one_level(
 
     scores: [N, 2] nats by rank: gained by opening an entry, lost by closing its leaf (a block of tokens is one leaf and
     has the score of its first token); finite. at_hand: are the children of gist (level, index) there to be inserted?
-    pinned: token ranges of which nothing closes. resting: nodes that may not change. A budget that nothing could keep is
-    taken as the least that can be kept.
+    pinned: token ranges of which nothing closes. resting: nodes that may not change. A budget that nothing could keep
+    is taken as the least that can be kept.
     """
     size, resting = entries.block_size, resting or {}
     leaves = find_leaves(entries, counts[1] if len(counts) > 1 else 0, counts[0])
     gist, gains = leaves.levels > 0, scores[leaves.rank, 0]
     share = np.array([size**level / max(counts[0], 1) for level in range(len(counts))])
-    asks = (
-        gains - params.min_gain + 0.5 * TIE * ((leaves.index + 1) * share[leaves.levels]) > 0
-    )  # the allocator's weight
+    weight = gains - params.min_gain + 0.5 * TIE * ((leaves.index + 1) * share[leaves.levels])  # as the allocator's
     nodes = zip(leaves.levels.tolist(), leaves.index.tolist(), strict=True)
     there = np.array([level > 0 and at_hand(level, index) for level, index in nodes], np.bool_)
-    opens = gist & asks & there & ~_in(leaves.levels, leaves.index, resting)
+    opens = gist & (weight > 0) & there & ~_in(leaves.levels, leaves.index, resting)
 
     level, index = leaves.parents()
     closes = _closable(leaves, counts, opens) & ~_in(level, index, resting)
