@@ -603,7 +603,7 @@ typedef struct mc_refocus_args {
     int64_t n_wanted;
 } mc_refocus_args;
 
-/* The workspace has 52 bytes a slot and a gist of every layer and head for every K slots. */
+/* The workspace has some 50 bytes a slot, and a gist of every layer and head for every K slots. */
 MC_API int32_t mc_refocus_cuda_workspace(const mc_refocus_args* args, int64_t* bytes);
 MC_API int32_t mc_refocus_cuda(const mc_refocus_args* args, void* workspace, int64_t workspace_bytes, void* stream);
 

@@ -1,4 +1,4 @@
-"""`refocus_` in CUDA C++: what it decides is what the numpy allocator decides, and the cache is what the oracle makes."""
+"""`refocus_` in CUDA C++: it decides what the numpy allocator decides, and the cache is what the oracle makes of it."""
 
 from __future__ import annotations
 
@@ -77,23 +77,24 @@ def decided(case: Case, seed: int, device: str) -> dict[str, Any]:
     return {**args, "keys": keys, "rows": rows}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.integers(0, 2**32 - 1))
 @example(Case("one-token-left", tokens=9, k=3, share=1.0, room=-8, pinned=((8, 9),), rule=NOTHING), 0)
 def test_it_decides_as_the_allocator(device: str, case: Case, seed: int) -> None:
-    """Thousands of random forests: the same nodes change, and the layout, slots and moves are the runtime's."""
-    args = decided(case, seed, device)
-    chosen = allocation(args)
-    want = relaid(args, chosen)
-    emulate(device, seed, threads=4)
-    cuda.refocus_cuda(*without_layers(args, args["keys"], args["rows"]))
-    assert_relaid(args, want, chosen)
+    """2,500 random forests: the same nodes change, and the layout, slots and moves are the runtime's."""
+    for more in range(5):
+        args = decided(case, seed + more, device)
+        chosen = allocation(args)
+        want = relaid(args, chosen)
+        emulate(device, seed, threads=4)
+        cuda.refocus_cuda(*without_layers(args, args["keys"], args["rows"]))
+        assert_relaid(args, want, chosen)
 
 
 def test_draws_reach_every_kind_of_decision() -> None:
     """The fuzz above would be worth little if most contexts did not change, or no weights were equal."""
     seen = dict.fromkeys(("opened", "closed", "both", "over", "few", "wanted"), 0)
-    for seed in range(60):
+    for seed in range(40):
         for case in SMALL:
             args = decided(case, seed, "cpu")
             chosen, before = allocation(args), layout_of(args).entries
@@ -105,7 +106,7 @@ def test_draws_reach_every_kind_of_decision() -> None:
             seen["over"] += len(before) + (case.k - 1) * (opened - closed) > args["rule"].budget
             seen["few"] += limit is not None and opened + closed >= limit
             seen["wanted"] += case.at_hand < 1
-    assert min(seen.values()) >= 30, seen
+    assert min(seen.values()) >= 20, seen
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_draws_reach_every_kind_of_decision() -> None:
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )  # fmt: skip
 def test_against_the_oracle(case: Case, dtype: torch.dtype, device: str) -> None:
-    """State and lists are the same, entries that are kept or come from the store have their bits, gists err as gist_pool."""
+    """State and lists are the same; what stays or comes from the store keeps its bits, gists err as pooling may."""
     for seed in range(3):
         args = case.make(dtype, device, seed)
         n = args["state"].read().length
@@ -134,7 +135,9 @@ def test_against_the_oracle(case: Case, dtype: torch.dtype, device: str) -> None
         gist[inserted[: numbers.inserted][inserted[: numbers.inserted, 1] < 0, 0]] = True
         for name in "kv":
             assert same_bits(args[name][:, :, ~gist], rival[name][:, :, ~gist]), name
-            assert_within_error_rule(args[name][:, :, gist], exact[name][:, :, gist], rival[name][:, :, gist], what=name)
+            assert_within_error_rule(
+                args[name][:, :, gist], exact[name][:, :, gist], rival[name][:, :, gist], what=name
+            )
             unused = args[name][:, :, max(n, numbers.length) :]
             assert same_bits(unused, old[name][:, :, max(n, numbers.length) :])
 
@@ -230,7 +233,9 @@ def test_memory_around_the_views_stays_as_it_is(device: str) -> None:
     refocus_(**want, backend="ref")
     guarded = {name: Guarded(args[name].transpose(1, 2), gap=3) for name in "kv"}
     args |= {name: g.view.transpose(1, 2) for name, g in guarded.items()}
-    state = {name: Guarded(getattr(args["state"], name)) for name in ("levels", "index", "slots", "born", "pos", "bias")}
+    state = {
+        name: Guarded(getattr(args["state"], name)) for name in ("levels", "index", "slots", "born", "pos", "bias")
+    }
     args["state"] = type(args["state"])(
         **{name: g.view for name, g in state.items()}, numbers=args["state"].numbers
     )  # fmt: skip
@@ -296,7 +301,7 @@ def test_a_deliberate_wrong_weight_is_noticed(device: str) -> None:
 
 @pytest.mark.gpu
 def test_a_graph_scores_and_refocuses() -> None:
-    """Score, allocate, plan and splice are one CUDA graph; each replay is what the oracle makes of the state before it."""
+    """Score, allocate, plan and splice are one CUDA graph; a replay does what the oracle does to the same state."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     args = LARGE.make(torch.bfloat16, "cuda", 1)
