@@ -9,7 +9,6 @@ each other, and one refocus changes each place of the history by one level at mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,7 +82,7 @@ def one_level(
         budget=max(budget, base_slots(size, counts) + (size - 1) * held),
         frozen=frozen,
     )
-    return allocate(problem, replace(params, cooldown=0))
+    return allocate(problem, params)
 
 
 def _in(levels: Ints, index: Ints, nodes: NodeSet) -> Bools:
