@@ -147,8 +147,8 @@ void refocus(const mc_refocus_args& a, void* workspace, int64_t workspace_bytes,
     if (x.slots == 0) return;
     Watched watched;
     watch(watched, a, x, workspace, calls.workspace);
-    launch("refocus (plan)", refocus_plan, 1, block_threads(kPlanThreads), shared_bytes_of<uint64_t>(2 * kMostWarps),
-           stream, calls.plan);
+    const int threads = block_threads(kPlanThreads), whole = threads > kWarp ? threads / kWarp * kWarp : threads;
+    launch("refocus (plan)", refocus_plan, 1, whole, shared_bytes_of<uint32_t>(2 * kMostWarps), stream, calls.plan);
     if (calls.lanes == 0) return;
     with_type(x.pooling[0].dtype, packs, [&](auto type, auto size) {
         launch("refocus (apply)", refocus_apply<decltype(type), decltype(size)::value>, calls.lanes, pool_threads,

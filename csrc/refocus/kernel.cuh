@@ -29,7 +29,7 @@ constexpr int kPlanThreads = 1024;
 __global__ void __launch_bounds__(kPlanThreads, 1) refocus_plan(const __grid_constant__ RefocusCall c) {
     MC_SHARED_MEMORY(bytes);
     SharedMemory shared(bytes);
-    Rounds rounds{shared.take<uint64_t>(2 * kMostWarps)};
+    Rounds rounds{shared.take<uint32_t>(2 * kMostWarps)};
     const int64_t length = read<int64_t>(c.state + kLength), cycle = read<int64_t>(c.state + kCycle) + 1;
     const int n = static_cast<int>(between(0, length, c.capacity));
     int moved = 0;

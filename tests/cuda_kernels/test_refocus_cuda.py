@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,39 @@ def test_cycle_after_cycle(cooldown: int, device: str) -> None:
     assert edits > 20
 
 
+def scorer(device: str, slots: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """LensNet over random entries by slot: queries [4, 16] to scores."""
+    generator = torch.Generator().manual_seed(0)
+    weights = LensScoreWeights.init(16, 3, width=16, n_heads=2, ffn_dim=16, generator=generator)
+    weights = weights.with_tensors(*(x + 0.3 * torch.randn(x.shape, generator=generator) for x in weights.tensors()))
+    weights = weights.to(device=torch.device(device))
+    entries = torch.randn(slots, 16, generator=generator).to(device, torch.bfloat16)
+    features = torch.randn(slots, 3, generator=generator).to(device)
+    return lambda queries: lens_score(entries, features, queries.bfloat16(), weights, backend="cuda")
+
+
+def test_scores_of_lens_score(device: str) -> None:
+    """Score, allocate, plan and splice on the device, against the allocator and the oracle."""
+    args = Case("scored", tokens=300, k=4, share=0.6, room=-9, rule={"cooldown": 0}).make(torch.float32, device, 1)
+    generator = torch.Generator().manual_seed(1)
+    emulate(device, threads=0)
+    score = scorer(device, args["state"].capacity)
+    edits = 0
+    for _ in range(3):
+        args["scores"] = score(torch.randn(4, 16, generator=generator).to(device))
+        chosen, want = allocation(args), copied(args)
+        relayout = relaid(args, chosen)
+        refocus_(**want, backend="ref")
+        emulate(device)
+        refocus_(**args, backend="cuda")
+        emulate(device, threads=0)
+        assert_relaid(args, relayout, chosen)
+        assert same_state(args["state"], want["state"])
+        torch.testing.assert_close(args["k"], want["k"], rtol=1e-5, atol=1e-5)
+        edits += len(chosen.expand) + len(chosen.collapse)
+    assert edits > 3
+
+
 def test_scores_that_are_no_numbers(device: str) -> None:
     args = decided(SMALL[0], 2, device)
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e8, 0.3], device=device)
@@ -308,19 +342,15 @@ def test_a_graph_scores_and_refocuses() -> None:
         pytest.skip("no CUDA device")
     args = LARGE.make(torch.bfloat16, "cuda", 1)
     args["state"].born.zero_()
-    slots = args["state"].capacity
-    generator = torch.Generator().manual_seed(0)
-    weights = LensScoreWeights.init(256, 3, width=64, n_heads=2, generator=generator, device="cuda")
-    weights.head_out.normal_(generator=torch.Generator("cuda").manual_seed(1))
-    entries = torch.randn(slots, 256, generator=generator).cuda().bfloat16()
-    features, queries = torch.randn(slots, 3, generator=generator).cuda(), entries[:4].clone()
+    generator = torch.Generator().manual_seed(1)
+    score, queries = scorer("cuda", args["state"].capacity), torch.zeros(4, 16, device="cuda")
 
     def step() -> None:
-        args["scores"].copy_(lens_score(entries, features, queries, weights, backend="cuda"))
+        args["scores"].copy_(score(queries))
         cuda.refocus_cuda(*flat_of(args), workspace=workspace)
 
     workspace = torch.empty(cuda.refocus_workspace(*flat_of(args)), dtype=torch.uint8, device="cuda")
-    lens_score(entries, features, queries, weights, backend="cuda")  # memory for it is there from now on
+    score(queries)  # what is made at the first call is there from now on
     graph = torch.cuda.CUDAGraph()
     before = copied(args)
     with torch.cuda.graph(graph):
@@ -329,7 +359,7 @@ def test_a_graph_scores_and_refocuses() -> None:
     edits = 0
     for cycle in range(4):
         want = copied(args)
-        queries.copy_(torch.randn(4, 256, generator=generator))
+        queries.copy_(torch.randn(4, 16, generator=generator))
         graph.replay()
         torch.cuda.synchronize()
         want["scores"] = args["scores"].clone()
