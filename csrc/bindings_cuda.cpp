@@ -1,6 +1,8 @@
 // Python's way to the CUDA library, and to its emulated build: as bindings.cpp, with a workspace and a stream as addresses.
 #include "bindings.h"
 
+#include <vector>
+
 #if defined(MC_EMULATED)
 extern "C" void mc_emulate(uint64_t seed, int32_t threads, int32_t blocks, int32_t fault);
 #endif
@@ -94,6 +96,60 @@ int64_t gist_encode(const py::sequence& tensors, int64_t n_heads, int32_t pool, 
     return bytes;
 }
 
+// weights: of each level the views (w, b, m, c). arrays: addresses by the names of mc_refocus_args.
+int64_t refocus(const py::handle& k, const py::handle& v, const py::handle& k_store, const py::handle& v_store,
+                const py::sequence& weights, const py::dict& arrays, int64_t n_levels, int64_t n_pinned,
+                int64_t n_store, int64_t n_wanted, int64_t block_size, int64_t budget, int64_t cooldown,
+                int64_t max_edits, double min_gain, double hysteresis, double gist_bias, const Where* where) {
+    std::vector<mc_gist_pool_weights> pooling;
+    for (const py::handle& given : weights) {
+        const auto x = py::cast<py::tuple>(given);
+        if (x.size() != 4) throw py::value_error("weights: expected (w, b, m, c)");
+        pooling.push_back(pool_weights(x[0], x[1], x[2], x[3]));
+    }
+    const auto at = [&](const char* name) { return reinterpret_cast<void*>(py::cast<uintptr_t>(arrays[name])); };
+    mc_refocus_args a{};
+    a.struct_size = sizeof a;
+    a.k = tensor("k", k);
+    a.v = tensor("v", v);
+    a.k_store = tensor("k_store", k_store);
+    a.v_store = tensor("v_store", v_store);
+    a.n_weights = static_cast<int64_t>(pooling.size());
+    a.weights = pooling.data();
+    a.levels = static_cast<int32_t*>(at("levels"));
+    a.index = static_cast<int64_t*>(at("index"));
+    a.slots = static_cast<int64_t*>(at("slots"));
+    a.born = static_cast<int32_t*>(at("born"));
+    a.pos = static_cast<int64_t*>(at("pos"));
+    a.bias = static_cast<float*>(at("bias"));
+    a.state = static_cast<int64_t*>(at("state"));
+    a.counts = static_cast<int64_t*>(at("counts"));
+    a.n_levels = n_levels;
+    a.pinned = static_cast<int64_t*>(at("pinned"));
+    a.n_pinned = n_pinned;
+    a.store_keys = static_cast<int64_t*>(at("store_keys"));
+    a.store_rows = static_cast<int32_t*>(at("store_rows"));
+    a.n_store = n_store;
+    a.scores = static_cast<float*>(at("scores"));
+    a.block_size = block_size;
+    a.budget = budget;
+    a.cooldown = cooldown;
+    a.max_edits = max_edits;
+    a.min_gain = min_gain;
+    a.hysteresis = hysteresis;
+    a.gist_bias = gist_bias;
+    a.edits = static_cast<int32_t*>(at("edits"));
+    a.inserted = static_cast<int32_t*>(at("inserted"));
+    a.moves = static_cast<int32_t*>(at("moves"));
+    a.children = static_cast<int32_t*>(at("children"));
+    a.wanted = static_cast<int64_t*>(at("wanted"));
+    a.n_wanted = n_wanted;
+    int64_t bytes = 0;
+    raise(where ? mc_refocus_cuda(&a, where->memory(), where->bytes, where->on())
+                : mc_refocus_cuda_workspace(&a, &bytes));
+    return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MC_MODULE, m) {
@@ -120,4 +176,7 @@ PYBIND11_MODULE(MC_MODULE, m) {
           "k_scale"_a, "v_scale"_a, "where"_a.none(true));
     m.def("gist_encode", &gist_encode, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a, "target_rms"_a, "blocks"_a,
           "out"_a, "level"_a, "where"_a.none(true));
+    m.def("refocus", &refocus, "k"_a, "v"_a, "k_store"_a, "v_store"_a, "weights"_a, "arrays"_a, "n_levels"_a,
+          "n_pinned"_a, "n_store"_a, "n_wanted"_a, "block_size"_a, "budget"_a, "cooldown"_a, "max_edits"_a,
+          "min_gain"_a, "hysteresis"_a, "gist_bias"_a, "where"_a.none(true));
 }

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
         Edit,
         GistEncodeWeights,
         GistPoolWeights,
+        GistStore,
         LensScoreWeights,
         PageTable,
+        RefocusLists,
+        RefocusRule,
+        RefocusState,
         RopeSpec,
         SplicePlan,
         availability,
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
         gist_pool,
         kv_splice_,
         lens_score,
+        refocus_,
         signed_score,
     )
 
@@ -41,8 +46,12 @@ __all__ = [
     "Edit",
     "GistEncodeWeights",
     "GistPoolWeights",
+    "GistStore",
     "LensScoreWeights",
     "PageTable",
+    "RefocusLists",
+    "RefocusRule",
+    "RefocusState",
     "RopeSpec",
     "SplicePlan",
     "availability",
@@ -53,6 +62,7 @@ __all__ = [
     "gist_pool",
     "kv_splice_",
     "lens_score",
+    "refocus_",
     "signed_score",
 ]
 

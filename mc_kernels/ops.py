@@ -6,6 +6,7 @@ from .gist_encode import GistEncodeWeights, gist_encode
 from .gist_pool import GistPoolWeights, collapse_, gist_pool
 from .kv_splice import PageTable, SplicePlan, kv_splice_
 from .lens_score import LensScoreWeights, lens_score, signed_score
+from .refocus import GistStore, RefocusLists, RefocusRule, RefocusState, refocus_
 from .registry import BackendError, availability
 from .rope import RopeSpec
 from .splicing import Edit
@@ -15,8 +16,12 @@ __all__ = [
     "Edit",
     "GistEncodeWeights",
     "GistPoolWeights",
+    "GistStore",
     "LensScoreWeights",
     "PageTable",
+    "RefocusLists",
+    "RefocusRule",
+    "RefocusState",
     "RopeSpec",
     "SplicePlan",
     "availability",
@@ -27,5 +32,6 @@ __all__ = [
     "gist_pool",
     "kv_splice_",
     "lens_score",
+    "refocus_",
     "signed_score",
 ]

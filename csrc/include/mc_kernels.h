@@ -531,6 +531,90 @@ MC_API int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* weigh
 MC_API int32_t mc_gist_encode_cuda(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
                                    void* workspace, int64_t workspace_bytes, void* stream);
 
+/* Refocus without the host: from scores to an edited cache, as work of the stream alone. Two launches, whose grids and
+ * memory depend on nothing but the sizes below: a decode step that refocuses can be captured in one graph.
+ *
+ * A Working Context of N entries in timeline order fills S slots of a cache, the slots 0..N-1. An entry is a node (level,
+ * index) of a tree with K = block_size children a node: a token (level 0), or a gist, which covers K^level tokens from
+ * index * K^level on. Entries tile the history. Each refocus changes it by one level here and there:
+ *
+ *   a gist may open if the K entries below it are in the store (store_keys), and it does not rest. With g its score's
+ *     first number it has the weight   g - min_gain + tie(0.5 e)
+ *     and is a candidate if that is > 0. Gists that would be but for the store are listed in `wanted`.
+ *   K siblings, all of them there, may close into their parent if the parent is in the tree (counts), no pinned range meets
+ *     it, none of them is a candidate to open, and it does not rest. With c the sum of the second numbers of their scores
+ *     (K tokens have one, their first's), u = c + (hysteresis - min_gain), it has the weight
+ *     max(u, 0) + tie(2 + u / (1 + |u|) + 0.5 e)   and is a candidate.
+ *
+ * e is the end of the node's (of the parent's) span as a share of the history, tie(x) = 1e-9 x. Scores are clipped to
+ * +-1000, NaN is 0. All in fp64, each operation rounded once. Of all candidates the m heaviest are (opened or) left open,
+ * the others (left closed or) closed, with m = floor((budget - N) / (K - 1)) + the number of groups that may close; of equal
+ * weights those later in the history are heavier. At most max_edits nodes change: then as many groups close as are over
+ * the budget, those of least weight; of the changes that are left (r) and the free nodes (f) the heaviest r, or (r + f) / 2
+ * where r > f, of the gists chosen open, and groups close to make room for them.
+ *
+ * This is what mc_runtime/focus/allocator.py decides for the same candidates, all other nodes frozen, to the last bit: it
+ * is the oracle. Nodes that changed in cycle t rest in the cycles t + 1 .. t + cooldown.
+ *
+ * The cache is then edited as by mc_kv_splice (slots discipline, the plan that SplicePlan.from_edits makes of the edits):
+ * a group closes into the gist that mc_gist_pool makes of its keys and values, in all layers and heads; an opened gist's
+ * children come from the store. Entries that get a new slot keep their bits. A caller that means to compute an inserted
+ * entry's keys and values by a forward of the base model has its slot in `inserted`. */
+typedef struct mc_refocus_args {
+    size_t struct_size; /* sizeof(mc_refocus_args) */
+
+    /* [L, Hkv, S, D], keys unrotated; f32, f16 or bf16, all four the same; D contiguous. k and v are written; as for
+     * mc_kv_splice_args. The store has any number of rows, apart from the cache. */
+    mc_tensor k, v, k_store, v_store;
+
+    /* Weights of the gists of level 1, 2, ..., of one gist a block of K = block_size; the last one's serve the levels above
+     * too. n_weights is 1..4. */
+    int64_t n_weights;
+    const mc_gist_pool_weights* weights;
+
+    /* Everything below but numbers is device memory, contiguous, read when the work runs; what it says is the caller's duty.
+     * The Working Context, updated: by rank, entries beyond N unused, ... */
+    int32_t* levels; /* [S] */
+    int64_t* index;  /* [S] */
+    int64_t* slots;  /* [S] of ranks 0..N-1 a permutation of 0..N-1 */
+    int32_t* born;   /* [S] t: by its parent's opening in cycle t, -t: by its children's closing, 0: neither */
+    /* ... by slot: */
+    int64_t* pos; /* [S] ranks, -1 where empty. Written where the layout changes */
+    float* bias;  /* [S] log-weight: gists gist_bias, tokens 0, empty slots 0; or NULL */
+    /* ... and in numbers [8]: N and the cycle (both updated: the first refocus is cycle 1), then written: gists opened, groups
+     * closed, slots over the budget that nothing could free, entries moved, entries inserted, gists wanted. */
+    int64_t* state;
+
+    const int64_t* counts; /* [n_levels + 1] tokens of history, then nodes of level 1, 2, ... in the tree */
+    int64_t n_levels;
+    const int64_t* pinned; /* [n_pinned, 2] token ranges start, stop that stay as they are; empty ones pin nothing */
+    int64_t n_pinned;
+    /* Gists whose children are in the store, each in K rows that follow each other. */
+    const int64_t* store_keys; /* [n_store] index * K^level * 64 + level, ascending; fill up with INT64_MAX */
+    const int32_t* store_rows; /* [n_store] of the first child */
+    int64_t n_store;
+    const float* scores; /* [S, 2] by slot: nats gained by opening, lost by closing (mc_lens_score's out) */
+
+    int64_t block_size;         /* K >= 2 */
+    int64_t budget;             /* 0..S entries */
+    int64_t cooldown;           /* cycles */
+    int64_t max_edits;          /* nodes; -1: any */
+    double min_gain, hysteresis; /* nats, 0..1e9 */
+    double gist_bias;
+
+    /* Written: what has been done, numbers of it in the state. */
+    int32_t* edits;    /* [S, 3] (start, remove, insert) in ranks of before, ascending */
+    int32_t* inserted; /* [S, 2] slot, row of the store or -1 - g: the gist of the g-th closed group; in timeline order */
+    int32_t* moves;    /* [S, 2] slot before, slot after of the entries that got another */
+    int32_t* children; /* [S / K, K] slots before of the g-th closed group's entries */
+    int64_t* wanted;   /* [n_wanted] keys of gists, in timeline order, as many as there is room for */
+    int64_t n_wanted;
+} mc_refocus_args;
+
+/* The workspace has some 50 bytes a slot, and a gist of every layer and head for every K slots. */
+MC_API int32_t mc_refocus_cuda_workspace(const mc_refocus_args* args, int64_t* bytes);
+MC_API int32_t mc_refocus_cuda(const mc_refocus_args* args, void* workspace, int64_t workspace_bytes, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -98,6 +98,18 @@ T __shfl_xor_sync(unsigned mask, T x, int lanes) {
     return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lanes);
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// Rounded each by itself: a compiler may fuse what it sees together.
+inline double __dadd_rn(double x, double y) {
+    volatile double out = x + y;
+    return out;
+}
+inline double __dmul_rn(double x, double y) {
+    volatile double out = x * y;
+    return out;
+}
+inline double __ddiv_rn(double x, double y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __expf(float x) { return std::exp(x); }
