@@ -10,6 +10,7 @@ At its largest a row takes (3 layers + 4) Eg + 4 F numbers of memory: 25 KB for 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _recompute(blocks: Tensor, net: Net, dtype: torch.dtype, run: Run) -> Buffer
         centred=empty(n, embed, dtype=torch.float32),
         phases=empty(2, net.rows(k), net.width // net.n_heads // 2, dtype=torch.float32),
     )
-    plan = plan_of(blocks, net)
+    plan = replace(plan_of(blocks, net), layer=None)  # which would not leave what stands between the halves of a layer
     for launch in layer_launches(blocks, net, buffers, plan):
         run(launch)
     for launch in pool_launches(blocks, net, buffers, empty(gists, embed), plan):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mc_kernels import BackendError, GistEncodeWeights, gist_encode
+from mc_kernels.gist_encode import triton_plan
 from mc_kernels.gist_encode.cases import EMPTY, SMALL, Case
 from mc_kernels.gist_encode.weights import SHAPES
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
@@ -61,6 +62,51 @@ def test_error_rule(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_within_error_rule(out.cpu(), exact, plain(case, weights, *inputs), what="gists")
 
 
+ON_CHIP = (GISTS, TILES, CLS, dataclasses.replace(ODD, width=28, name="odd, head of 14"))
+
+
+def layers_stay_on_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of windows."""
+    monkeypatch.setattr(triton_plan, "SMS", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("case", ON_CHIP, ids=ids)
+def test_layers_on_chip(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mc_kernels.gist_encode.triton_layers import layer_kernel
+
+    weights, inputs = make(case, dtype)
+    launched = []
+    real = triton_plan.Launch.run
+    monkeypatch.setattr(triton_plan.Launch, "run", lambda one: (launched.append(one.kernel), real(one)))
+    layers_stay_on_chip(monkeypatch)
+    with poisoned_empty():
+        out = call(case, weights, *to(device, inputs))
+    assert launched.count(layer_kernel) == case.layers
+    assert len(launched) == case.layers + 4
+    exact = plain(case, weights, *(x.double() for x in inputs))
+    assert_within_error_rule(out.cpu(), exact, plain(case, weights, *inputs), what="gists")
+
+
+@pytest.mark.parametrize(
+    ("windows", "rows_each", "width", "half", "on_chip"),
+    [
+        (512, 32, 128, True, True),
+        (512, 32, 64, True, True),
+        (512, 32, 100, True, True),
+        (512, 32, 80, True, False),  # of 128: too much padding
+        (512, 32, 256, True, False),
+        (64, 32, 128, True, False),  # leaves SMs without work
+        (512, 33, 128, True, False),  # one window in 64 rows
+        (512, 128, 128, True, False),
+        (512, 32, 128, False, False),
+    ],
+)
+def test_which_layers_stay_on_chip(windows: int, rows_each: int, width: int, half: bool, on_chip: bool) -> None:
+    plan = triton_plan.heuristics(windows * rows_each, rows_each, windows, 576, width, 3 * width, 2, half)
+    assert (plan.layer is not None) == on_chip
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 def test_weights_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
     blocks, weights = GISTS.make(torch.float32)
@@ -101,7 +147,10 @@ def test_untrained_is_the_centred_mean(device: str) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_window_of_nan_or_zeros_keeps_to_itself(device: str) -> None:
+@pytest.mark.parametrize("on_chip", [False, True])
+def test_a_window_of_nan_or_zeros_keeps_to_itself(on_chip: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_chip:
+        layers_stay_on_chip(monkeypatch)
     case = dataclasses.replace(GISTS, blocks=6, block_size=4)  # four windows in a program of attention
     blocks, weights = case.make(torch.bfloat16, device)
     weights = dataclasses.replace(weights, mu=torch.zeros_like(weights.mu))
