@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 
 from ..registry import BackendError
+from ..triton_arena import Arena
 from ..triton_report import Compilation
 from .triton_attention import attention_kernel
 from .triton_layers import layer_kernel
@@ -279,5 +280,5 @@ def _all_launches(blocks: Tensor, net: Net) -> list[Launch]:
     out = torch.empty(blocks.shape[0], net.gists, blocks.shape[2], dtype=blocks.dtype, device="meta")
     workspace = torch.empty(gist_encode_workspace(blocks, *net), dtype=torch.uint8, device="meta")
     launches = list(forward_launches(blocks, net, out, workspace))
-    backward(out, blocks, net, launches.append)
+    backward(out, blocks, net, (blocks, *net.weights()), Arena(None), launches.append)
     return launches

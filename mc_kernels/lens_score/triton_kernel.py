@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..triton_arena import Arena
 from ..triton_report import Compilation
 from .cases import CASES, Case
 from .triton_backward import backward_launches
-from .triton_launch import Arena
 from .triton_plan import forward_launches
 from .weights import LensScoreWeights
 

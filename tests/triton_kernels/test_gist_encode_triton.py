@@ -18,6 +18,7 @@ from mc_kernels.gist_encode.weights import SHAPES
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from allocations import NoAllocation
 from encode_model import make, plain
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -175,8 +176,7 @@ def test_foreign_buffers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % 256
     out = torch.full((7, *expected.shape[1:]), float("nan"), dtype=expected.dtype, device=device)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", None)
+    with NoAllocation():
         given = triton_kernel.gist_encode_triton(*args, out=out[1:-1], workspace=memory[start : start + size])
     assert given.data_ptr() == out[1].data_ptr()
     assert max_error(given, expected) <= 2 * torch.finfo(torch.bfloat16).eps * float(expected.abs().max())
@@ -187,6 +187,39 @@ def test_foreign_buffers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         triton_kernel.gist_encode_triton(*args, workspace=memory[: size - 1])
     with pytest.raises(BackendError, match="out: expected contiguous"):
         triton_kernel.gist_encode_triton(*args, out=out)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtypes"),
+    [(TILES, (torch.bfloat16, torch.bfloat16)), (CLS, (torch.bfloat16, torch.float32)), (MEAN, (torch.float32,) * 2)],
+    ids=ids,
+)
+def test_backward_in_foreign_memory(case: Case, dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
+    """As above: the same bits, no tensor made, the workspace used to its end and no further."""
+    from mc_kernels.gist_encode import triton_backward
+
+    weights, inputs = make(case, torch.float32)
+    blocks, *tensors = to(device, inputs)
+    args = (blocks.to(dtypes[0]), *(x.to(dtypes[1]) for x in tensors), *constants(case, weights))
+    up = torch.randn(case.blocks, case.n_gists, case.embed_dim, generator=torch.Generator().manual_seed(0))
+    up = up.to(device, dtypes[0])
+    expected = triton_backward.gist_encode_backward_triton(up, *args)
+    size = triton_backward.gist_encode_backward_workspace(*args)
+    memory = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device=device)  # NaN in every dtype
+    start = -memory.data_ptr() % 256
+    out = tuple(torch.full_like(x, float("nan")) for x in expected)
+    workspace = memory[start : start + size]
+    with NoAllocation():
+        given = triton_backward.gist_encode_backward_triton(up, *args, out=out, workspace=workspace)
+    assert given is out
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert (memory[:start] == 0xFF).all()
+    assert (memory[start + size :] == 0xFF).all()
+    assert not (workspace[-size // 4 :] == 0xFF).all()
+    with pytest.raises(BackendError, match="workspace: expected uint8"):
+        triton_backward.gist_encode_backward_triton(up, *args, workspace=workspace[:-1])
+    with pytest.raises(BackendError, match="out: expected contiguous"):
+        triton_backward.gist_encode_backward_triton(up, *args, out=(*out[:-1], out[0]))
 
 
 def test_refusals(device: str) -> None:
