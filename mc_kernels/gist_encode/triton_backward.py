@@ -213,11 +213,14 @@ def _attention(qkv: Tensor, d_out: Tensor, phases: Tensor, net: Net, rows: int, 
     rotated = common | {"n_numbers": numbers, "BLOCK": _ELEMENTS}
     run(Launch(rotate_kernel, triton.cdiv(numbers, _ELEMENTS), rotated))
     args = {
-        "d_out": d_out, "n_rows": qkv.shape[0], "GROUP": group, "BLOCK_M": block, "BLOCK_Q": min(block, 32),
+        "d_out": d_out, "n_rows": qkv.shape[0], "GROUP": group, "BLOCK_M": block,
+        "BLOCK_Q": min(block, 32) if block <= 64 else 16,
         "HALF_BLOCK": power(head // 2), "HEAD_BLOCK": power(head),
     }  # fmt: skip
     grid = triton.cdiv(qkv.shape[0], group * rows) * net.n_heads
-    run(Launch(attention_backward_kernel, grid, common | args, 8 if block * power(head) > 32 * 64 else 4))
+    # 128 rows: less in flight and fewer queries at a time, or it spills everywhere (sm_80: 64 bytes a thread still).
+    warps, stages = 8 if block * power(head) > 32 * 64 else 4, 3 if block <= 64 else 1
+    run(Launch(attention_backward_kernel, grid, common | args, warps, stages))
 
 
 def _pool(
