@@ -247,6 +247,7 @@ def test_empty(device: str) -> None:
     [
         *((case, torch.float32) for case in (TILES, ODD, MEAN, CLS, BY_NAME["small/no-layers"])),
         *((case, dtype) for case in (ODD, CLS, BY_NAME["small/K64"]) for dtype in (torch.bfloat16, torch.float16)),
+        (BY_NAME["small/K128"], torch.bfloat16),
     ],
     ids=ids,
 )
