@@ -278,6 +278,14 @@ def test_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_gradients(small(case, dtype), device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widest_heads(dtype: torch.dtype, device: str) -> None:
+    """Of 256 dimensions, with blocks of their own."""
+    args = small(Case("widest", 2, 1, 256, 37, 3), dtype)
+    assert_formula(args, device)
+    assert_gradients(args, device)
+
+
 @pytest.mark.parametrize("rope", [None, (4, True), (6, False)], ids=str)
 def test_finite_differences(rope: tuple[int, bool] | None, device: str) -> None:
     """Through partial rotations of both pairings, damping and magnitude; one query sees nothing."""
