@@ -33,6 +33,8 @@ class Tile:
 # Largest first. fp32 products run on the FMA units (TF32 would break the error rule).
 _HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT = (Tile(64, 64, 16, 8, 4), Tile(32, 32, 16, 4, 4), Tile(16, 16, 64, 4, 3))
+# The largest where the sum is over up to 256 columns: four steps of 64 are unrolled, and spill on sm_80.
+_HALF_SHORT = (Tile(128, 128, 32, 8, 4), *_HALF[1:])
 # With two accumulators: half as wide. The largest takes k = 32: at 64 it spills on sm_80.
 _HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT_PAIR = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
@@ -93,7 +95,7 @@ def heuristics(
         embed=largest(rows, width),
         attention=attention,
         group=block // rows_per_window,
-        attention_out=largest(rows, width),
+        attention_out=largest(rows, width, _HALF_SHORT if half and width <= 256 else single),
         swiglu=largest(rows, ffn, pair),
         down=largest(rows, width),
         project=largest(gists, embed),
