@@ -27,6 +27,8 @@ def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scra
 
 def _blocks_of_queries(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_S and warps: the largest blocks that spill no registers."""
+    if dtype == torch.float32 and heads.padded > 128:
+        return 16, 32, 8
     if dtype == torch.float32 or heads.padded > 128:
         return 32, 32, 8 if heads.padded > 64 else 4
     return (64, 32, 8) if heads.padded > 64 else (64, 64, 4)
@@ -35,7 +37,7 @@ def _blocks_of_queries(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]
 def _blocks_of_keys(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
     """As above; this kernel holds two gradients of its block."""
     if dtype == torch.float32:
-        return 16, 32, 8
+        return 16, 32 if heads.padded <= 128 else 16, 8
     if heads.padded > 64:
         return (64, 32, 8) if heads.padded <= 128 else (32, 32, 8)
     return 32, 64, 4

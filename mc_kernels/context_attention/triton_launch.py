@@ -85,7 +85,7 @@ def forward_tiles(q: Tensor, k: Tensor, heads: Heads) -> Tiles:
         block_m, warps = max(16, triton.next_power_of_2(rows)), 4
         block_s = 128 if heads.padded <= 64 and block_m <= 32 else 64
     if heads.padded > 128:
-        block_m, block_s, stages = min(block_m, 64), 32, 2
+        block_m, block_s, warps, stages = min(block_m, 64), 32, 8, 2
     if q.dtype == torch.float32:  # no tensor cores: operands of a product lie in registers
         block_m, block_s, stages = (16, 16, 2) if few else (32, 32, 2)
     programs = batch * kv_heads * math.ceil(rows / block_m)

@@ -13,12 +13,11 @@ Floors on an H100 (990 TFLOP/s, 3.35 TB/s), default net (Eg 512, F 1792, two lay
 for E = 576, 5 us, against 12 launches; products are cut into column tiles so that many SMs read them. Bulk, N = 4096:
 1.0 TFLOP a layer, 1.0 ms, against 15 KB a row and layer, 0.6 ms, which the products hide.
 
-A whole layer in one program, its rows' activations on chip, reads all 7.6 MB of a layer for each group of rows. The
-fp32 residual rows alone take 128 registers a thread at 64 rows of 512 (8 warps), and attention's accumulators come
-beside them (238 registers at 128 rows, docs/triton_resources.md), so that a group is 64 rows at most: 64 FLOPs for each
-byte out of L2, about 350 TFLOP/s at 5.5 TB/s, below what separate products are meant to reach; and one window would be
-one SM that reads all weights, 140 us. Hence the pieces, fused up to where a product needs all columns of what precedes
-it.
+Narrow nets (Eg up to 128) and many windows: a layer is one launch, `triton_layers`. Of wider ones the residual rows
+and their normed copy spill (`triton_plan`), and at Eg 512 a program of 64 rows would read 7.6 MB of weights for them:
+64 FLOPs for each byte out of L2, about 350 TFLOP/s at 5.5 TB/s, below what separate products are meant to reach. One
+window would be one SM that reads all weights, 140 us. Hence the pieces, fused up to where a product needs all columns
+of what precedes it.
 """
 
 from __future__ import annotations
@@ -32,8 +31,11 @@ import triton
 from torch import Tensor
 
 from ..registry import BackendError
+from ..triton_arena import Arena
 from ..triton_report import Compilation
 from .triton_attention import attention_kernel
+from .triton_gradients import attention_backward_kernel
+from .triton_layers import layer_kernel
 from .triton_linear import embed_kernel, residual_kernel, swiglu_kernel
 from .triton_net import Buffers, Net, compute_dtype
 from .triton_plan import Launch, Plan, heuristics, power
@@ -110,6 +112,21 @@ def layer_launches(blocks: Tensor, net: Net, buffers: Buffers, plan: Plan) -> It
         buffers.h[:-1:2], buffers.h[1::2], buffers.h[2::2], buffers.attention, strict=True,
     )  # fmt: skip
     for norm1, qkv, out, norm2, gate_up, down, before, middle, after, attention in per_layer:
+        if plan.layer is not None:
+            tile = plan.layer
+            yield Launch(
+                layer_kernel,
+                triton.cdiv(n, tile.group),
+                {
+                    "h": before, "out": after, "phases": buffers.phases, "gain1": norm1, "qkv": qkv, "attn_out": out,
+                    "gain2": norm2, "gate_up": gate_up, "down": down, "n_rows": rows, "stride_qkv": qkv.stride(0),
+                    "stride_out": out.stride(0), "stride_gate_up": gate_up.stride(0), "stride_down": down.stride(0),
+                    "ROWS": rows_each, "WIDTH": width, "FFN": ffn, "HEAD_DIM": head, "GROUP": tile.group,
+                    "BLOCK_M": tile.m, "WIDTH_BLOCK": power(width), "CHUNK": tile.chunk,
+                },
+                tile.warps, tile.stages,
+            )  # fmt: skip
+            continue
         yield Launch(
             attention_kernel,
             triton.cdiv(n, plan.group) * net.n_heads,
@@ -228,10 +245,13 @@ def gist_encode_triton(
 
 
 def compilations() -> Iterator[Compilation]:
-    """What is launched for SmolLM2-135M and Llama-3-8B, one window to thousands."""
+    """What is launched for SmolLM2-135M and Llama-3-8B, one window to thousands. Left out is attention's backward over
+    windows of more than 64 rows: it spills 64 bytes a thread on sm_80 (sm_90, sm_100: none)."""
     seen = set()
     for shape, blocks, net in _shapes():
         for launch in _all_launches(blocks, net):
+            if launch.kernel is attention_backward_kernel and net.rows(blocks.shape[1]) > 64:
+                continue
             one = launch.compilation(shape)
             key = (one.kernel, *one.signature.items(), *one.constexprs.items(), one.num_warps, one.aligned)
             if key not in seen:
@@ -240,17 +260,21 @@ def compilations() -> Iterator[Compilation]:
 
 
 def _shapes() -> Iterator[tuple[str, Tensor, Net]]:
-    from .cases import CASES
+    from .cases import CASES, Case
 
     wanted = {f"{model}/N{n}" for model in ("SmolLM2-135M", "Llama-3-8B") for n in (1, 8, 64, 512)}
-    for case in CASES:
-        if case.name in wanted:
-            for dtype in (torch.bfloat16, torch.float32):
-                weights = case.untrained().to("meta", dtype)
-                blocks = torch.empty(case.blocks, case.block_size, case.embed_dim, dtype=dtype, device="meta")
-                constants = (case.level, weights.n_heads, weights.pool, weights.rope_theta, weights.target_rms)
-                name = f"{case.name}/{str(dtype).removeprefix('torch.')}"
-                yield name, blocks, Net.of((*weights.tensors(), *constants))
+    cases = [(case, (torch.bfloat16, torch.float32)) for case in CASES if case.name in wanted]
+    # What `mc train gist` makes (width 256), narrow nets, the widest window.
+    for width, n, block_size in ((256, 1, 32), (256, 512, 32), (128, 512, 32), (64, 512, 32), (512, 128, 128)):
+        name = f"SmolLM2-135M, Eg {width}, K {block_size}/N{n}"
+        cases.append((Case(name, n, block_size, 576, width, 2, width // 64, 3 * width), (torch.bfloat16,)))
+    for case, dtypes in cases:
+        for dtype in dtypes:
+            weights = case.untrained().to("meta", dtype)
+            blocks = torch.empty(case.blocks, case.block_size, case.embed_dim, dtype=dtype, device="meta")
+            constants = (case.level, weights.n_heads, weights.pool, weights.rope_theta, weights.target_rms)
+            name = f"{case.name}/{str(dtype).removeprefix('torch.')}"
+            yield name, blocks, Net.of((*weights.tensors(), *constants))
 
 
 def _all_launches(blocks: Tensor, net: Net) -> list[Launch]:
@@ -259,5 +283,5 @@ def _all_launches(blocks: Tensor, net: Net) -> list[Launch]:
     out = torch.empty(blocks.shape[0], net.gists, blocks.shape[2], dtype=blocks.dtype, device="meta")
     workspace = torch.empty(gist_encode_workspace(blocks, *net), dtype=torch.uint8, device="meta")
     launches = list(forward_launches(blocks, net, out, workspace))
-    backward(out, blocks, net, launches.append)
+    backward(out, blocks, net, (blocks, *net.weights()), Arena(None), launches.append)
     return launches

@@ -38,6 +38,9 @@ class Net(NamedTuple):
         weights = (x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in given[:13])
         return cls(*weights, *given[13:])
 
+    def weights(self) -> tuple[Tensor, ...]:
+        return self[:13]
+
     @property
     def width(self) -> int:
         return self.w_in.shape[0]

@@ -33,14 +33,28 @@ class Tile:
 # Largest first. fp32 products run on the FMA units (TF32 would break the error rule).
 _HALF = (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT = (Tile(64, 64, 16, 8, 4), Tile(32, 32, 16, 4, 4), Tile(16, 16, 64, 4, 3))
+# The largest where the sum is over up to 256 columns: four steps of 64 are unrolled, and spill on sm_80.
+_HALF_SHORT = (Tile(128, 128, 32, 8, 4), *_HALF[1:])
 # With two accumulators: half as wide. The largest takes k = 32: at 64 it spills on sm_80.
 _HALF_PAIR = (Tile(128, 64, 32, 8, 4), Tile(64, 32, 64, 4, 4), Tile(32, 16, 128, 4, 4))
 _FLOAT_PAIR = (Tile(64, 32, 32, 8, 3), Tile(32, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
 
 
 @dataclass(frozen=True)
+class LayerTile:
+    """A whole layer on chip: `group` windows in `m` rows, weights `chunk` columns at a time."""
+
+    m: int
+    group: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Tiles of each product; `group` windows for a program of attention, in `attention.m` rows."""
+    """Tiles of each product; `group` windows for a program of attention, in `attention.m` rows. layer: instead of
+    attention to down, where a layer's activations stay on chip."""
 
     embed: Tile
     attention: Tile
@@ -49,6 +63,7 @@ class Plan:
     swiglu: Tile
     down: Tile
     project: Tile
+    layer: LayerTile | None
 
 
 def power(n: int, least: int = 16) -> int:
@@ -80,11 +95,26 @@ def heuristics(
         embed=largest(rows, width),
         attention=attention,
         group=block // rows_per_window,
-        attention_out=largest(rows, width),
+        attention_out=largest(rows, width, _HALF_SHORT if half and width <= 256 else single),
         swiglu=largest(rows, ffn, pair),
         down=largest(rows, width),
         project=largest(gists, embed),
+        layer=_layer_on_chip(rows, rows_per_window, width) if half else None,
     )
+
+
+def _layer_on_chip(rows: int, rows_per_window: int, width: int) -> LayerTile | None:
+    """For nets of up to 128, where every SM gets a program of 64 rows and padding is at most a quarter.
+
+    Wider ones spill. Bytes a thread at Eg 256, 64 rows, 8 warps and chunks of 16, the least of all tried, on sm_80 /
+    90 / 100: 200 / 56 / 400, with the rows as four tensors of 64 columns 216 / 0 / 40; with chunks of 32 over 400,
+    with 128 rows over 500 (at Eg 128: 72 / 144 / 216). Fewer rows than 64 would read more weights for each row than
+    separate kernels read of weights and activations together.
+    """
+    group = 64 // rows_per_window
+    enough = 4 * group * rows_per_window >= 3 * 64 and rows >= SMS * group * rows_per_window
+    fits = power(width) <= 128 and 4 * width >= 3 * power(width)
+    return LayerTile(64, group, 16, 8, 2) if enough and fits else None
 
 
 @dataclass(frozen=True)

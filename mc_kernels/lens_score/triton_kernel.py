@@ -13,8 +13,12 @@ Launches, 3 + 7 P; a CUDA graph makes them follow each other within a microsecon
     products, weighted_sum                the read pass. Its sums [H Q, E] are 1 MB of fp32 at H Q = 64, E = 4096, four
                                           times the registers of an SM, while a program that owns some columns lacks the
                                           logits, which are sums over E. So logits are one launch over the entries and
-                                          sums the next, the softmax online over blocks. (One launch would need SMs that
-                                          exchange logits while they hold a block: a cluster, which Triton has not.)
+                                          sums the next, the softmax online over blocks. One launch would need SMs that
+                                          exchange logits while they hold a block: a cluster, which Triton has not, or a
+                                          barrier over the grid, which hangs unless all programs are resident at once. A
+                                          reduction by the last program to arrive is no way round it: it would reduce 1
+                                          MB of sums for each block of 64 entries, which are 0.5 MB. Sums of the splits
+                                          of N (8 at E = 4096) are added up by `attended_values`.
     attended_values, linear, swiglu, linear
     absorb, score_entries                 the score pass is one launch: match, direct rows, head, legality
 
@@ -32,10 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..triton_arena import Arena
 from ..triton_report import Compilation
 from .cases import CASES, Case
 from .triton_backward import backward_launches
-from .triton_launch import Arena
 from .triton_plan import forward_launches
 from .weights import LensScoreWeights
 

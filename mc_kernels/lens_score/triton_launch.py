@@ -6,7 +6,6 @@ tensors they run; on meta tensors they say what has to be compiled, so the resou
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
 }
-_ALIGNMENT = 256  # of every buffer in a workspace, as torch's allocator aligns
 
 
 @dataclass(frozen=True)
@@ -57,19 +55,3 @@ class Launch:
                     aligned.append(name)
         signature |= dict.fromkeys(values, "constexpr")
         return Compilation(shape, self.kernel, signature, values, self.num_warps, self.num_stages, tuple(aligned))
-
-
-class Arena:
-    """Takes buffers one after the other out of a workspace of bytes; without one it only counts them (meta tensors)."""
-
-    def __init__(self, workspace: Tensor | None) -> None:
-        self.bytes = 0
-        self._workspace = workspace
-
-    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        start = self.bytes
-        size = math.prod(shape) * dtype.itemsize
-        self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-        if self._workspace is None:
-            return torch.empty(shape, dtype=dtype, device="meta")
-        return self._workspace[start : start + size].view(dtype).view(shape)

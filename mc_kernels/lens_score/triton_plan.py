@@ -14,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ..triton_arena import Arena
 from . import triton_query as query
 from . import triton_streams as streams
-from .triton_launch import Arena, Launch
+from .triton_launch import Launch
 
 _ROWS = 16
 _PROGRAMS = 128  # about the SMs of an A100, H100 or B200: what a launch should at least be cut into

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+from allocations import NoAllocation
 from attention_model import DTYPES, model, small
 from splice_model import same_bits
 
@@ -224,7 +225,8 @@ def test_given_memory(case: Case, device: str) -> None:
     space = torch.full((need + 64,), 255, dtype=torch.uint8, device=device)
     wide = torch.zeros(*q.shape[:3], 2 * q.shape[3], dtype=q.dtype, device=device)
     out = (wide[..., : q.shape[3]], *(poison_(torch.empty_like(x)) for x in want[1:]))
-    triton_kernel.context_attention_triton(*call, out=out, workspace=space[:need])
+    with NoAllocation():
+        triton_kernel.context_attention_triton(*call, out=out, workspace=space[:need])
     for got, x in zip(out, want, strict=True):
         assert same_bits(got.cpu(), x.cpu())
     assert (wide[..., q.shape[3] :] == 0).all()
@@ -239,7 +241,8 @@ def test_given_memory(case: Case, device: str) -> None:
     need = triton_backward.context_attention_backward_workspace(q, k, call[5], bias)
     given = tuple(poison_(torch.empty_like(x)) for x in grads)
     space = torch.full((need + 64,), 255, dtype=torch.uint8, device=device)
-    triton_backward.context_attention_backward_triton(*back, grads=given, workspace=space[:need])
+    with NoAllocation():
+        triton_backward.context_attention_backward_triton(*back, grads=given, workspace=space[:need])
     for got, x in zip(given, grads, strict=True):
         assert same_bits(got.cpu(), x.cpu())
     assert (space[need:] == 255).all()
@@ -273,6 +276,14 @@ def assert_gradients(args: dict[str, Any], device: str) -> None:
 @pytest.mark.parametrize("case", BACKWARD_CASES, ids=ids)
 def test_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_gradients(small(case, dtype), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widest_heads(dtype: torch.dtype, device: str) -> None:
+    """Of 256 dimensions, with blocks of their own."""
+    args = small(Case("widest", 2, 1, 256, 37, 3), dtype)
+    assert_formula(args, device)
+    assert_gradients(args, device)
 
 
 @pytest.mark.parametrize("rope", [None, (4, True), (6, False)], ids=str)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mc_kernels import BackendError, GistEncodeWeights, gist_encode
+from mc_kernels.gist_encode import triton_plan
 from mc_kernels.gist_encode.cases import EMPTY, SMALL, Case
 from mc_kernels.gist_encode.weights import SHAPES
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from allocations import NoAllocation
 from encode_model import make, plain
 
 BY_NAME = {case.name: case for case in SMALL}
@@ -61,6 +63,51 @@ def test_error_rule(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_within_error_rule(out.cpu(), exact, plain(case, weights, *inputs), what="gists")
 
 
+ON_CHIP = (GISTS, TILES, CLS, dataclasses.replace(ODD, width=28, name="odd, head of 14"))
+
+
+def layers_stay_on_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of windows."""
+    monkeypatch.setattr(triton_plan, "SMS", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("case", ON_CHIP, ids=ids)
+def test_layers_on_chip(case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mc_kernels.gist_encode.triton_layers import layer_kernel
+
+    weights, inputs = make(case, dtype)
+    launched = []
+    real = triton_plan.Launch.run
+    monkeypatch.setattr(triton_plan.Launch, "run", lambda one: (launched.append(one.kernel), real(one)))
+    layers_stay_on_chip(monkeypatch)
+    with poisoned_empty():
+        out = call(case, weights, *to(device, inputs))
+    assert launched.count(layer_kernel) == case.layers
+    assert len(launched) == case.layers + 4
+    exact = plain(case, weights, *(x.double() for x in inputs))
+    assert_within_error_rule(out.cpu(), exact, plain(case, weights, *inputs), what="gists")
+
+
+@pytest.mark.parametrize(
+    ("windows", "rows_each", "width", "half", "on_chip"),
+    [
+        (512, 32, 128, True, True),
+        (512, 32, 64, True, True),
+        (512, 32, 100, True, True),
+        (512, 32, 80, True, False),  # of 128: too much padding
+        (512, 32, 256, True, False),
+        (64, 32, 128, True, False),  # leaves SMs without work
+        (512, 33, 128, True, False),  # one window in 64 rows
+        (512, 128, 128, True, False),
+        (512, 32, 128, False, False),
+    ],
+)
+def test_which_layers_stay_on_chip(windows: int, rows_each: int, width: int, half: bool, on_chip: bool) -> None:
+    plan = triton_plan.heuristics(windows * rows_each, rows_each, windows, 576, width, 3 * width, 2, half)
+    assert (plan.layer is not None) == on_chip
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 def test_weights_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
     blocks, weights = GISTS.make(torch.float32)
@@ -101,7 +148,10 @@ def test_untrained_is_the_centred_mean(device: str) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_window_of_nan_or_zeros_keeps_to_itself(device: str) -> None:
+@pytest.mark.parametrize("on_chip", [False, True])
+def test_a_window_of_nan_or_zeros_keeps_to_itself(on_chip: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if on_chip:
+        layers_stay_on_chip(monkeypatch)
     case = dataclasses.replace(GISTS, blocks=6, block_size=4)  # four windows in a program of attention
     blocks, weights = case.make(torch.bfloat16, device)
     weights = dataclasses.replace(weights, mu=torch.zeros_like(weights.mu))
@@ -126,8 +176,7 @@ def test_foreign_buffers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % 256
     out = torch.full((7, *expected.shape[1:]), float("nan"), dtype=expected.dtype, device=device)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", None)
+    with NoAllocation():
         given = triton_kernel.gist_encode_triton(*args, out=out[1:-1], workspace=memory[start : start + size])
     assert given.data_ptr() == out[1].data_ptr()
     assert max_error(given, expected) <= 2 * torch.finfo(torch.bfloat16).eps * float(expected.abs().max())
@@ -138,6 +187,39 @@ def test_foreign_buffers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         triton_kernel.gist_encode_triton(*args, workspace=memory[: size - 1])
     with pytest.raises(BackendError, match="out: expected contiguous"):
         triton_kernel.gist_encode_triton(*args, out=out)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtypes"),
+    [(TILES, (torch.bfloat16, torch.bfloat16)), (CLS, (torch.bfloat16, torch.float32)), (MEAN, (torch.float32,) * 2)],
+    ids=ids,
+)
+def test_backward_in_foreign_memory(case: Case, dtypes: tuple[torch.dtype, torch.dtype], device: str) -> None:
+    """As above: the same bits, no tensor made, the workspace used to its end and no further."""
+    from mc_kernels.gist_encode import triton_backward
+
+    weights, inputs = make(case, torch.float32)
+    blocks, *tensors = to(device, inputs)
+    args = (blocks.to(dtypes[0]), *(x.to(dtypes[1]) for x in tensors), *constants(case, weights))
+    up = torch.randn(case.blocks, case.n_gists, case.embed_dim, generator=torch.Generator().manual_seed(0))
+    up = up.to(device, dtypes[0])
+    expected = triton_backward.gist_encode_backward_triton(up, *args)
+    size = triton_backward.gist_encode_backward_workspace(*args)
+    memory = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device=device)  # NaN in every dtype
+    start = -memory.data_ptr() % 256
+    out = tuple(torch.full_like(x, float("nan")) for x in expected)
+    workspace = memory[start : start + size]
+    with NoAllocation():
+        given = triton_backward.gist_encode_backward_triton(up, *args, out=out, workspace=workspace)
+    assert given is out
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert (memory[:start] == 0xFF).all()
+    assert (memory[start + size :] == 0xFF).all()
+    assert not (workspace[-size // 4 :] == 0xFF).all()
+    with pytest.raises(BackendError, match="workspace: expected uint8"):
+        triton_backward.gist_encode_backward_triton(up, *args, workspace=workspace[:-1])
+    with pytest.raises(BackendError, match="out: expected contiguous"):
+        triton_backward.gist_encode_backward_triton(up, *args, out=(*out[:-1], out[0]))
 
 
 def test_refusals(device: str) -> None:
@@ -165,6 +247,7 @@ def test_empty(device: str) -> None:
     [
         *((case, torch.float32) for case in (TILES, ODD, MEAN, CLS, BY_NAME["small/no-layers"])),
         *((case, dtype) for case in (ODD, CLS, BY_NAME["small/K64"]) for dtype in (torch.bfloat16, torch.float16)),
+        (BY_NAME["small/K128"], torch.bfloat16),
     ],
     ids=ids,
 )

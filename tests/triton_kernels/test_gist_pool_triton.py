@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import NoAllocation
 from torch import Tensor
 
 from mc_kernels import BackendError, GistPoolWeights, gist_pool
@@ -273,7 +274,8 @@ def test_memory_of_the_caller(dtypes: tuple[torch.dtype, torch.dtype], device: s
         triton_kernel.gist_pool_triton(*inputs, out=(out[0], out[1]), workspace=space)
         triton_backward.gist_pool_backward_triton(*up, *inputs, True, True, out=grads, workspace=back)  # type: ignore[arg-type]
 
-    run()
+    with NoAllocation():
+        run()
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
