@@ -22,7 +22,7 @@ def _usual(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
         if type(x) is not Tensor or not x.is_cpu or x.dtype is not k.dtype or x.requires_grad or not x.numel():
             return False
     shape, strides, size = k.shape, k.stride(), k.element_size()
-    if k.dtype not in ORACLE_DTYPES or len(shape) not in (4, 5) or v.shape != shape or v.stride() != strides:
+    if k.dtype not in CACHE_DTYPES or len(shape) not in (4, 5) or v.shape != shape or v.stride() != strides:
         return False
     new = (shape[0] if len(shape) == 4 else shape[0] * shape[1], shape[-3], k_new.shape[-2], shape[-1])
     if k_new.shape != new or v_new.shape != new or not (k_new.is_contiguous() and v_new.is_contiguous()):
