@@ -1,6 +1,4 @@
 // mc_refocus_cuda: checks, scratch, two launches. The kernels: kernel.cuh.
-#include <algorithm>
-
 #include "../gist_pool/host.cuh"
 #include "check.h"
 #include "kernel.cuh"
@@ -144,12 +142,11 @@ void refocus(const mc_refocus_args& a, void* workspace, int64_t workspace_bytes,
     const int pack = packs ? 16 / static_cast<int>(dtype_bytes(x.pooling[0].dtype)) : 1;
     const int pool_threads = threads_of_a_block();
     const int64_t shared = shared_for(calls.apply.weights[0], pool_threads, pack, 0);
-    if (x.slots == 0) return;
     Watched watched;
     watch(watched, a, x, workspace, calls.workspace);
     const int threads = block_threads(kPlanThreads), whole = threads > kWarp ? threads / kWarp * kWarp : threads;
     launch("refocus (plan)", refocus_plan, 1, whole, shared_bytes_of<uint32_t>(2 * kMostWarps), stream, calls.plan);
-    if (calls.lanes == 0) return;
+    if (calls.lanes == 0 || x.slots == 0) return;
     with_type(x.pooling[0].dtype, packs, [&](auto type, auto size) {
         launch("refocus (apply)", refocus_apply<decltype(type), decltype(size)::value>, calls.lanes, pool_threads,
                shared, stream, calls.apply);

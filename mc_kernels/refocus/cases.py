@@ -154,7 +154,11 @@ SMALL = [
     Case("small/pinned", share=0.8, room=-9, pinned=((0, 9), (40, 41), (80, 90), (7, 7))),
     Case("small/nothing-at-hand", at_hand=0.0, room=20),
 ]
-EMPTY = [Case("empty/no-tokens", tokens=0, pinned=()), Case("empty/no-nodes", tokens=2)]
+EMPTY = [
+    Case("empty/no-tokens", tokens=0, pinned=()),
+    Case("empty/no-slots", tokens=0, pinned=(), spare_slots=0),
+    Case("empty/no-nodes", tokens=2),
+]
 # A context of some 8,000 entries, most of them tokens; the cache is Llama-3-8B's but for the number of layers.
 LARGE = Case(
     "large/8k", 2, 8, 128, tokens=36_000, k=32, missing=(0, 0, 1), share=0.46, room=-200, rule={"max_edits": 24}

@@ -41,7 +41,7 @@ def emulate(device: str, seed: int = 0, threads: int = 8, fault: int = 0) -> Non
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return torch.equal(*(x.reshape(-1).contiguous().view(torch.uint8) for x in (a, b)))
 
 
 @st.composite
