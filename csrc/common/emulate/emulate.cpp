@@ -36,7 +36,7 @@ struct Fiber {
     State state = State::kEnded;
     Place place;
     Block* block = nullptr;
-    uint64_t given = 0;                     // to a warp's exchange
+    Words given = {};                       // to a warp's exchange
     bool flag = false;                      // to a block's barrier
     std::vector<std::vector<Copy>> groups;  // of copies that have not arrived; the last one is open
 };
@@ -46,7 +46,7 @@ struct Block {
     bool any = false;  // of the flags at the last barrier
     std::vector<Fiber*> fibers;
     std::unique_ptr<char[]> shared;
-    std::vector<uint64_t> exchanged;
+    std::vector<Words> exchanged;
 };
 
 struct Launch {
@@ -106,7 +106,7 @@ void release(Block& b) {
 
 void start(Block& b, Index block, Index block_size, Index grid_size) {
     b.epoch = 0;
-    b.exchanged.assign(block_size.x, 0);
+    b.exchanged.assign(block_size.x, Words{});
     if (launch.shared_bytes) {
         b.shared.reset(new char[static_cast<size_t>(launch.shared_bytes)]);
         std::memset(b.shared.get(), 0xff, static_cast<size_t>(launch.shared_bytes));  // NaN, until it is written
@@ -216,32 +216,32 @@ void sync_grid() { leave(State::kGrid); }
 
 uint64_t exchange(uint64_t mine, int from) {
     Fiber* self = launch.running;
-    self->given = mine;
+    self->given[0] = mine;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp;
     // Lanes that the block does not have give zero, and a lane that goes on alone must not overwrite what others read.
     const size_t at = first + static_cast<size_t>(from & (kWarp - 1));
-    return at < self->block->exchanged.size() ? self->block->exchanged[at] : 0;
+    return at < self->block->exchanged.size() ? self->block->exchanged[at][0] : 0;
 }
 
-void exchange_all(uint64_t mine, uint64_t (&all)[32]) {
+void exchange_all(const Words& mine, Words (&all)[32]) {
     Fiber* self = launch.running;
     self->given = mine;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp, n = self->block->exchanged.size();
-    for (size_t i = 0; i < kWarp; ++i) all[i] = first + i < n ? self->block->exchanged[first + i] : 0;
+    for (size_t i = 0; i < kWarp; ++i) all[i] = first + i < n ? self->block->exchanged[first + i] : Words{};
 }
 
 void sync_warp() { exchange(0, 0); }
 
 uint32_t ballot(bool flag) {
     Fiber* self = launch.running;
-    self->given = flag;
+    self->given[0] = flag;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp, n = self->block->exchanged.size();
     uint32_t out = 0;
     for (size_t i = first; i < std::min(first + kWarp, n); ++i) {
-        out |= self->block->exchanged[i] ? 1u << (i - first) : 0u;
+        out |= self->block->exchanged[i][0] ? 1u << (i - first) : 0u;
     }
     return out;
 }
@@ -273,6 +273,13 @@ char* shared_memory(int64_t bytes_needed) {
              std::to_string(launch.shared_bytes));
     }
     return launch.running->block->shared.get();
+}
+
+void check_shared(const void* p, int64_t bytes) {
+    const int64_t at = static_cast<const char*>(p) - launch.running->block->shared.get();
+    if (at < 0 || at + bytes > launch.shared_bytes) {
+        fail("byte " + std::to_string(at) + " of " + std::to_string(launch.shared_bytes) + " in shared memory");
+    }
 }
 
 }  // namespace mc::emulate
