@@ -3,8 +3,8 @@
 #pragma once
 
 #include "call.cuh"
+#include "fragments.cuh"
 #include "grid.cuh"
-#include "mma.cuh"
 
 namespace mc::cuda {
 

@@ -36,7 +36,7 @@ struct Fiber {
     State state = State::kEnded;
     Place place;
     Block* block = nullptr;
-    uint64_t given = 0;                     // to a warp's exchange
+    Words given = {};                       // to a warp's exchange
     bool flag = false;                      // to a block's barrier
     std::vector<std::vector<Copy>> groups;  // of copies that have not arrived; the last one is open
 };
@@ -46,7 +46,7 @@ struct Block {
     bool any = false;  // of the flags at the last barrier
     std::vector<Fiber*> fibers;
     std::unique_ptr<char[]> shared;
-    std::vector<uint64_t> exchanged;
+    std::vector<Words> exchanged;
 };
 
 struct Launch {
@@ -63,6 +63,8 @@ Launch launch;
 std::vector<std::unique_ptr<Fiber>> pool;
 uint64_t seed = 0;
 int resident = 2, threads_wanted = 0, fault_wanted = 0;
+Device current_device;
+std::string launched;
 
 void leave(State state) {
     Fiber* self = launch.running;
@@ -106,7 +108,7 @@ void release(Block& b) {
 
 void start(Block& b, Index block, Index block_size, Index grid_size) {
     b.epoch = 0;
-    b.exchanged.assign(block_size.x, 0);
+    b.exchanged.assign(block_size.x, Words{});
     if (launch.shared_bytes) {
         b.shared.reset(new char[static_cast<size_t>(launch.shared_bytes)]);
         std::memset(b.shared.get(), 0xff, static_cast<size_t>(launch.shared_bytes));  // NaN, until it is written
@@ -158,12 +160,19 @@ void step(std::vector<Block>& blocks, std::vector<Fiber*>& ready) {
 const Place& place() { return launch.running->place; }
 int64_t epoch() { return launch.running->block->epoch; }
 int64_t grid_epoch() { return launch.grid_epoch; }
+const Device& device() { return current_device; }
 bool fault(int number) { return number == fault_wanted; }
 int block_threads(int usual) { return threads_wanted ? std::min(threads_wanted, usual) : usual; }
 
 void run(const char* name, int64_t n_blocks, int threads, int64_t shared_bytes, bool together,
          const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> lock(one_launch);
+    if (shared_bytes > current_device.shared_bytes) {
+        throw Error(MC_DEVICE_ERROR, std::string(name) + ": " + std::to_string(shared_bytes) +
+                                         " bytes of shared memory for a block, the device has " +
+                                         std::to_string(current_device.shared_bytes));
+    }
+    launched += std::string(launched.empty() ? "" : "; ") + name;
     launch.kernel = &kernel;
     launch.name = name;
     launch.error.clear();
@@ -216,32 +225,32 @@ void sync_grid() { leave(State::kGrid); }
 
 uint64_t exchange(uint64_t mine, int from) {
     Fiber* self = launch.running;
-    self->given = mine;
+    self->given[0] = mine;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp;
     // Lanes that the block does not have give zero, and a lane that goes on alone must not overwrite what others read.
     const size_t at = first + static_cast<size_t>(from & (kWarp - 1));
-    return at < self->block->exchanged.size() ? self->block->exchanged[at] : 0;
+    return at < self->block->exchanged.size() ? self->block->exchanged[at][0] : 0;
 }
 
-void exchange_all(uint64_t mine, uint64_t (&all)[32]) {
+void exchange_all(const Words& mine, Words (&all)[32]) {
     Fiber* self = launch.running;
     self->given = mine;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp, n = self->block->exchanged.size();
-    for (size_t i = 0; i < kWarp; ++i) all[i] = first + i < n ? self->block->exchanged[first + i] : 0;
+    for (size_t i = 0; i < kWarp; ++i) all[i] = first + i < n ? self->block->exchanged[first + i] : Words{};
 }
 
 void sync_warp() { exchange(0, 0); }
 
 uint32_t ballot(bool flag) {
     Fiber* self = launch.running;
-    self->given = flag;
+    self->given[0] = flag;
     leave(State::kWarp);
     const size_t first = self->place.thread.x / kWarp * kWarp, n = self->block->exchanged.size();
     uint32_t out = 0;
     for (size_t i = first; i < std::min(first + kWarp, n); ++i) {
-        out |= self->block->exchanged[i] ? 1u << (i - first) : 0u;
+        out |= self->block->exchanged[i][0] ? 1u << (i - first) : 0u;
     }
     return out;
 }
@@ -275,6 +284,13 @@ char* shared_memory(int64_t bytes_needed) {
     return launch.running->block->shared.get();
 }
 
+void check_shared(const void* p, int64_t bytes) {
+    const int64_t at = static_cast<const char*>(p) - launch.running->block->shared.get();
+    if (at < 0 || at + bytes > launch.shared_bytes) {
+        fail("byte " + std::to_string(at) + " of " + std::to_string(launch.shared_bytes) + " in shared memory");
+    }
+}
+
 }  // namespace mc::emulate
 
 // How tests steer it. threads: of a block, 0 for what the host code chooses; blocks: how many run at a time; fault: the
@@ -284,4 +300,13 @@ extern "C" MC_API void mc_emulate(uint64_t seed, int32_t threads, int32_t blocks
     mc::emulate::threads_wanted = threads;
     mc::emulate::resident = std::max(blocks, 1);
     mc::emulate::fault_wanted = fault;
+    mc::emulate::launched.clear();
+}
+
+// Names of what has been launched since the last mc_emulate, in order.
+extern "C" MC_API const char* mc_emulate_launches() { return mc::emulate::launched.c_str(); }
+
+// The device that host code finds.
+extern "C" MC_API void mc_emulate_device(int32_t multiprocessors, int64_t shared_bytes) {
+    mc::emulate::current_device = {multiprocessors, shared_bytes};
 }

@@ -8,6 +8,7 @@
 // - A kernel's threads must not keep C++ objects that own anything: a launch that fails abandons them.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -45,6 +46,12 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, bo
          const std::function<void()>& kernel);
 
 int block_threads(int usual);
+// What host code is told of the device.
+struct Device {
+    int multiprocessors = 3;
+    int64_t shared_bytes = 227 << 10;  // of a block, at most
+};
+const Device& device();
 bool fault(int number);
 
 // Ends the launch from within a thread.
@@ -54,14 +61,17 @@ void sync_block();
 bool sync_block_or(bool flag);
 void sync_grid();
 void sync_warp();
-// As `exchange`, but all lanes' words; zero for those that the block does not have.
-void exchange_all(uint64_t mine, uint64_t (&all)[32]);
+// As `exchange`, but all lanes' words, three of each; zero for lanes that the block does not have.
+using Words = std::array<uint64_t, 3>;
+void exchange_all(const Words& mine, Words (&all)[32]);
 // Every lane's 64 bits, exchanged by all lanes of the warp that have not ended; returns lane `from`'s.
 uint64_t exchange(uint64_t mine, int from);
 uint32_t ballot(bool flag);
 // Lets others run: within a loop that waits for another thread.
 void pause();
 char* shared_memory(int64_t bytes_needed);
+// Ends the launch where these bytes are not shared memory of the block.
+void check_shared(const void* p, int64_t bytes);
 // Asynchronous copies to shared memory: they arrive when their group is waited for, no earlier.
 void copy_later(void* to, const void* bytes, int n);
 void commit_copies();
