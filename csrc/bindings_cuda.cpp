@@ -3,6 +3,8 @@
 
 #if defined(MC_EMULATED)
 extern "C" void mc_emulate(uint64_t seed, int32_t threads, int32_t blocks, int32_t fault);
+extern "C" void mc_emulate_device(int32_t multiprocessors, int64_t shared_bytes);
+extern "C" const char* mc_emulate_launches();
 #endif
 
 namespace {
@@ -100,6 +102,8 @@ PYBIND11_MODULE(MC_MODULE, m) {
     m.def("architectures", &mc_cuda_architectures);
 #if defined(MC_EMULATED)
     m.def("emulate", &mc_emulate, "seed"_a, "threads"_a, "blocks"_a, "fault"_a);
+    m.def("emulate_launches", &mc_emulate_launches);
+    m.def("emulate_device", &mc_emulate_device, "multiprocessors"_a, "shared_bytes"_a);
 #endif
     py::class_<Where>(m, "Where")
         .def(py::init(

@@ -93,6 +93,14 @@ constexpr int64_t shared_bytes_of(int64_t n) {
     return (n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
 }
 
+// x, which the compiler does not know: what is made of it is made where it is wanted, not kept in registers since before.
+MC_DEVICE int fresh(int x) {
+#if defined(__CUDACC__)
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // V elements that are moved as one.
 template <class Bits, int V>
 struct alignas(sizeof(Bits) * V) Pack {

@@ -42,15 +42,18 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 
 inline int block_threads(int usual) { return usual; }
 
-// Multiprocessors of the current device. Asks the runtime, not the device.
-inline int multiprocessors() {
-    int device = 0, count = 0;
+// Of the current device. Asks the runtime, not the device.
+inline int attribute(cudaDeviceAttr what) {
+    int device = 0, value = 0;
     cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess) return count;
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, what, device);
+    if (status == cudaSuccess) return value;
     cudaGetLastError();
     throw Error(MC_DEVICE_ERROR, std::string("the current device: ") + cudaGetErrorString(status));
 }
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+// Bytes of shared memory that a block may have.
+inline int64_t shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // What a launch may touch is known to the emulation alone.
 class Watched {
@@ -71,7 +74,8 @@ void launch(const char* name, void (*kernel)(const Arguments), int64_t blocks, i
 
 // Tests make blocks small: short inputs then take several steps, as long ones do on a GPU.
 inline int block_threads(int usual) { return emulate::block_threads(usual); }
-inline int multiprocessors() { return 3; }
+inline int multiprocessors() { return emulate::device().multiprocessors; }
+inline int64_t shared_limit() { return emulate::device().shared_bytes; }
 
 using emulate::Watched;
 

@@ -1,55 +1,13 @@
-// mc_gist_encode_cuda: checks, workspace, chunks of windows, launches. The kernel: kernel.cuh.
+// mc_gist_encode_cuda: checks, chunks of windows, launches. The kernels: kernel.cuh, tiled.cuh, resident.cuh.
 #include <algorithm>
 #include <cmath>
 
-#include "host_checks.h"
 #include "kernel.cuh"
 #include "launch.cuh"
-#include "net.h"
+#include "plan.cuh"
 
 namespace mc::cuda {
 namespace {
-
-// Rows that go through in one launch, and in bulk: the latter bounds the workspace.
-constexpr int64_t kStreamed = 264, kChunkRows = 32768;
-
-struct Layout {
-    bool tensor, streamed;
-    int64_t windows;  // of a chunk
-    int64_t h, turned, attention, swiglu, pooled, y, centred, phases, bytes;
-};
-
-bool dense_on_16(const mc_gist_encode_weights& w) {
-    for (const mc_tensor* x :
-         {&w.w_in, &w.attn_norm, &w.qkv, &w.attn_out, &w.ffn_norm, &w.gate_up, &w.down, &w.w_out}) {
-        if (!rows_on_16(*x)) return false;
-    }
-    return true;
-}
-
-Layout layout_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, const Net& net) {
-    Layout l{};
-    const int64_t rows_each = a.blocks.size[1] + (net.pool == Pool::kCls), all = a.blocks.size[0];
-    l.tensor = a.blocks.dtype == w.w_in.dtype && a.blocks.dtype != MC_F32 && net.embed % 8 == 0 && net.width % 8 == 0 &&
-               net.ffn % 8 == 0 && rows_on_16(a.blocks) && dense_on_16(w);
-    l.streamed = all * rows_each <= kStreamed;
-    l.windows = std::min(all, std::max<int64_t>(kChunkRows / rows_each, 1));
-    const int64_t rows = l.windows * rows_each, gists = l.windows * net.gists, bytes = l.tensor ? 2 : 4;
-    const auto take = [&](int64_t& at, int64_t n, int64_t each) {
-        at = l.bytes;
-        l.bytes += (n * each + 255) / 256 * 256;
-    };
-    if (all == 0) return l;
-    take(l.h, rows * net.width, bytes);
-    take(l.turned, rows * 3 * net.width, bytes);
-    take(l.attention, rows * net.width, bytes);
-    take(l.swiglu, rows * net.ffn, bytes);
-    take(l.pooled, gists * net.width, bytes);
-    take(l.y, gists * net.embed, 4);
-    take(l.centred, l.windows * net.embed, 4);
-    take(l.phases, rows_each * net.head_dim(), 4);
-    return l;
-}
 
 Net check(const mc_gist_encode_weights& w, const mc_gist_encode_args& a) {
     const Net net = check_weights(w);
@@ -61,7 +19,7 @@ Net check(const mc_gist_encode_weights& w, const mc_gist_encode_args& a) {
     narrow("blocks", a.blocks.size[1] + 1);
     narrow("gate_up", 2 * net.ffn);
     narrow("qkv", 3 * net.width);
-    narrow("blocks", (kChunkRows + a.blocks.size[1]) * std::max({net.head_dim(), net.gists, 2 * net.heads}));
+    narrow("blocks", (kResidentRows + a.blocks.size[1]) * std::max({net.head_dim(), net.gists, 2 * net.heads}));
     // Logits and norms of a window's rows, when it is pooled.
     const int64_t most = (40 << 10) / 8;
     if (a.blocks.size[1] + 1 > most) {
@@ -84,7 +42,7 @@ Matrix by_layer(const mc_tensor& x) {
     return {m.data, m.row, 0};
 }
 
-EncodeCall call_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, const Net& net, const Layout& l,
+EncodeCall call_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, const Net& net, const Plan& p,
                    void* workspace) {
     EncodeCall c{};
     const int64_t bytes = dtype_bytes(a.blocks.dtype);
@@ -107,14 +65,21 @@ EncodeCall call_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a
     c.w_out = matrix(w.w_out);
     c.gain = matrix(w.gain);
     char* const memory = static_cast<char*>(workspace);
-    c.h = memory + l.h;
-    c.turned = memory + l.turned;
-    c.attention = memory + l.attention;
-    c.swiglu = memory + l.swiglu;
-    c.pooled = memory + l.pooled;
-    c.y = reinterpret_cast<float*>(memory + l.y);
-    c.centred = reinterpret_cast<float*>(memory + l.centred);
-    c.phases = reinterpret_cast<float*>(memory + l.phases);
+    if (p.way == Way::kResident) {
+        c.scratch = memory + p.scratch;
+        c.group = narrow("blocks", p.group);
+        c.scratch_columns = narrow("down", p.columns);
+        c.pass_heads = narrow("n_heads", p.passed);
+    } else {
+        c.h = memory + p.h;
+        c.turned = memory + p.turned;
+        c.attention = memory + p.attention;
+        c.swiglu = memory + p.swiglu;
+    }
+    c.pooled = memory + p.pooled;
+    c.y = reinterpret_cast<float*>(memory + p.y);
+    c.centred = reinterpret_cast<float*>(memory + p.centred);
+    c.phases = reinterpret_cast<float*>(memory + p.phases);
     c.log2_theta = std::log2(net.rope_theta);
     c.target_rms = static_cast<float>(net.target_rms);
     c.tokens = static_cast<int32_t>(a.blocks.size[1]);
@@ -133,7 +98,7 @@ EncodeCall call_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a
     return c;
 }
 
-void watch(Watched& watched, const mc_gist_encode_weights& w, const mc_gist_encode_args& a, const Layout& l,
+void watch(Watched& watched, const mc_gist_encode_weights& w, const mc_gist_encode_args& a, const Plan& p,
            void* workspace) {
     watched.view("blocks", a.blocks, false);
     watched.view("out", a.out, true);
@@ -150,7 +115,7 @@ void watch(Watched& watched, const mc_gist_encode_weights& w, const mc_gist_enco
     watched.view("pool_q", w.pool_q, false);
     watched.view("w_out", w.w_out, false);
     watched.view("gain", w.gain, false);
-    watched.array("workspace", workspace, l.bytes, true);
+    watched.array("workspace", workspace, p.bytes, true);
 }
 
 // Blocks that a stage can use, at most.
@@ -159,49 +124,116 @@ int64_t most_units(const EncodeCall& c, int stage) {
     return units_of(c, step, Linear(c, step, 0));
 }
 
+// Stages [first, last) by units, a launch each, or all in one.
 template <class M>
-void run(EncodeCall& c, const Layout& l, void* stream) {
-    const int threads = block_threads(kEncodeThreads), stages = c.stages();
+void run_units(EncodeCall& c, int first, int last, bool together, void* stream) {
+    const int threads = block_threads(kEncodeThreads);
     const int64_t shared = std::max({ProductMemory::bytes(threads / 32), AttendMemory::bytes(2 * c.half, threads / 32),
                                      2 * shared_bytes_of<float>(c.rows_each)});
-    int64_t most = 1;
-    for (int s = 0; s < stages; ++s) most = std::max(most, most_units(c, s));
-    if (l.streamed) {
-        c.together = true;
-        c.first_stage = 0;
-        c.last_stage = stages;
-        launch("gist_encode (streaming)", encode<M>, std::min<int64_t>(most, multiprocessors()), threads, shared,
-               stream, c, true);
-        return;
-    }
-    for (int s = 0; s < stages; ++s) {
+    c.together = together;
+    for (int s = first; s < last; s = c.last_stage) {
         c.first_stage = s;
-        c.last_stage = s + 1;
-        launch("gist_encode (bulk)", encode<M>, most_units(c, s), threads, shared, stream, c);
+        c.last_stage = together ? last : s + 1;
+        int64_t most = 1;
+        for (int i = s; i < c.last_stage; ++i) most = std::max(most, most_units(c, i));
+        if (together) most = std::min<int64_t>(most, multiprocessors());
+        launch(together ? "gist_encode (streaming)" : "gist_encode (bulk)", encode<M>, most, threads, shared, stream, c,
+               together);
+    }
+}
+
+// One linear map by tiles: the widest that give every multiprocessor one.
+template <class E>
+void run_tiles(EncodeCall& c, int stage, void* stream) {
+    c.first_stage = stage;
+    c.last_stage = stage + 1;
+    const Step step = c.step(stage);
+    const Linear l(c, step, 0);
+    const int64_t rows = (l.rows + kTileRows<kTiledRows> - 1) / kTileRows<kTiledRows>, most = multiprocessors();
+    int64_t tiles = 0;
+    for (int width = kTileOutputs; width >= 64 && tiles < most; width /= 2) {
+        c.tile_outputs = tile_width(l.paired ? 2 * l.outputs : l.outputs, width, 64);
+        tiles = rows * (l.paired ? TiledProduct<E, true>::tile_columns(l, c.tile_outputs)
+                                 : TiledProduct<E, false>::tile_columns(l, c.tile_outputs));
+    }
+    launch("gist_encode (tiles)", encode_tiles<E>, std::min(tiles, most), kTileThreads, TileMemory::bytes<kTiledRows>(),
+           stream, c);
+}
+
+// The first stage's products apart, its units beside them all the same.
+template <class E>
+void run_tiled(EncodeCall& c, void* stream) {
+    using M = TensorMath<E>;
+    c.beside = true;
+    run_units<M>(c, 0, 1, false, stream);
+    for (int s = 0; s < c.stages(); ++s) {
+        const Step step = c.step(s);
+        if (step == kAttend) {
+            const int threads = block_threads(kAttendThreads);
+            const int64_t units = static_cast<int64_t>(c.windows) * c.heads * query_tiles(c), warps = threads / 32;
+            launch("gist_encode (attention)", attend_windows<E>, (units + warps - 1) / warps, threads, 0, stream, c);
+        } else if (step == kPool || step == kMatch) {
+            run_units<M>(c, s, s + 1, false, stream);
+        } else {
+            run_tiles<E>(c, s, stream);
+        }
+    }
+}
+
+template <class E, int MT>
+void run_groups(EncodeCall& c, void* stream) {
+    const int64_t groups = (c.windows + c.group - 1) / c.group;
+    const int64_t blocks = std::min({groups, kMostResidentBlocks, static_cast<int64_t>(multiprocessors())});
+    launch(MT == 4 ? "gist_encode (groups of 128)" : "gist_encode (groups of 64)", encode_resident<E, MT>, blocks,
+           kTileThreads, resident_bytes<MT>(c.width), stream, c);
+}
+
+template <class E>
+void run_resident(EncodeCall& c, const Plan& p, void* stream) {
+    using M = TensorMath<E>;
+    c.beside = true;
+    run_units<M>(c, 0, 1, false, stream);
+    if (p.rows == kTileRows<4>) {
+        run_groups<E, 4>(c, stream);
+    } else {
+        run_groups<E, 2>(c, stream);
+    }
+    run_tiles<E>(c, c.stages() - 2, stream);
+    run_units<M>(c, c.stages() - 1, c.stages(), false, stream);
+}
+
+template <class E>
+void run(EncodeCall& c, const Plan& p, void* stream) {
+    if (p.way == Way::kResident) {
+        run_resident<E>(c, p, stream);
+    } else if (p.way == Way::kTiled) {
+        run_tiled<E>(c, stream);
+    } else {
+        run_units<TensorMath<E>>(c, 0, c.stages(), p.way == Way::kStreamed, stream);
     }
 }
 
 void gist_encode(const mc_gist_encode_weights& w, const mc_gist_encode_args& a, void* workspace,
-                 int64_t workspace_bytes, void* stream) {
+                 int64_t workspace_given, void* stream) {
     const Net net = check(w, a);
-    const Layout l = layout_of(w, a, net);
-    check_workspace(workspace, workspace_bytes, l.bytes);
+    check_workspace(workspace, workspace_given, workspace_bytes(w, a, net));
     const int64_t all = a.blocks.size[0];
     if (all == 0) return;
-    EncodeCall c = call_of(w, a, net, l, workspace);
+    const Plan p = plan_of(w, a, net, multiprocessors(), shared_limit());
+    EncodeCall c = call_of(w, a, net, p, workspace);
     Watched watched;
-    watch(watched, w, a, l, workspace);
-    for (int64_t n = 0; n < all; n += l.windows) {
+    watch(watched, w, a, p, workspace);
+    for (int64_t n = 0; n < all; n += p.windows) {
         c.blocks = static_cast<const char*>(a.blocks.data) + n * c.blocks_n;
         c.out = static_cast<char*>(a.out.data) + n * c.out_n;
-        c.windows = static_cast<int32_t>(std::min(l.windows, all - n));
+        c.windows = static_cast<int32_t>(std::min(p.windows, all - n));
         c.rows = c.windows * c.rows_each;
-        if (!l.tensor) {
-            run<PlainMath>(c, l, stream);
+        if (!p.tensor) {
+            run_units<PlainMath>(c, 0, c.stages(), p.way == Way::kStreamed, stream);
         } else if (a.blocks.dtype == MC_F16) {
-            run<TensorMath<Half>>(c, l, stream);
+            run<Half>(c, p, stream);
         } else {
-            run<TensorMath<Bfloat>>(c, l, stream);
+            run<Bfloat>(c, p, stream);
         }
     }
 }
@@ -216,7 +248,7 @@ extern "C" int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* w
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (!bytes) mc::invalid("bytes: expected an address, got NULL");
         const mc::Net net = mc::cuda::check(*weights, *args);
-        *bytes = mc::cuda::layout_of(*weights, *args, net).bytes;
+        *bytes = mc::cuda::workspace_bytes(*weights, *args, net);
     });
 }
 

@@ -12,6 +12,8 @@ struct Matrix {
     int64_t layer, row;
 
     MC_BOTH const char* at(int l, int64_t r = 0) const { return data + l * layer + r * row; }
+    // From the start of a layer of less than 4 GB.
+    MC_BOTH uint32_t offset(int r) const { return static_cast<uint32_t>(r) * static_cast<uint32_t>(row); }
 };
 
 // blocks -> kFirst, per layer kQkv .. kDown, kPool, kProject, kMatch -> out. A stage reads what the ones before it have
@@ -28,13 +30,17 @@ struct EncodeCall {
     // [N G, Eg]. fp32: y [N G, E], centred [N, E], phases [rows of a window, half of a head, cos and sin].
     char *h, *turned, *attention, *swiglu, *pooled;
     float *y, *centred, *phases;
+    char* scratch;  // of blocks that windows stay with (resident.cuh), instead of h .. swiglu, which are nullptr then
     double log2_theta;
     float target_rms;
     int32_t windows, tokens, rows_each, rows;  // tokens: K; rows_each: with a class token; rows: of all windows
     int32_t embed, width, layers, heads, half, ffn, gists, pool, blocks_dtype, weights_dtype;
     int32_t first_stage, last_stage;
-    bool centres;   // level 1
-    bool together;  // all blocks run at the same time, all stages in this launch
+    int32_t tile_outputs;                        // of tiles
+    int32_t group, scratch_columns, pass_heads;  // windows that stay together; how their block's scratch is used
+    bool centres;                                // level 1
+    bool beside;                                 // of the first stage only what is no product
+    bool together;                               // all blocks run at the same time, all stages in this launch
 
     MC_BOTH int stages() const { return 1 + kLayerSteps * layers + 3; }
     MC_BOTH Step step(int stage) const {

@@ -1,6 +1,7 @@
 // The encoder's stages that are no linear map: what stands beside the first one, attention, pooling, the match of RMS.
 #pragma once
 
+#include "mc_kernels.h"
 #include "net.cuh"
 
 namespace mc::cuda {
@@ -18,9 +19,9 @@ MC_DEVICE float block_sum(float x, const Span<float>& warps) {
     return sum;
 }
 
-// Units beside the first product: phases, 256 columns of a window's centred mean, its class token.
+// Units beside the first product: phases, 256 columns of a window's centred mean, its class token where `h` is here.
 MC_BOTH int first_units(const EncodeCall& c) {
-    return 1 + c.windows * ((c.embed + kColumns - 1) / kColumns) + (c.rows_each > c.tokens ? c.windows : 0);
+    return 1 + c.windows * ((c.embed + kColumns - 1) / kColumns) + (c.rows_each > c.tokens && c.h ? c.windows : 0);
 }
 
 template <class M>
@@ -159,18 +160,17 @@ MC_DEVICE void attend(const EncodeCall& c, SharedMemory shared, int unit) {
     __syncthreads();
 }
 
-// One gist of a window: the final norm of its rows, weighted. weights: 2 rows_each floats of shared memory.
-template <class M>
-MC_DEVICE void pool(const EncodeCall& c, SharedMemory shared, int unit) {
+// One gist of a window: the final norm of its rows, weighted. element(j, i): of row j, number i. Takes 2 rows_each floats
+// of shared memory.
+template <class M, class Element>
+MC_DEVICE void pool(const EncodeCall& c, SharedMemory shared, int unit, const Element& element) {
     const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x), lane = thread % 32;
     const Span<float> logits = shared.take<float>(c.rows_each), inverse = shared.take<float>(c.rows_each);
-    const int n = unit / c.gists, g = unit % c.gists;
-    const char* query = c.pool_q.at(0, g);
-    const auto row = [&](int j) { return row_of<M>(c.h, static_cast<int64_t>(n) * c.rows_each + j, c.width); };
+    const char* query = c.pool_q.at(0, unit % c.gists);
     for (int j = thread / 32; j < c.rows_each; j += size / 32) {
         float squares = 0.0f, dot = 0.0f;
         for (int i = lane; i < c.width; i += 32) {
-            const float x = load<M>(row(j), i);
+            const float x = element(j, i);
             squares += x * x;
             if (c.pool == MC_POOL_SOFTMAX) {
                 dot += x * M::weight(c, c.final_norm.data, i) * M::weight(c, query, i);
@@ -194,11 +194,11 @@ MC_DEVICE void pool(const EncodeCall& c, SharedMemory shared, int unit) {
     // The mean's logits are all 0.
     for (int j = from + thread; j < c.rows_each; j += size) inverse[j] *= expf(logits[j] - top) / total;
     __syncthreads();
-    char* to = row_of<M>(c.pooled, static_cast<int64_t>(n) * c.gists + g, c.width);
+    char* to = row_of<M>(c.pooled, unit, c.width);
     for (int i = thread; i < c.width; i += size) {
         float sum = 0.0f;
 #pragma unroll 4
-        for (int j = from; j < c.rows_each; ++j) sum += inverse[j] * load<M>(row(j), i);
+        for (int j = from; j < c.rows_each; ++j) sum += inverse[j] * element(j, i);
         store<M>(to, i, sum * M::weight(c, c.final_norm.data, i));
     }
     __syncthreads();

@@ -41,9 +41,8 @@ struct Linear {
         return third * c.width + pair / c.half * 2 * c.half + pair % c.half;
     }
     MC_DEVICE int second(const EncodeCall& c, int i) const { return step == kQkv ? first(c, i) + c.half : c.ffn + i; }
-    MC_DEVICE const char* weight(const EncodeCall& c, int i, bool other) const {
-        return w.at(layer, other ? second(c, i) : first(c, i));
-    }
+    MC_DEVICE int row(const EncodeCall& c, int i, bool other) const { return other ? second(c, i) : first(c, i); }
+    MC_DEVICE const char* weight(const EncodeCall& c, int i, bool other) const { return w.at(layer, row(c, i, other)); }
 };
 
 template <class M>

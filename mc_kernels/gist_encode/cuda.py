@@ -1,4 +1,5 @@
-"""`gist_encode` on a GPU by csrc/gist_encode/cuda.cu (kernel.cuh there): few windows in one launch. Forward only."""
+"""`gist_encode` on a GPU by csrc/gist_encode/cuda.cu (kernel.cuh there): few windows in one launch, many by
+groups that stay in shared memory or by tiles. Forward only."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def gist_encode_workspace(blocks: Tensor, *args: Any) -> int:
 
 def gist_encode_cuda(blocks: Tensor, *args: Any, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
     """The op's flat arguments (tensors in the order of its schema, level, n_heads, pool, rope_theta, target_rms); see
-    `ref.gist_encode_ref`. Any number of windows; many are slower than in Triton.
+    `ref.gist_encode_ref`. Any number of windows. A window's gists do not depend on the others of the call; their last
+    bits may depend on how many there are, which decides how they are computed.
 
     out: [N, G, E] in blocks' dtype, its last dimension contiguous, apart from all that is read. workspace: uint8 on
         blocks' device, `gist_encode_workspace(...)` bytes. With both, and weights whose last dimension is contiguous,

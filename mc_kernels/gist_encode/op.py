@@ -50,16 +50,12 @@ def _triton_refuses(blocks: Tensor, *args: Any) -> str | None:
     return refuse(blocks, *args)
 
 
-# Rows of windows that go through together in one launch of the CUDA version; more are Triton's.
-MOST_CUDA_ROWS, MOST_CUDA_HEAD = 264, 128
+MOST_CUDA_HEAD = 128
 
 
 def _cuda_refuses(blocks: Tensor, *args: Any) -> str | None:
-    """Reason why the CUDA version cannot or should not take the op's arguments, or None."""
+    """Reason why the CUDA version cannot take the op's arguments, or None."""
     named = dict(zip((*SHAPES, "level", "n_heads", "pool"), args, strict=False))
-    rows = blocks.shape[0] * (blocks.shape[1] + (named["pool"] == "cls"))
-    if rows > MOST_CUDA_ROWS:
-        return f"expected windows of at most {MOST_CUDA_ROWS} rows together, class tokens included, got {rows}"
     head = named["qkv"].shape[2] // named["n_heads"]
     if head > MOST_CUDA_HEAD:
         return f"expected heads of at most {MOST_CUDA_HEAD}, got {head}"

@@ -123,6 +123,48 @@ def test_heads_too_large_for_a_device(library: Any) -> None:
     assert memory
 
 
+def many_windows(n: int, gists: int = 1, rows_off: int = 0) -> dict[str, Any]:
+    """n windows of 32 in bf16 through two layers of width 64, at addresses that nothing is at."""
+    shapes = [
+        (96,), (64, 96), (4, 64), (2, 64), (2, 192, 64), (2, 64, 64), (2, 64), (2, 320, 64), (2, 64, 160), (64,),
+        (gists, 64), (96, 64), (1,), (n, 32, 96), (n, gists, 96),
+    ]  # fmt: skip
+    views = []
+    for i, shape in enumerate(shapes):
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * size)
+        views.append(((1 << 40) + (i << 36) + rows_off, 2, shape, tuple(strides)))
+    return {
+        "tensors": views[:-2], "n_heads": 4, "pool": 0, "rope_theta": 1e4, "target_rms": 0.1, "blocks": views[-2],
+        "out": views[-1], "level": 1,
+    }  # fmt: skip
+
+
+def test_workspace_of_many_windows(library: Any) -> None:
+    """It is known without a device, grows with N until windows come in chunks, and has to be where it is said to be."""
+    needs = [library.gist_encode(**many_windows(n), where=None) for n in (0, 9, 1024, 4096, 5000, 1 << 20)]
+    assert needs[0] == 0
+    assert needs[1] < needs[2] == needs[3] == needs[4] == needs[5] < 1 << 30
+    # Off 16 bytes, which tensor cores do not take: activations in fp32.
+    off = [library.gist_encode(**many_windows(n, rows_off=2), where=None) for n in (1024, 4096)]
+    assert off[0] == off[1] > needs[2]
+    call = many_windows(4096)
+    space = 1 << 44
+    for where, got in (
+        (library.Where(space + 8, needs[3], 0), f"{needs[3]} bytes"),
+        (library.Where(space, needs[3] - 16, 0), f"{needs[3] - 16} bytes"),
+        (library.Where(0, 0, 0), "NULL"),
+    ):
+        with pytest.raises(ValueError, match=f"workspace: expected {needs[3]} bytes on a multiple of 16, got {got}"):
+            library.gist_encode(**call, where=where)
+
+
+def test_more_gists_than_a_device_counts(library: Any) -> None:
+    with pytest.raises(ValueError, match="blocks: expected at most 2147483647, got "):
+        library.gist_encode(**many_windows(4096, gists=1 << 14), where=None)
+
+
 @pytest.mark.parametrize(
     ("op", "valid"), [("context_attention", valid_attention), ("gist_encode", valid_encode)], ids=["attend", "encode"]
 )

@@ -63,6 +63,8 @@ Launch launch;
 std::vector<std::unique_ptr<Fiber>> pool;
 uint64_t seed = 0;
 int resident = 2, threads_wanted = 0, fault_wanted = 0;
+Device current_device;
+std::string launched;
 
 void leave(State state) {
     Fiber* self = launch.running;
@@ -158,12 +160,19 @@ void step(std::vector<Block>& blocks, std::vector<Fiber*>& ready) {
 const Place& place() { return launch.running->place; }
 int64_t epoch() { return launch.running->block->epoch; }
 int64_t grid_epoch() { return launch.grid_epoch; }
+const Device& device() { return current_device; }
 bool fault(int number) { return number == fault_wanted; }
 int block_threads(int usual) { return threads_wanted ? std::min(threads_wanted, usual) : usual; }
 
 void run(const char* name, int64_t n_blocks, int threads, int64_t shared_bytes, bool together,
          const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> lock(one_launch);
+    if (shared_bytes > current_device.shared_bytes) {
+        throw Error(MC_DEVICE_ERROR, std::string(name) + ": " + std::to_string(shared_bytes) +
+                                         " bytes of shared memory for a block, the device has " +
+                                         std::to_string(current_device.shared_bytes));
+    }
+    launched += std::string(launched.empty() ? "" : "; ") + name;
     launch.kernel = &kernel;
     launch.name = name;
     launch.error.clear();
@@ -291,4 +300,13 @@ extern "C" MC_API void mc_emulate(uint64_t seed, int32_t threads, int32_t blocks
     mc::emulate::threads_wanted = threads;
     mc::emulate::resident = std::max(blocks, 1);
     mc::emulate::fault_wanted = fault;
+    mc::emulate::launched.clear();
+}
+
+// Names of what has been launched since the last mc_emulate, in order.
+extern "C" MC_API const char* mc_emulate_launches() { return mc::emulate::launched.c_str(); }
+
+// The device that host code finds.
+extern "C" MC_API void mc_emulate_device(int32_t multiprocessors, int64_t shared_bytes) {
+    mc::emulate::current_device = {multiprocessors, shared_bytes};
 }

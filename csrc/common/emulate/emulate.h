@@ -46,6 +46,12 @@ void run(const char* name, int64_t blocks, int threads, int64_t shared_bytes, bo
          const std::function<void()>& kernel);
 
 int block_threads(int usual);
+// What host code is told of the device.
+struct Device {
+    int multiprocessors = 3;
+    int64_t shared_bytes = 227 << 10;  // of a block, at most
+};
+const Device& device();
 bool fault(int number);
 
 // Ends the launch from within a thread.
