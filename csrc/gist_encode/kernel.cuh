@@ -20,8 +20,8 @@
 // Floor, bulk: the matrix rate; 2.1 TFLOP for N = 4096 of that net, 2.1 ms at the 990 TFLOP/s of an H100, 6.6 ms at the 312
 // of an A100. Estimates, none measured:
 //   mma.sync   does not get more than some 62% of an H100's rate, which takes wgmma: 610 TFLOP/s. All of an A100's.
-//   L2         a group of 128 rows reads 7.6 MB of weights a layer, and scratch, 1.2 MB read and 0.9 written: 973 MFLOP, 100
-//              FLOPs a byte, 550 TFLOP/s at 5.5 TB/s. 64 rows (A100): 55 FLOPs a byte, 250 TFLOP/s at 4.5 TB/s. Tiles of 128
+//   L2         a group of 128 rows reads 7.6 MB of weights a layer, and scratch, 1.8 MB read and 1.0 written: 973 MFLOP, 94
+//              FLOPs a byte, 510 TFLOP/s at 5.5 TB/s. 64 rows (A100): 54 FLOPs a byte, 240 TFLOP/s at 4.5 TB/s. Tiles of 128
 //              by 256: 85 FLOPs a byte, 470 and 380 TFLOP/s.
 //   the rest   a step of 32 (128 rows by 256 outputs, 2 MFLOP, 840 clocks) ends in a barrier of the block, a tile of 16 steps
 //              in some hundred instructions a thread; attention, 2% of the FLOPs, waits for L2; the last wave: 10 to 25%

@@ -526,7 +526,7 @@ MC_API int32_t mc_context_attention_cuda(const mc_context_attention_args* args, 
  * memory; heads of up to 128 dimensions. Where blocks and weights are of one 16-bit dtype and rows begin on 16 bytes,
  * products take it and activations are rounded to it; sums are fp32. Windows of some hundred rows together go through in
  * one cooperative launch, thousands by groups that stay with a multiprocessor. The workspace is enough on any device, and
- * does not grow beyond some hundred thousand rows of blocks: 285 MB for E 576, Eg 512, F 1792 and one gist. */
+ * does not grow beyond some hundred thousand rows of blocks: 291 MB for E 576, Eg 512, F 1792 and one gist. */
 MC_API int32_t mc_gist_encode_cuda_workspace(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
                                              int64_t* bytes);
 MC_API int32_t mc_gist_encode_cuda(const mc_gist_encode_weights* weights, const mc_gist_encode_args* args,
