@@ -1,5 +1,6 @@
 // fp8 elements of a cache on the device: e4m3 without infinities (0x7f and 0xff are NaN). They are read only. Every one of
-// them is a number of fp16 and of bf16 too, so that what multiplies 16-bit elements takes them without rounding.
+// them is a number of fp16 and of bf16 too, so that what multiplies 16-bit elements takes them without rounding. Before
+// sm_89, which converts a pair in one instruction, the toolkit does it in integers.
 #pragma once
 
 #include <type_traits>
