@@ -176,6 +176,19 @@ def test_every_order_and_size_of_block_gives_the_same(case: Case, device: str) -
     assert same_bits(results[4]["k"], results[5]["k"])
 
 
+def test_eight_thousand_entries_by_a_whole_block(device: str) -> None:
+    """As many threads as on a GPU: all warps count, in several rounds."""
+    args = decided(LARGE, 1, device)
+    args["state"].born.zero_()
+    chosen = allocation(args)
+    want = relaid(args, chosen)
+    emulate(device, threads=0)
+    cuda.refocus_cuda(*without_layers(args, args["keys"], args["rows"]))
+    assert_relaid(args, want, chosen)
+    assert chosen.expand
+    assert chosen.collapse
+
+
 @pytest.mark.parametrize("cooldown", [0, 1, 3])
 def test_cycle_after_cycle(cooldown: int, device: str) -> None:
     """What rests is known from the state alone, and is what the controller's memory of past changes says."""
