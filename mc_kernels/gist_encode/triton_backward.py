@@ -41,10 +41,10 @@ _PARTS = 512  # programs of a norm's backward, each with its part of the gain's 
 def gist_encode_backward_workspace(blocks: Tensor, *args: Any) -> int:
     """Bytes of `workspace` that `gist_encode_backward_triton` needs for blocks and the op's arguments after them; only
     shapes and dtypes matter."""
+    blocks, *rest = (x.to("meta") if isinstance(x, Tensor) else x for x in (blocks, *args))
     if blocks.shape[0] == 0:
         return 0
-    blocks = blocks.to("meta")
-    arena, net = Arena(None), Net.of(tuple(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+    arena, net = Arena(None), Net.of(rest)
     out = (blocks, *net.weights())
     backward(blocks.new_empty(blocks.shape[0], net.gists, blocks.shape[2]), blocks, net, out, arena, lambda _: None)
     return arena.bytes

@@ -263,12 +263,12 @@ def _shapes() -> Iterator[tuple[str, Tensor, Net]]:
     from .cases import CASES, Case
 
     wanted = {f"{model}/N{n}" for model in ("SmolLM2-135M", "Llama-3-8B") for n in (1, 8, 64, 512)}
-    both = (torch.bfloat16, torch.float32)
-    cases: list[tuple[Case, tuple[torch.dtype, ...]]] = [(case, both) for case in CASES if case.name in wanted]
+    both: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    cases = [(case, both) for case in CASES if case.name in wanted]
     # What `mc train gist` makes (width 256), narrow nets, the widest window.
     for width, n, block_size in ((256, 1, 32), (256, 512, 32), (128, 512, 32), (64, 512, 32), (512, 128, 128)):
         name = f"SmolLM2-135M, Eg {width}, K {block_size}/N{n}"
-        cases.append((Case(name, n, block_size, 576, width, 2, width // 64, 3 * width), (torch.bfloat16,)))
+        cases.append((Case(name, n, block_size, 576, width, 2, width // 64, 3 * width), both[:1]))
     for case, dtypes in cases:
         for dtype in dtypes:
             weights = case.untrained().to("meta", dtype)
