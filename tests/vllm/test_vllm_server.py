@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -12,11 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from village import PROMPTS, SETTINGS, fill, village
+from village import PROMPTS, SETTINGS, fill
 
 from mc_runtime.engines import NativeEngine
 from mc_runtime.engines.vllm import VLLMServerEngine
@@ -28,7 +26,6 @@ from mc_runtime.served import ServedSession
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 READY = 400  # seconds that a server may take to load on a busy machine
 KEY = "a key"
-PAGE = Path(__file__).parents[2] / "docs" / "engines" / "vllm-engine.md"
 
 
 @pytest.fixture(scope="module")
@@ -90,22 +87,6 @@ def test_a_server_says_what_the_native_engine_says(url: str, smollm2: LoadedMode
             fill(session)
             said.append(session.generate(PROMPTS[0], max_new_tokens=6))
     assert said[0] == said[1]
-
-
-def test_the_page_runs(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Every Python block of docs/engines/vllm-engine.md, but for the address and key of the server."""
-    monkeypatch.chdir(tmp_path)
-    Path("book.txt").write_text(village())
-    names = dict[str, Any]()
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 2
-    assert blocks[1].count('"http://127.0.0.1:8000/v1"') == blocks[1].count('"..."') == 1
-    blocks[1] = blocks[1].replace("http://127.0.0.1:8000/v1", url).replace('"..."', repr(KEY))
-    for code in blocks:
-        exec(compile(code, str(PAGE), "exec"), names)
-    assert len(names["session"].turns) == 1
-    assert capsys.readouterr().out.strip()
-    assert isinstance(names["engine"], VLLMServerEngine)
 
 
 def test_what_a_server_refuses(url: str, smollm2: LoadedModel) -> None:
