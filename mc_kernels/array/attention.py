@@ -152,6 +152,8 @@ def _on_device(
             out.view(),
             lse.address,
             0 if mass is None else mass.address,
+            0,  # scales of an fp8 cache: arrays have no such dtype
+            0,
         )
         device.launch(lambda where: int(device.library.context_attention(*arguments, where)))
     extras = ([lse.given] if return_lse else []) + ([mass.given] if mass is not None else [])
