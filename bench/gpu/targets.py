@@ -65,6 +65,7 @@ _CUDA = (
     ("kv_splice_", "Llama-3-8B/32k/slots/8-mixed", Measure.DEVICE, 8 * US),
     ("lens_score", "Llama-3-8B/N8k", Measure.DEVICE, 25 * US),
     ("gist_encode", "SmolLM2-135M/N1", Measure.TIMES, 1.5),
+    ("refocus_", "Llama-3-8B/8k/4-open-8-close", Measure.DEVICE, 150 * US),
 )
 TARGETS: tuple[Target, ...] = tuple(
     Target(op, case, backend, measure, bound)

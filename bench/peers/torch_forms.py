@@ -247,6 +247,8 @@ FORMS: dict[str, Callable[[Workload, str, Wrap], Candidate]] = {
 def serves(workload: Workload) -> bool:
     """Whether the forms know everything that the case asks for."""
     case = workload.case
+    if workload.op not in FORMS:
+        return False
     if workload.op == "context_attention":
         return not case.features and not case.fp8
     return not (workload.op == "kv_splice_" and case.rope and case.discipline == "slots")

@@ -24,6 +24,7 @@ from ..rows import Report, Row
 COLOURS = {
     "kv_splice": "#D55E00", "context_attention": "#0072B2", "gist_pool": "#009E73", "gist_encode": "#CC79A7",
     "lens_score": "#E69F00", "collapse": "#56B4E9", "fused_linear": "#F0E442",
+    "refocus": "#000000",
 }  # fmt: skip
 MARKERS = {"ref": "o", "cpu": "s", "triton": "^", "cuda": "D"}
 GREY, INK = "#9a9a9a", "#333333"

@@ -12,6 +12,7 @@ from mc_kernels.gist_pool.cases import CASES as GIST_POOL
 from mc_kernels.gist_pool.collapse_cases import CASES as COLLAPSE
 from mc_kernels.kv_splice.cases import CASES as KV_SPLICE
 from mc_kernels.lens_score.cases import CASES as LENS_SCORE
+from mc_kernels.refocus.timed_cases import CASES as REFOCUS
 
 from .base import Candidate, Check, Workload
 from .collapse import Collapse
@@ -21,11 +22,12 @@ from .gist_encode import GistEncode
 from .gist_pool import GistPool
 from .kv_splice import KvSplice
 from .lens_score import LensScore
+from .refocus import Refocus
 
 __all__ = ["CASES", "OPS", "Candidate", "Check", "Workload", "choose"]
 
 OPS: dict[str, type[Workload]] = {
-    w.op: w for w in (KvSplice, ContextAttention, FusedLinear, GistPool, Collapse, GistEncode, LensScore)
+    w.op: w for w in (KvSplice, ContextAttention, FusedLinear, GistPool, Collapse, GistEncode, LensScore, Refocus)
 }
 CASES: dict[str, Sequence[Any]] = {
     "kv_splice_": KV_SPLICE,
@@ -35,6 +37,7 @@ CASES: dict[str, Sequence[Any]] = {
     "collapse_": COLLAPSE,
     "gist_encode": GIST_ENCODE,
     "lens_score": LENS_SCORE,
+    "refocus_": REFOCUS,
 }
 # What runs without --shape: every op, every model, short and long, within five minutes on two cores.
 HEADLINE = {
@@ -66,6 +69,7 @@ HEADLINE = {
     "collapse_": ("SmolLM2-135M/2k/1-last", "SmolLM2-135M/2k/8", "Llama-3-8B/2k/1-last"),
     "gist_encode": ("SmolLM2-135M/N1", "SmolLM2-135M/N64", "Llama-3.2-1B/N8", "Llama-3-8B/N8"),
     "lens_score": ("SmolLM2-135M/N2k", "SmolLM2-135M/N8k", "SmolLM2-135M/N32k", "Llama-3-8B/N8k"),
+    "refocus_": ("SmolLM2-135M/2k/4-open-8-close", "SmolLM2-135M/8k/4-open-8-close"),
 }
 QUICK = {
     "kv_splice_": ("SmolLM2-135M/2k/ordered-rope/1-collapse", "SmolLM2-135M/8k/slots/8-mixed"),
@@ -75,6 +79,7 @@ QUICK = {
     "collapse_": ("SmolLM2-135M/2k/1-last",),
     "gist_encode": ("SmolLM2-135M/N1",),
     "lens_score": ("SmolLM2-135M/N2k",),
+    "refocus_": ("SmolLM2-135M/2k/4-open-8-close",),
 }
 
 

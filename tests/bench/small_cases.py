@@ -16,6 +16,7 @@ from mc_kernels.gist_pool.cases import Case as PoolCase
 from mc_kernels.gist_pool.collapse_cases import Case as CollapseCase
 from mc_kernels.kv_splice.cases import Case as SpliceCase
 from mc_kernels.lens_score.cases import Case as ScoreCase
+from mc_kernels.refocus.timed_cases import Case as RefocusCase
 from mc_kernels.registry import IMPLS, Impl
 
 TINY: dict[str, Any] = {
@@ -26,6 +27,7 @@ TINY: dict[str, Any] = {
     "collapse_": CollapseCase("tiny/collapse", 3, 2, 16, 90, 2, block_size=8),
     "gist_encode": EncodeCase("tiny/encode", 2, 32, 48, 32, 2, 4, 56),
     "lens_score": ScoreCase("tiny/score", 50, 40, 5, 6, 32, 4, 1, 24, 4, 4, 16),
+    "refocus_": RefocusCase("tiny/refocus", 3, 2, 16, 10, 6, 1, 2, block_size=8),
 }
 OTHERS: dict[str, Any] = {
     "kv_splice_ unrotated": SpliceCase("tiny/ordered", 3, 2, 16, 90, 1, "expand", rope=False, span=8),
@@ -36,7 +38,7 @@ OTHERS: dict[str, Any] = {
 
 def outputs(op: str, args: tuple[Any, ...], out: Any) -> Tensor:
     """The tensor that a kernel of `op` has to get right; of the first and the last row in a cache."""
-    if op in ("kv_splice_", "collapse_"):
+    if op in ("kv_splice_", "collapse_", "refocus_"):
         return args[0]
     return out if isinstance(out, Tensor) else out[0]
 
