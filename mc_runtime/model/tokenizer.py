@@ -149,7 +149,9 @@ class _WindowStream:
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        self._given: list[int] = []
+        # Tokens whose text was given out, release by release: where one ends no character is cut. Byte tokens decode to
+        # nothing but U+FFFD once the first of a run is missing.
+        self._given: list[list[int]] = []
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
@@ -162,11 +164,15 @@ class _WindowStream:
         return self._release(force=True)
 
     def _release(self, *, force: bool) -> str:
-        before = self._tokenizer.decode(self._given, special=True)
-        text = self._tokenizer.decode(self._given + self._held, special=True)
+        given = [token for release in self._given for token in release]
+        before = self._tokenizer.decode(given, special=True)
+        text = self._tokenizer.decode(given + self._held, special=True)
         if (len(text) <= len(before) or text.endswith("\ufffd")) and not force:
             return ""
-        self._given, self._held = (self._given + self._held)[-self.LONGEST :], []
+        self._given.append(self._held)
+        self._held = []
+        while len(self._given) > 1 and sum(map(len, self._given)) > self.LONGEST:
+            del self._given[0]
         return text[len(before) :]
 
 

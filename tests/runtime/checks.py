@@ -85,7 +85,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def check_context(context: WorkingContext) -> None:
     """What holds for every Working Context at every step."""
     entries, size = context.entries, context.config.block_size
-    assert context.used <= context.config.budget
+    assert context.used <= context.cache.capacity
     assert context.used == len(context.slots)
     assert torch.equal(context.slots.sort().values, torch.arange(context.used))
     positions = torch.full_like(context.cache.pos[0], -1)
@@ -107,6 +107,7 @@ def check_context(context: WorkingContext) -> None:
 def check_session(session: Session) -> None:
     """What holds for every session between calls and at every step of decoding."""
     context = session.context
+    assert context.cache.capacity == context.config.budget  # a policy's scratch copy may be larger
     check_context(context)
     entries = context.entries
     if context.used and entries.stop == context.length:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mc_runtime.errors import InputError
@@ -100,6 +100,7 @@ def test_streaming_holds_back_half_characters(smollm: Tokenizer) -> None:
 
 
 @given(st.text(st.sampled_from("ab hello é日🙂"), max_size=20))
+@example("é日🙂🙂🙂é")  # a run of byte tokens longer than the decoder looks back
 def test_streaming_other_decoders(sentencepiece_like: Tokenizer, text: str) -> None:
     ids = sentencepiece_like.encode(text)
     stream = sentencepiece_like.stream_decoder()
