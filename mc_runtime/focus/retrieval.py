@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ..retrieval import best_first
@@ -65,6 +67,7 @@ class RetrievalPolicy:
         """Gives the candidates, in place, back what turns had taken from their scores as far as their words are told,
         and the newest correction of the best one that one's score. plain: their scores before."""
 
+        @functools.cache
         def told(block: int) -> frozenset[str]:
             return view.retrieval.told_words(view.query, block - self.before, block + self.after + 1)
 
