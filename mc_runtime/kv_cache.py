@@ -16,6 +16,7 @@ from torch import Tensor
 from mc_kernels import SplicePlan, kv_splice_
 from mc_kernels.decoder_layers import CacheSlots
 
+from .huge_pages import HugePages
 from .model import ModelConfig
 
 
@@ -42,7 +43,7 @@ class KVCache:
     ) -> KVCache:
         """Zeroed, so that a masked slot can never bring a NaN into a product. weighted: with a `bias`."""
         shape = (config.n_layers, 2, batch, config.n_kv_heads, capacity, config.head_dim)
-        data = torch.zeros(shape, dtype=dtype, device=device)
+        data = HugePages(chunk=0).zeros(shape, dtype, device)
         bias = torch.zeros(batch, capacity, device=device) if weighted else None
         return cls(data, torch.full((batch, capacity), -1, dtype=torch.int64, device=device), bias)
 

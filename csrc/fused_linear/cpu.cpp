@@ -1,8 +1,8 @@
 // fused_linear on a CPU for a handful of rows of x: one stream over the weight. The contract: mc_kernels.h.
 //
 // Floor. W is read once: O * E * sizeof(dtype) bytes over the read bandwidth; the rest is small beside it. So:
-// - W is read in the order of memory, a few rows at a time with the next ones fetched ahead: reading rows side by side
-//   without that runs at half the bandwidth.
+// - One row of x reads W row by row, as it lies; more of them a few rows at a time, with the next ones fetched ahead
+//   (fetch.h): reading rows side by side without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
 //   Rows of W that more rows of x need are read again from the first-level cache, not from memory. Where a level
 //   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h.

@@ -1,4 +1,8 @@
 // How what is read next of W is fetched.
+//
+// A single row of x reads W row by row, in the order of memory, and fetches nothing: that is the stream which the
+// hardware's prefetchers know, and they keep more lines on their way than a core may ask for. More rows of x share
+// tiles of a few rows of W, side by side, which the prefetchers do not follow.
 #pragma once
 
 #include <cstdint>
@@ -8,21 +12,37 @@
 namespace mc {
 namespace {
 
-// In the order of memory, as the rows of a tile follow each other: hardware prefetchers like one stream best. `past`:
-// past the second-level cache, where x and what the caller works with then stay. Returns where to go on.
-template <int64_t kBytes>
-inline const char* fetch(const char* next, bool past) {
-    if (past) {
-        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(next + i, 0, 0);
-    } else {
-        for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+// A tile that lies at least this far ahead of the one that is multiplied is fetched, into the second-level cache. Half
+// of it is too little, twice as much gains nothing.
+constexpr int64_t kAhead = 8 << 10;
+
+// Of a stream of tiles of W, `rows` rows that are `step` bytes apart: n_rows from `w` on, then those from `next` on.
+class Ahead {
+public:
+    Ahead(const char* w, const char* next, int64_t n_rows, int64_t rows, int64_t step)
+        : w_(w),
+          next_(next),
+          n_rows_(n_rows),
+          step_(step),
+          distance_(step > 0 ? (kAhead + rows * step - 1) / (rows * step) * rows : 0) {}
+
+    // What is fetched while the tile at `row` is read: the order of memory again.
+    const char* of(int64_t row) const {
+        const int64_t then = row + distance_;
+        return then < n_rows_ ? w_ + then * step_ : next_ + (then - n_rows_) * step_;
     }
+
+private:
+    const char *w_, *next_;
+    int64_t n_rows_, step_, distance_;
+};
+
+// Returns where to go on.
+template <int64_t kBytes>
+inline const char* fetch(const char* next) {
+    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(next + i, 0, 2);
     return next + kBytes;
 }
-
-// Past that cache a tile of W must stay in the first-level one from its fetch to its last use: few rows of x, a small
-// tile. There a decode step gains up to 8%; elsewhere it loses 20 to 50%.
-inline bool reads_past(int64_t x_rows, int64_t tile_bytes) { return x_rows <= kTileX && tile_bytes <= 8 << 10; }
 
 }  // namespace
 }  // namespace mc

@@ -45,8 +45,8 @@ void widen(const WidenRow& a) {
     for (int64_t i = a.n; i < a.padded; ++i) a.out[place<kEvenFirst>(i)] = 0.0f;
 }
 
-// kW rows of W by kX rows of x, unsummed: out[j * kWidth + i]. ahead: what is read next, fetched meanwhile.
-template <class T, int kW, int kX>
+// kW rows of W by kX rows of x, unsummed: out[j * kWidth + i]. kFetch: `ahead` on is fetched meanwhile.
+template <class T, int kW, int kX, bool kFetch>
 inline void tile(const DotRows& a, const char* w, const float* x, const char* ahead, Vec* out) {
     constexpr int64_t kPairBytes = kPair * T::kBytes;
     Vec acc[kX][kW];
@@ -64,10 +64,9 @@ inline void tile(const DotRows& a, const char* w, const float* x, const char* ah
         }
     };
     const int64_t whole = a.n / kPair * kPair;
-    const bool past = reads_past(a.x_rows, kTileW * a.n * T::kBytes);
     const char* rows[kW];
     for (int64_t e = 0; e < whole; e += kPair) {
-        ahead = fetch<kW * kPairBytes>(ahead, past);
+        if (kFetch) ahead = fetch<kW * kPairBytes>(ahead);
         MC_UNROLL for (int i = 0; i < kW; ++i) rows[i] = w + i * a.w_step + e * T::kBytes;
         add_products(rows, e);
     }
@@ -88,18 +87,16 @@ inline void tile(const DotRows& a, const char* w, const float* x, const char* ah
 // kX rows of x by at most kWidth rows of W, summed a vector of rows at a time.
 template <class T, int kX>
 inline void strip(const DotRows& a, int64_t first, int64_t n, const float* x, float* out) {
+    constexpr int kRows = kX == 1 ? 1 : kTileW;
+    const Ahead ahead(a.w, a.next, a.w_rows, kRows, a.w_step);
     Vec acc[kX * Vec::kWidth];
     for (Vec& v : acc) v = Vec::all(0.0f);
     int64_t i = 0;
-    for (; i + kTileW <= n; i += kTileW) {
-        const char* w = a.w + (first + i) * a.w_step;
-        const bool last = first + i + kTileW >= a.w_rows;
-        tile<T, kTileW, kX>(a, w, x, last ? a.next : w + kTileW * a.w_step, acc + i);
+    for (; i + kRows <= n; i += kRows) {
+        const int64_t row = first + i;
+        tile<T, kRows, kX, (kX > 1)>(a, a.w + row * a.w_step, x, ahead.of(row), acc + i);
     }
-    for (; i < n; ++i) {
-        const char* w = a.w + (first + i) * a.w_step;
-        tile<T, 1, kX>(a, w, x, w + a.w_step, acc + i);
-    }
+    for (; i < n; ++i) tile<T, 1, kX, false>(a, a.w + (first + i) * a.w_step, x, nullptr, acc + i);
     for (int j = 0; j < kX; ++j) store(out + j * kColumns + first, sums(acc + j * Vec::kWidth));
 }
 

@@ -42,7 +42,7 @@ void narrow(const NarrowRow& a) {
     }
 }
 
-// kTileW rows of W, and where the rows that are read after them lie.
+// kTileW rows of W, and what is fetched while they are read.
 struct TileRows {
     const char* at[kTileW];
     const char* next;
@@ -56,8 +56,7 @@ inline Vec dot(Vec sum, __m512i a, __m512i b) {
 // acc += products of a tile with kX rows of x, over bytes [from, to) of them and then over what `part` selects behind.
 // kLines: of what is read next, fetched at every step, see `fetch`.
 template <int kX, int kLines>
-inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part, bool past,
-                       Vec* sums) {
+inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part, Vec* sums) {
     Vec acc[kX][kTileW];
     MC_UNROLL for (int j = 0; j < kX; ++j) {
         MC_UNROLL for (int i = 0; i < kTileW; ++i) acc[j][i] = sums[j * kTileW + i];
@@ -71,7 +70,7 @@ inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from,
     __m512i rows[kTileW];
     const char* next = w.next;
     for (int64_t at = from; at < to; at += kStepBytes) {
-        next = fetch<64 * kLines>(next, past);
+        next = fetch<64 * kLines>(next);
         MC_UNROLL for (int i = 0; i < kTileW; ++i) rows[i] = load_span(w.at[i] + at);
         add_products(rows, at);
     }
@@ -88,27 +87,48 @@ inline void tile_pairs(TileRows& w, const char* x, int64_t x_step, int64_t from,
 // The fetches of a tile are spread over the groups of rows of x: all four lines of a step by one, fewer by several.
 template <int kX>
 inline void group_pairs(int lines, TileRows& w, const char* x, int64_t x_step, int64_t from, int64_t to, __mmask32 part,
-                        bool past, Vec* sums) {
+                        Vec* sums) {
     switch (lines) {
-        case 4: return tile_pairs<kX, 4>(w, x, x_step, from, to, part, past, sums);
-        case 2: return tile_pairs<kX, 2>(w, x, x_step, from, to, part, past, sums);
-        case 1: return tile_pairs<kX, 1>(w, x, x_step, from, to, part, past, sums);
-        default: return tile_pairs<kX, 0>(w, x, x_step, from, to, part, past, sums);
+        case 4: return tile_pairs<kX, 4>(w, x, x_step, from, to, part, sums);
+        case 2: return tile_pairs<kX, 2>(w, x, x_step, from, to, part, sums);
+        case 1: return tile_pairs<kX, 1>(w, x, x_step, from, to, part, sums);
+        default: return tile_pairs<kX, 0>(w, x, x_step, from, to, part, sums);
+    }
+}
+
+// One row of x. Sums across registers are taken for a whole vector of outputs, as of tiles.
+void stream_pairs(const DotPairs& a) {
+    static_assert(kColumns % Vec::kWidth == 0);
+    const int64_t whole = a.n / kSpan * kStepBytes;
+    const __mmask32 rest = (1u << a.n % kSpan) - 1;
+    for (int64_t first = 0; first < a.w_rows; first += Vec::kWidth) {
+        Vec sums_of[Vec::kWidth];
+        for (int64_t i = 0; i < Vec::kWidth; ++i) {  // beyond the last row: that row again
+            const char* row = a.w + (first + i < a.w_rows ? first + i : a.w_rows - 1) * a.w_step;
+            Vec acc = Vec::all(0.0f);
+            for (int64_t at = 0; at < whole; at += kStepBytes) {
+                acc = dot(acc, load_span(row + at), load_span(a.x + at));
+            }
+            if (rest) acc = dot(acc, _mm512_maskz_loadu_epi16(rest, row + whole), load_span(a.x + whole));
+            sums_of[i] = acc;
+        }
+        store(a.out + first, sums(sums_of));
     }
 }
 
 void dot_pairs(const DotPairs& a) {
+    if (a.x_rows == 1) return stream_pairs(a);
     const int64_t whole = a.n / kSpan * kStepBytes;
     const __mmask32 rest = (1u << a.n % kSpan) - 1;
     const int64_t groups = (a.x_rows + kTileX - 1) / kTileX;
-    const bool past = reads_past(a.x_rows, kTileW * a.n * BF16::kBytes);
+    const Ahead ahead(a.w, a.next, a.w_rows, kTileW, a.w_step);
     const int64_t fetchers = groups >= 4 ? 4 : groups >= 2 ? 2 : 1;
     for (int64_t first = 0; first < a.w_rows; first += kTileW) {
         TileRows w;
         for (int64_t i = 0; i < kTileW; ++i) {  // beyond the last row: that row again
             w.at[i] = a.w + (first + i < a.w_rows ? first + i : a.w_rows - 1) * a.w_step;
         }
-        w.next = first + kTileW < a.w_rows ? w.at[kTileW - 1] + a.w_step : a.next;
+        w.next = ahead.of(first);
         Vec sums_of[kGroups][kTileX * kTileW];
         for (int64_t g = 0; g < groups; ++g) {
             for (Vec& v : sums_of[g]) v = Vec::all(0.0f);
@@ -121,10 +141,10 @@ void dot_pairs(const DotPairs& a) {
                 const char* x = a.x + g * kTileX * a.x_step;
                 const int lines = static_cast<int>(g < fetchers ? kTileW / fetchers : 0);
                 switch (a.x_rows - g * kTileX) {
-                    case 1: group_pairs<1>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
-                    case 2: group_pairs<2>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
-                    case 3: group_pairs<3>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]); break;
-                    default: group_pairs<kTileX>(lines, w, x, a.x_step, from, to, part, past, sums_of[g]);
+                    case 1: group_pairs<1>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
+                    case 2: group_pairs<2>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
+                    case 3: group_pairs<3>(lines, w, x, a.x_step, from, to, part, sums_of[g]); break;
+                    default: group_pairs<kTileX>(lines, w, x, a.x_step, from, to, part, sums_of[g]);
                 }
             }
             from = to;

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mc_kernels import fused_linear, native
 from mc_kernels.checks import FLOAT_DTYPES
 from mc_runtime.errors import InputError
+from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
 from mc_runtime.model.few_entries import FewEntries
 from mc_runtime.model.layers import Layer, Like, RMSNorm
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> None:
         super().__init__()
-        like = Like(dtype, device)
+        like = Like(dtype, device, HugePages())
         self.config = config
         self.rope = config.rope_spec()
         self.embedding = like.parameter(config.vocab_size, config.embed_dim)

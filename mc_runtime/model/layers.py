@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc_kernels import RopeSpec, context_attention, fused_linear
+from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
 from mc_runtime.model.stores import KVStore
 
@@ -18,10 +19,11 @@ class Like(NamedTuple):
 
     dtype: torch.dtype
     device: torch.device | None
+    memory: HugePages
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Frozen and not set yet."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+        return nn.Parameter(self.memory.zeros(shape, self.dtype, self.device), requires_grad=False)
 
 
 class Linear(nn.Module):
