@@ -39,7 +39,7 @@ class Entries:
     @property
     def stop(self) -> int:
         """Tokens of history that the entries tile: [0, stop)."""
-        return int(self.starts[-1] + self.spans[-1]) if len(self) else 0
+        return (int(self.index[-1]) + 1) * self.block_size ** int(self.levels[-1]) if len(self) else 0
 
     def with_tokens(self, count: int) -> Entries:
         """These entries followed by `count` tokens."""
