@@ -158,6 +158,11 @@ def test_the_page_runs(
         assert ("print(" in code) == bool(shown.strip())
     assert len(names["session"].turns) == 1
     assert isinstance(names["engine"], VLLMServerEngine)
+    with Session.open("native", smollm2, gist_bias=0.0) as session:
+        session.ingest("book.txt")
+        answer = session.generate("Who keeps the lighthouse?", max_new_tokens=17)
+    assert names["said"] + smollm2.tokenizer.decode(names["ids"]) == answer
+    assert len(names["ids"]) > 2
     names["local"].llm.llm_engine.engine_core.shutdown()
 
 
