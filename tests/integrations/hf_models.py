@@ -42,8 +42,10 @@ GEMMA3 = SHAPE | {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 24}
 # The sixth sees everything and rotates a quarter of its frequencies, by a theta of its own. Heads of one width.
 GEMMA4 = SHAPE | {"head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 24}
 GEMMA4 |= {"hidden_size_per_layer_input": 0}
-# Capped so low that it shows. Every other layer sees a window.
+# Capped so low that it shows; older versions of transformers forget the cap in their default attention. Every other
+# layer sees a window.
 GEMMA2 = SHAPE | {"head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 9.0}
+GEMMA2 |= {"attn_implementation": "eager"}
 # Sinks in the softmax, under YaRN. Transformers' fast experts take no fp64.
 GPT_OSS = SHAPE | {"head_dim": 16, "sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1}
 GPT_OSS |= {"rope_parameters": YARN, "experts_implementation": "eager"}
