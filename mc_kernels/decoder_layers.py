@@ -130,8 +130,8 @@ class DecoderLayers:
         _check_on_cpu(tensors)
         # Held in names: the library gets addresses.
         x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
-        bias = None if cache.kv_bias is None else cache.kv_bias.to(torch.float32).contiguous()
-        freq = None if self._rope is None else self._rope.inv_freq_on(x.device).to(torch.float64).contiguous()
+        bias = native.array(cache.kv_bias, torch.float32)
+        freq = None if self._rope is None else native.array(self._rope.inv_freq_on(x.device), torch.float64)
         out = torch.empty(x.shape, dtype=x.dtype)
         sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
         dtype = native.dtype_code(x.dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import goes_direct
 from .registry import select
 
 NAMESPACE = "mc"
@@ -19,7 +20,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define_op(name: str, schema: str, fake: Callable[..., Any], *, tags: tuple[torch.Tag, ...] = ()) -> Any:
-    """Define `mc::name`, route its calls to the registry and register its shape function. Returns the `OpOverload`.
+    """Define `mc::name`, route its calls to the registry and register its shape function. Returns a function that calls
+    it, past the dispatcher where that has nothing to do (`dispatch`).
 
     schema: its last argument is `str? backend` and no argument has a default: the dispatcher drops trailing arguments
         that equal their default, and the implementations take all of theirs.
@@ -34,7 +36,14 @@ def define_op(name: str, schema: str, fake: Callable[..., Any], *, tags: tuple[t
 
     _LIBRARY.impl(name, route, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not goes_direct(args):
+            return overload(*args)
+        return route(*args)
+
+    return call
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

@@ -16,6 +16,7 @@ from .extension import View, available, isa_levels
 __all__ = [
     "View",
     "address",
+    "array",
     "available",
     "dtype_code",
     "isa_levels",
@@ -77,6 +78,14 @@ def dtype_code(dtype: torch.dtype) -> int:
 def view(x: Tensor) -> View:
     """`x` as the library takes it. The caller keeps `x` alive."""
     return x.data_ptr(), dtype_code(x.dtype), tuple(x.shape), x.stride()
+
+
+def array(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` contiguous, on the CPU, in a dtype: `x` itself where it is so already, since asking torch to convert it costs
+    more than the look."""
+    if x is None or (x.dtype is dtype and x.is_cpu and x.is_contiguous()):
+        return x
+    return x.to("cpu", dtype).contiguous()
 
 
 def address(x: Tensor | None) -> int:

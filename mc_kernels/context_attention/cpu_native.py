@@ -25,14 +25,6 @@ def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
     return q.shape[2] <= most and native.available() is None
 
 
-def _int64(x: Tensor) -> Tensor:
-    return x.to(torch.int64).contiguous()
-
-
-def _fp32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
 def context_attention_native(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
@@ -41,8 +33,11 @@ def context_attention_native(
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
     mass = torch.empty((k.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
     # Held in names: the library gets addresses.
-    q_at, kv_at, spread, bias = _int64(q_pos), _int64(kv_pos), _fp32(sigma), _fp32(kv_bias)
-    freq = None if inv_freq is None else inv_freq.to(torch.float64).contiguous()
+    q_at, kv_at = native.array(q_pos, torch.int64), native.array(kv_pos, torch.int64)
+    spread, bias, freq = (
+        native.array(x, dtype)
+        for x, dtype in ((sigma, torch.float32), (kv_bias, torch.float32), (inv_freq, torch.float64))
+    )
     native.library().context_attention(
         *(native.view(x) for x in (q, k, v)),
         native.address(q_at),

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..checks import (
-    CACHE_DTYPES,
-    FP8,
-    INDEX_DTYPES,
-    ORACLE_DTYPES,
-    accumulate_dtype,
-    check_contiguous_rows,
-    check_same_device,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-)
+from ..checks import FP8, accumulate_dtype
 from ..cuda_backend import refuse_device as refuse_cuda_device
 from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
@@ -27,6 +14,7 @@ from ..rope import RopeSpec
 from ..triton_backend import refuse_device, refuse_fp64, register_triton
 from . import cpu as cpu
 from . import ref as ref
+from .checks import check_attention
 
 _SCALES = "Tensor? k_scale, Tensor? v_scale"
 _ROPE = "Tensor? inv_freq, bool interleaved, float attention_scaling, Tensor? sigma, Tensor? kv_bias, float scale"
@@ -137,26 +125,6 @@ def _backward(ctx: Any, grad_out: Tensor, _lse: Tensor, _mass: Tensor) -> tuple[
 register_autograd("context_attention", _backward, _setup_context)
 
 
-def _check_scales(
-    k: Tensor, scales: dict[str, Tensor | None], leaves: dict[str, Tensor | None], dims: dict[str, int]
-) -> None:
-    """Of an fp8 cache both scales, of any other none; and then no gradient is wanted."""
-    for name, scale in scales.items():
-        if k.dtype != FP8:
-            if scale is not None:
-                raise ValueError(f"{name}: expected None with keys and values that are not float8_e4m3fn, got a tensor")
-            continue
-        if scale is None:
-            raise ValueError(f"{name}: expected a tensor [Hkv] with float8_e4m3fn keys and values, got None")
-        check_tensor(name, scale, (torch.float32,))
-        check_shape(name, scale, ("Hkv",), dims)
-    for name, x in leaves.items():
-        if k.dtype == FP8 and torch.is_grad_enabled() and x is not None and x.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that requires no gradient with float8_e4m3fn keys and values (no backward)"
-            )
-
-
 def context_attention(
     q: Tensor,
     k: Tensor,
@@ -206,46 +174,18 @@ def context_attention(
     Gradients flow to q, k, v and kv_bias; lse and mass are not differentiable, and nothing is with an fp8 cache.
     Source: RoFormer (Su et al. 2021) for the rotation; FlashAttention-2 (Dao 2023) for the closed-form backward.
     """
-    check_tensor("q", q, ORACLE_DTYPES)
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(name, x, CACHE_DTYPES)
-    for name, x in (("q_pos", q_pos), ("kv_pos", kv_pos)):
-        check_tensor(name, x, INDEX_DTYPES)
-    dims: dict[str, int] = {}
-    check_shape("q", q, ("B", "Hq", "T", "D"), dims)
-    check_shape("k", k, ("B", "Hkv", "S", "D"), dims)
-    check_shape("v", v, ("B", "Hkv", "S", "D"), dims)
-    check_shape("q_pos", q_pos, ("B", "T"), dims)
-    check_shape("kv_pos", kv_pos, ("B", "S"), dims)
-    for name, optional in (("sigma", sigma), ("kv_bias", kv_bias)):
-        if optional is not None:
-            check_tensor(name, optional, ORACLE_DTYPES)
-            check_shape(name, optional, ("B", "S"), dims)
-    check_same_dtype(("k", k) if k.dtype == FP8 else ("q", q), k=k, v=v)
-    _check_scales(k, {"k_scale": k_scale, "v_scale": v_scale}, {"q": q, "k": k, "v": v, "kv_bias": kv_bias}, dims)
-    check_same_device(
-        ("q", q), k=k, v=v, q_pos=q_pos, kv_pos=kv_pos, sigma=sigma, kv_bias=kv_bias, k_scale=k_scale, v_scale=v_scale
-    )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_contiguous_rows(name, x)
-    hq, hkv, d = dims["Hq"], dims["Hkv"], dims["D"]
-    if hkv == 0 or hq % hkv:
-        raise ValueError(f"k: expected a number of heads that divides Hq={hq}, got Hkv={hkv}")
-    if d == 0:
-        raise ValueError("q: expected D >= 1, got D=0")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    check_attention(q, k, v, q_pos, kv_pos, sigma, kv_bias, k_scale, v_scale, scale)
     inv_freq, interleaved, scaling = None, False, 1.0
     if rope is not None:
-        rope.check_head_dim(d)
+        rope.check_head_dim(q.shape[-1])
         if rope.inv_freq.dim() != 1:
             raise ValueError("rope: expected inv_freq [D_rot/2] (one layer at a time), got one row per layer")
         inv_freq, interleaved, scaling = rope.inv_freq_on(q.device), rope.interleaved, rope.attention_scaling
     elif sigma is not None:
         raise ValueError("sigma: expected None without rope (it damps rotary bands), got a tensor")
-    out, lse, mass = torch.ops.mc.context_attention(
+    out, lse, mass = _op(
         q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias,
-        d**-0.5 if scale is None else float(scale), return_mass, k_scale, v_scale, backend,
+        q.shape[-1] ** -0.5 if scale is None else float(scale), return_mass, k_scale, v_scale, backend,
     )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([mass] if return_mass else [])
     return (out, *extras) if extras else out

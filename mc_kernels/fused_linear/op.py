@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import (
@@ -125,4 +124,4 @@ def fused_linear(
         check_shape("residual", residual, (*x.shape[:-1], outputs), {})
         check_same_dtype(("x", x), residual=residual)
     check_same_device(("x", x), weight=weight, norm=norm, bias=bias, residual=residual)
-    return torch.ops.mc.fused_linear(x, weight, norm, eps, bias, swiglu, residual, backend)
+    return _op(x, weight, norm, eps, bias, swiglu, residual, backend)

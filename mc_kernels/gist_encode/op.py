@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import cuda_backend
@@ -131,7 +130,7 @@ def gist_encode(blocks: Tensor, weights: GistEncodeWeights, *, level: int = 1, b
         raise ValueError(f"level: expected at least 1, got {level}")
     check_same_device(("blocks", blocks), weights=weights.mu)
     check_contiguous_rows("blocks", blocks)
-    return torch.ops.mc.gist_encode(
+    return _op(
         blocks,
         *weights.tensors(),
         level,

@@ -155,6 +155,6 @@ def collapse_(
         twice = next(x for i, x in enumerate(flat) if x in flat[:i])
         raise ValueError(f"slots: expected each slot once, got {twice} twice")
     moves = _check_moves(moves, n_slots)
-    torch.ops.mc.collapse_(kk, vv, *weights.tensors(), children, slots, moves, backend)
+    _op(kk, vv, *weights.tensors(), children, slots, moves, backend)
     if not torch.compiler.is_compiling() and not k.is_inference():
         torch.autograd.graph.increment_version((k, v))

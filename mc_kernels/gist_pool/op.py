@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import (
@@ -123,4 +122,4 @@ def gist_pool(k: Tensor, v: Tensor, weights: GistPoolWeights, *, backend: str | 
     check_same_device(("k", k), v=v, weights=w)
     check_contiguous_rows("k", k)
     check_contiguous_rows("v", v)
-    return torch.ops.mc.gist_pool(k, v, w, b, m, c, backend)
+    return _op(k, v, w, b, m, c, backend)

@@ -15,12 +15,6 @@ def _supports(k: Tensor, *_: object) -> str | None:
     return "fp64 is for the oracle" if k.dtype == torch.float64 else None
 
 
-def _int64(x: Tensor | None) -> Tensor | None:
-    if x is None or (x.dtype is torch.int64 and x.is_cpu and x.is_contiguous()):  # a call costs more than the look
-        return x
-    return x.to("cpu", torch.int64).contiguous()
-
-
 @register("kv_splice_", "cpu", available=native.available, supports=_supports)
 def kv_splice_cpu(
     k: Tensor,
@@ -42,8 +36,10 @@ def kv_splice_cpu(
 ) -> None:
     """See `op.py` for the flat arguments, `ref.py` for what they mean."""
     # Held in names: the library gets addresses.
-    arrays = [_int64(x) for x in (offsets, rows, segments, stays, insert_slots, positions, new_positions)]
-    freq = None if inv_freq is None else inv_freq.to(torch.float64).contiguous()
+    arrays = [
+        native.array(x, torch.int64) for x in (offsets, rows, segments, stays, insert_slots, positions, new_positions)
+    ]
+    freq = native.array(inv_freq, torch.float64)
     native.library().kv_splice(
         *(native.view(x) for x in (k, v, k_new, v_new)),
         None if table is None else native.view(table),

@@ -153,7 +153,7 @@ def kv_splice_(
     if pages is not None:
         check_pages(pages, kk, plans, row_plans, before, after)
     packed = pack_plans(plans)
-    torch.ops.mc.kv_splice_(
+    _op(
         *movable(kk, vv, k_new, v_new), None if pages is None else pages.table, row_plans, ordered, packed.segments,
         packed.stays, packed.insert_slots, packed.offsets, before, after, inv_freq, interleaved, scaling, backend,
     )  # fmt: skip

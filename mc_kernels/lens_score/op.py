@@ -141,7 +141,7 @@ def lens_score(
     check_same_device(("entries", entries), features=features, queries=queries, legal=legal, weights=weights.w_in)
     for name, x in (("entries", entries), ("features", features), ("queries", queries)):
         check_contiguous_rows(name, x)
-    return torch.ops.mc.lens_score(entries, features, queries, *weights.tensors(), legal, weights.n_heads, backend)
+    return _op(entries, features, queries, *weights.tensors(), legal, weights.n_heads, backend)
 
 
 def signed_score(scores: Tensor, legal: Tensor | None = None, *, price: float = 0.0) -> Tensor:

@@ -174,7 +174,7 @@ def refocus_(
         raise ValueError("counts: expected the number of tokens and of the nodes of each level, got nothing")
     given = {name: x for name, (x, _, _) in arrays.items()} | {f"weights[{i}]": w.w for i, w in enumerate(weights)}
     check_same_device(("k", k), **given, **{"v": v, "store.k": store.k, "store.v": store.v})
-    torch.ops.mc.refocus_(
+    _op(
         k, v, state.levels, state.index, state.slots, state.born, state.pos, state.bias, state.numbers, lists.edits,
         lists.inserted, lists.moves, lists.children, lists.wanted, store.k, store.v, store.keys, store.rows, scores,
         counts, pinned, [x for w in weights for x in w.tensors()], rule.block_size, rule.budget, rule.cooldown,

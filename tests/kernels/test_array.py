@@ -42,7 +42,6 @@ from mc_kernels.lens_score.cases import EMPTY as NO_ENTRIES
 from mc_kernels.lens_score.cases import SMALL as LENS
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
-ROOT = Path(__file__).resolve().parents[2]
 WRITABLE = pytest.mark.parametrize("kind", ["numpy", "torch"])
 
 
@@ -234,9 +233,12 @@ def test_where_torch_is_not_installed(dtype: torch.dtype, tmp_path: Path) -> Non
     fields = ("n_heads", "target_rms", "max_block_size", "pool", "rope_theta")
     told = [edits, {name: getattr(encode, name) for name in fields}, {"n_heads": lens.n_heads}]
     np.savez(tmp_path / "in.npz", **{name: x.numpy() for name, x in named.items()})
+    # Torch may be installed beside the package.
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "mc_kernels").symlink_to(Path(mc.__file__).parent)
     done = subprocess.run(
         [environment_without_torch(tmp_path / "venv"), "-c", ALONE, str(tmp_path), json.dumps(told)], text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")}, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip() == "alone", done.stderr
     gists = mc.gist_pool(*(x[:, :, 8:40].unflatten(2, (1, 32)) for x in (k, v)), weights, backend="cpu")

@@ -14,6 +14,11 @@ import pytest
 from test_c_users import EXAMPLE, PKG_CONFIG, ROOT, STRICT, WITHOUT_TORCH, C, built, run
 
 NATIVE = "mc_kernels/_native/"
+pytestmark = [
+    pytest.mark.slow,
+    built,
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree to make a wheel of"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@built
-@pytest.mark.slow
 @pytest.mark.skipif(C is None, reason="no C compiler")
 def test_a_c_program_builds_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
     """Unpacked anywhere and without torch; the header, the library and the .pc file are the wheel's own."""
@@ -56,8 +59,6 @@ def test_a_c_program_builds_against_the_wheel(wheel: Path, tmp_path: Path) -> No
         assert "250 entries before, 219 after" in run(tmp_path / "program")
 
 
-@built
-@pytest.mark.slow
 def test_all_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name and not name.startswith(NATIVE)}
