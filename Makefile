@@ -41,7 +41,7 @@ test: $(VENV)/.installed $(NATIVE)   ## the test suite (ARGS are pytest's)
 VLLM := .venv-vllm
 $(VLLM)/.installed: pyproject.toml setup.py Makefile tests/vllm/requirements.txt tests/vllm/without_requirements.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; }
-	@ldconfig -p | grep -q libnuma.so.1 || { echo "vLLM loads libnuma.so.1: install it (Debian: apt-get install libnuma1)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || { echo "vLLM loads libnuma.so.1: install it (Debian: apt-get install libnuma1)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --upgrade pip "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.12"
 	$(VLLM)/bin/python -m pip install $(TORCH)

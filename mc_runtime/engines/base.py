@@ -92,8 +92,11 @@ class Engine(ABC):
         width = self.config.embed_dim
         if rows.dim() != 2 or not len(rows) or rows.shape[1] != width or rows.dtype != self.dtype:
             raise InputError(f"rows: expected [N >= 1, {width}] {self.dtype}, got {list(rows.shape)} {rows.dtype}")
-        if room < 0 or len(rows) + room > self.config.max_positions:
+        self.check_room(len(rows), room)
+
+    def check_room(self, entries: int, room: int) -> None:
+        """Whether `room` tokens fit behind so many entries."""
+        if room < 0 or entries + room > self.config.max_positions:
             raise InputError(
-                f"room: expected 0 to {self.config.max_positions - len(rows)} tokens behind {len(rows)} entries, "
-                f"got {room}"
+                f"room: expected 0 to {self.config.max_positions - entries} tokens behind {entries} entries, got {room}"
             )

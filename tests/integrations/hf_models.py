@@ -42,6 +42,13 @@ GEMMA3 = SHAPE | {"head_dim": 16, "num_hidden_layers": 7, "sliding_window": 24}
 # The sixth sees everything and rotates a quarter of its frequencies, by a theta of its own. Heads of one width.
 GEMMA4 = SHAPE | {"head_dim": 16, "global_head_dim": 16, "num_hidden_layers": 6, "sliding_window": 24}
 GEMMA4 |= {"hidden_size_per_layer_input": 0}
+# Capped so low that it shows; older versions of transformers forget the cap in their default attention. Every other
+# layer sees a window.
+GEMMA2 = SHAPE | {"head_dim": 16, "sliding_window": 24, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 9.0}
+GEMMA2 |= {"attn_implementation": "eager"}
+# Sinks in the softmax, under YaRN. Transformers' fast experts take no fp64.
+GPT_OSS = SHAPE | {"head_dim": 16, "sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1}
+GPT_OSS |= {"rope_parameters": YARN, "experts_implementation": "eager"}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SHAPE),
     "llama3-rope": ("LlamaForCausalLM", "LlamaConfig", SHAPE | {"rope_parameters": LLAMA3}),
@@ -50,10 +57,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SHAPE | {"head_dim": 16}),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", SHAPE | {"head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4),
     "phi": ("PhiForCausalLM", "PhiConfig", SHAPE | {"partial_rotary_factor": 0.5}),
     "glm": ("GlmForCausalLM", "GlmConfig", SHAPE | {"head_dim": 16}),
+    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS),
     "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
 }
 

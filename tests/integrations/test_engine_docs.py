@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 DOCS = Path(__file__).parents[2] / "docs" / "engines"
 
@@ -18,6 +20,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="generate(cache=...) is of 5.24")
 def test_transformers_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page, names = DOCS / "transformers.md", dict[str, Any]()

@@ -146,7 +146,6 @@ def test_bf16_errs_no_more_than_the_model_itself() -> None:
 
 def refused_models() -> dict[str, tuple[str, Any]]:
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
     per_layer = GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
     return {
         "per-layer inputs": ("input ids", lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**per_layer))),
@@ -154,8 +153,6 @@ def refused_models() -> dict[str, tuple[str, Any]]:
             "layers of one shape",
             lambda: hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**GEMMA4 | {"global_head_dim": 32})),
         ),
-        "gemma2": ("softcap", lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SHAPE, head_dim=16))),
-        "gpt-oss": ("s_aux", lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**SHAPE, **experts))),
         "dynamic": (
             "change with the length",
             lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SHAPE, rope_parameters=dynamic)),

@@ -180,7 +180,7 @@ import importlib.util, json, sys
 assert importlib.util.find_spec("torch") is None
 import numpy as np
 from mc_kernels import array
-folder, edits = sys.argv[1], json.loads(sys.argv[2])
+folder, (edits, encode, lens) = sys.argv[1], json.loads(sys.argv[2])
 with np.load(folder + "/in.npz") as f:
     given = {name: f[name] for name in f.files}
 rope = array.RopeSpec(given["inv_freq"])
@@ -193,7 +193,19 @@ array.kv_splice_(k, v, *(x[:, :, 0] for x in gists), plan, rope)
 out = array.context_attention(given["q"], k, v, given["q_pos"], given["kv_pos"], rope)
 linear = array.fused_linear(given["q"], given["weight"], swiglu=True)
 signed = array.signed_score(given["scores"], price=0.25)
-np.savez(folder + "/out.npz", k=k, v=v, out=out, linear=linear, signed=signed)
+
+def named(prefix):
+    return {name.removeprefix(prefix): x for name, x in given.items() if name.startswith(prefix)}
+
+gist = array.gist_encode(given["blocks"], array.GistEncodeWeights(named("encode."), **encode))
+net = array.LensScoreWeights(named("lens."), **lens)
+scores = array.lens_score(*(given[n] for n in ("entries", "features", "queries")), net, legal=given["legal"])
+of_cache = named("collapse.")
+pooled = array.GistPoolWeights(*(of_cache.pop(n) for n in "wbmc"))
+cache = [of_cache.pop(n) for n in "kv"]
+array.collapse_(*cache, pooled, **of_cache)
+results = dict(k=k, v=v, out=out, linear=linear, signed=signed, gist=gist, lens=scores)
+np.savez(folder + "/out.npz", **results, collapsed_k=cache[0], collapsed_v=cache[1])
 print("alone")
 """
 
@@ -210,22 +222,42 @@ def test_where_torch_is_not_installed(dtype: torch.dtype, tmp_path: Path) -> Non
     named = {"k": k, "v": v, "q": q, "q_pos": q_pos, "kv_pos": kv_pos, "inv_freq": rope.inv_freq}
     named |= dict(zip("wbmc", weights.tensors(), strict=True))
     named |= {"weight": torch.randn(32, 64, generator=generator).to(dtype), "scores": torch.randn(9, 2)}
+    blocks, encode = ENCODE[0].make(dtype)
+    *scored, lens, legal = LENS[0].make(dtype)
+    collapsed = COLLAPSE[0].make(dtype)
+    named |= {"blocks": blocks, "legal": legal, **dict(zip(("entries", "features", "queries"), scored, strict=True))}
+    named |= {f"encode.{name}": x for name, x in encode.state_dict().items()}
+    named |= {f"lens.{name}": x for name, x in lens.state_dict().items()}
+    named |= dict(zip((f"collapse.{n}" for n in "wbmc"), collapsed["weights"].tensors(), strict=True))
+    named |= {f"collapse.{name}": x for name, x in collapsed.items() if isinstance(x, Tensor)}
+    fields = ("n_heads", "target_rms", "max_block_size", "pool", "rope_theta")
+    told = [edits, {name: getattr(encode, name) for name in fields}, {"n_heads": lens.n_heads}]
     np.savez(tmp_path / "in.npz", **{name: x.numpy() for name, x in named.items()})
     # Torch may be installed beside the package.
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "mc_kernels").symlink_to(Path(mc.__file__).parent)
     done = subprocess.run(
-        [environment_without_torch(tmp_path / "venv"), "-c", ALONE, str(tmp_path), json.dumps(edits)], text=True,
+        [environment_without_torch(tmp_path / "venv"), "-c", ALONE, str(tmp_path), json.dumps(told)], text=True,
         capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")}, timeout=120,
     )  # fmt: skip
     assert done.stdout.strip() == "alone", done.stderr
     gists = mc.gist_pool(*(x[:, :, 8:40].unflatten(2, (1, 32)) for x in (k, v)), weights, backend="cpu")
     plan = mc.SplicePlan.from_edits(64, [mc.Edit(*e) for e in edits], capacity=64)
     mc.kv_splice_(k, v, *(x[:, :, 0] for x in gists), plan, rope, backend="cpu")
-    out = mc.context_attention(q, k, v, q_pos, kv_pos, rope, backend="cpu")
+    mc.collapse_(**collapsed, backend="cpu")
+    wanted = {
+        "k": k,
+        "v": v,
+        "out": mc.context_attention(q, k, v, q_pos, kv_pos, rope, backend="cpu"),
+        "linear": mc.fused_linear(q, named["weight"], swiglu=True, backend="cpu"),
+        "signed": mc.signed_score(named["scores"], price=0.25),
+        "gist": mc.gist_encode(blocks, encode, backend="cpu"),
+        "lens": mc.lens_score(*scored, lens, legal=legal, backend="cpu"),
+        "collapsed_k": collapsed["k"],
+        "collapsed_v": collapsed["v"],
+    }
     with np.load(tmp_path / "out.npz") as found:
-        linear = mc.fused_linear(q, named["weight"], swiglu=True, backend="cpu")
-        signed = mc.signed_score(named["scores"], price=0.25)
-        for name, want in (("k", k), ("v", v), ("out", out), ("linear", linear), ("signed", signed)):
+        assert set(found.files) == set(wanted)
+        for name, want in wanted.items():
             assert isinstance(want, Tensor)
             assert same_bits(torch.from_numpy(found[name]), want), name

@@ -60,8 +60,8 @@ class State:
 class Sequence0(peer.Context):
     """A context with one sequence, whose state can be taken and put."""
 
-    def __init__(self, model: peer.Model) -> None:
-        super().__init__(model, 256, n_threads=1)
+    def __init__(self, model: peer.Model, *, flash_attention: bool = True) -> None:
+        super().__init__(model, 256, n_threads=1, flash_attention=flash_attention)
         lib = self.lib
         self.layers = lib.llama_model_n_layer(model.pointer)
         self.heads = lib.llama_model_n_head_kv(model.pointer)
@@ -96,6 +96,13 @@ class Sequence0(peer.Context):
         assert self.lib.llama_state_seq_set_data(self.pointer, peer._pointer(raw), raw.size, 0) == raw.size, (
             self.log.last
         )
+
+    def read(self) -> None:
+        """The first tokens of the text."""
+        tokens = (self.lib.llama_token * 512)()
+        vocabulary = self.lib.llama_model_get_vocab(self.model.pointer)
+        assert self.lib.llama_tokenize(vocabulary, TEXT, len(TEXT), tokens, 512, True, False) >= LENGTH
+        assert self.decode(list(tokens[:LENGTH])) == 0
 
     def next(self, token: int) -> npt.NDArray[np.float32]:
         """Logits after one more token."""
@@ -152,10 +159,7 @@ def model() -> peer.Model:
 def read(model: peer.Model) -> tuple[Sequence0, State, npt.NDArray[np.float32]]:
     """A context that has read a text, its state, and the logits after one more token (42)."""
     context = Sequence0(model)
-    tokens = (context.lib.llama_token * 512)()
-    vocabulary = context.lib.llama_model_get_vocab(model.pointer)
-    assert context.lib.llama_tokenize(vocabulary, TEXT, len(TEXT), tokens, 512, True, False) >= LENGTH
-    assert context.decode(list(tokens[:LENGTH])) == 0
+    context.read()
     state = context.take()
     assert state.positions.tolist() == list(range(LENGTH))
     return context, state, context.next(42)

@@ -52,6 +52,25 @@ def run(source: str) -> dict[str, Any]:
     return names
 
 
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "bench/README.md",
+    *sorted(str(p.relative_to(DOCS.parent)) for p in DOCS.rglob("*.md")),
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """In the repository: mkdocs checks the links of docs/ as a site, and knows no other files."""
+    file = DOCS.parent / page
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", file.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        assert (file.parent / link.partition("#")[0]).exists(), f"{page}: {link}"
+
+
 def test_the_quickstart_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory, kernels = blocks("index.md", "python")
     session = run(memory)["session"]

@@ -107,8 +107,9 @@ def attach(model: PreTrainedModel) -> Attachment:
     """Make a decoder of transformers run over a `WorkingContextCache`, in place; attaching twice is fine.
 
     Works for decoders with rotary positions that attend through transformers' AttentionInterface: Llama, Mistral,
-    Qwen2, Qwen3, Gemma, Gemma 3 (frequencies by layer, sliding windows, QK norm), Gemma 4 with heads of one width
-    (partial rotary in some layers), GLM and Phi (partial rotary, interleaved pairs), and others. Two forwards over six
+    Qwen2, Qwen3, Gemma, Gemma 2 (softcapped logits), Gemma 3 (frequencies by layer, sliding windows, QK norm), Gemma 4
+    with heads of one width (partial rotary in some layers), GLM and Phi (partial rotary, interleaved pairs), gpt-oss
+    (sinks), and others. Two forwards over six
     vectors find out how each layer rotates, from the model's own rotary modules, so scaled frequencies (linear, llama3,
     YaRN) and its magnitude are the model's.
 
@@ -116,9 +117,8 @@ def attach(model: PreTrainedModel) -> Attachment:
     `torch.compile` is not supported. Models must not share a config object: it names the attention of all of them.
 
     Raises TypeError for what is no PreTrainedModel; ValueError, leaving the model as it was, where the Working Context
-    would not be exact: softcapped logits (Gemma 2), attention sinks in the softmax, chunked or bidirectional attention,
-    layers of unlike shape (Gemma 4 as published) or that read the input ids too (Gemma 3n), frequencies that change
-    with the length of the text, an encoder.
+    would not be exact: chunked or bidirectional attention, layers of unlike shape (Gemma 4 as published) or that read
+    the input ids too (Gemma 3n), frequencies that change with the length of the text, an encoder.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}")

@@ -7,12 +7,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...context_attention import context_attention
-from ...rope import RopeSpec, apply_rope
+from ...rope import RopeSpec
+from .explicit import explicit_attention
 from .positioned import PositionedCache
 
 NAME = "megacontext"
@@ -89,41 +89,39 @@ def megacontext_attention(
     if dropout:
         raise ValueError(f"dropout: expected 0 in attention over a Working Context, got {dropout}; call model.eval()")
     if options.get("output_attentions"):
-        raise ValueError("output_attentions: expected False, attention weights are never in memory; got True")
+        raise ValueError("output_attentions: expected False, attention weights are not given; got True")
     cache = layer.running.cache
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    window = layer.window if layer.window is not None and cache.reach > layer.window else None
+    if (
+        softcap is not None
+        or (window is not None and query.shape[2] > 1)
+        or (sinks is not None and cache.masses is not None)
+    ):
+        out, mass = explicit_attention(
+            query, key, value, layer.rope, cache, window=window, scale=scaling, softcap=softcap, sinks=sinks
+        )
+        return _booked(out, mass, cache)
     kv_pos = cache.kv_pos
-    if layer.window is not None and cache.reach > layer.window:
-        if query.shape[2] > 1:
-            return _windowed(query, key, value, layer.rope, layer.window, cache, scaling).transpose(1, 2), None
-        kv_pos = kv_pos.masked_fill(kv_pos <= cache.q_pos - layer.window, -1)
+    if window is not None:
+        kv_pos = kv_pos.masked_fill(kv_pos <= cache.q_pos - window, -1)
     result: Any = context_attention(
         query, key, value, cache.q_pos, kv_pos, layer.rope,
         sigma=cache.sigma if layer.rope is not None else None,
-        kv_bias=cache.kv_bias, scale=scaling, return_mass=cache.masses is not None,
+        kv_bias=cache.kv_bias, scale=scaling, return_lse=sinks is not None, return_mass=cache.masses is not None,
     )  # fmt: skip
-    if cache.masses is None:
-        return result.transpose(1, 2), None
-    cache.masses.append(result[1])
-    return result[0].transpose(1, 2), None
+    if sinks is not None:
+        # The sink's share of the softmax goes to no value.
+        kept = torch.sigmoid(result[1] - sinks.float()[:, None])[..., None]
+        return _booked((result[0] * kept).to(query.dtype), None, cache)
+    out, mass = (result, None) if cache.masses is None else result
+    return _booked(out, mass, cache)
 
 
-def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, rope: RopeSpec | None, window: int, cache: PositionedCache, scaling: float | None
-) -> Tensor:
-    """Several queries under a sliding window that is shorter than the context: which slots a query sees is no longer
-    a matter of one bound, so the mask is written out and torch attends."""
-    if cache.masses is not None or cache.sigma is not None:
-        raise ValueError("cache: expected no mass and no sigma under a sliding window that is shorter than the context")
-    q_pos, kv_pos = cache.q_pos[:, :, None], cache.kv_pos[:, None, :]
-    visible = (kv_pos >= 0) & (kv_pos <= q_pos) & (kv_pos > q_pos - window)  # [B, T, S]
-    if rope is not None:
-        q, k = apply_rope(q, cache.q_pos[:, None], rope), apply_rope(k, cache.kv_pos[:, None], rope)
-    bias = torch.zeros_like(visible, dtype=q.dtype)
-    if cache.kv_bias is not None:
-        bias = bias + cache.kv_bias[:, None].to(q.dtype)
-    mask = bias.masked_fill(~visible, float("-inf"))[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-    return out.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)  # padding sees nothing
+def _booked(out: Tensor, mass: Tensor | None, cache: PositionedCache) -> tuple[Tensor, None]:
+    if mass is not None and cache.masses is not None:
+        cache.masses.append(mass)
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, megacontext_attention)

@@ -24,7 +24,9 @@ from .attention import RECORDER, Call
 POSITIONS = (0, 1, 5, 40, 300, 1000)
 # Frequencies that depend on how long the text is have no place in a cache that is rotated from positions.
 VARYING = ("dynamic", "longrope")
-# What models hand to attention that changes nothing here: positions come from the cache.
+# What models hand to attention and the attention of this package does, given it anew with each call.
+SERVED = ("softcap", "s_aux")
+# What changes nothing here: positions come from the cache.
 HARMLESS = ("scaling", "position_ids", "cache_position", "use_cache", "sliding_window", "is_causal")
 
 
@@ -140,10 +142,12 @@ def _record(model: PreTrainedModel, decoder: PreTrainedModel) -> list[Call]:
 
 def _refuse_unknown(number: int, call: Call) -> None:
     where = f"model: layer {number} ({type(call.module).__name__})"
-    asked = {name: value for name, value in call.options.items() if name not in HARMLESS}
+    asked = {name: value for name, value in call.options.items() if name not in (*HARMLESS, *SERVED)}
     unknown = [name for name, value in asked.items() if isinstance(value, Tensor) or value not in (None, False, 0)]
     if unknown:
-        raise ValueError(f"{where} asks its attention for {', '.join(unknown)}, which context_attention does not do")
+        raise ValueError(
+            f"{where} asks its attention for {', '.join(unknown)}, which attention over a Working Context does not do"
+        )
     if not getattr(call.module, "is_causal", True) or call.options.get("is_causal") is False:
         raise ValueError(f"{where} is bidirectional; a Working Context is read causally")
     if call.k.shape != call.v.shape or call.q.shape[-1] != call.k.shape[-1]:

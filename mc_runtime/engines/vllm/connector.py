@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata
 from vllm.model_executor.models.utils import extract_layer_index
 
-from .local import PARAMETER
+from .transfer import PARAMETER
 
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass
@@ -53,7 +54,12 @@ class WorkingContextConnector(KVConnectorBase_V1):
         if not self._directory.is_dir():
             raise ValueError(f"directory: expected a folder in kv_connector_extra_config, got {self._directory}")
         self._page = self._vllm_config.cache_config.block_size
+        model = self._vllm_config.model_config
+        self._layers, self._dtype = model.get_total_num_hidden_layers(), DTYPES[model.dtype]
+        self._heads_and_dim = model.get_total_num_kv_heads(), model.get_head_size()
+        self._counts: dict[str, int] = {}
         self._wanted: dict[str, tuple[str, int]] = {}
+        self._said: dict[str, dict[str, Any]] = {}
 
     # -- in the scheduler -------------------------------------------------------------------------------------------
 
@@ -61,19 +67,32 @@ class WorkingContextConnector(KVConnectorBase_V1):
         name = (request.kv_transfer_params or {}).get(PARAMETER)
         if name is None:
             return 0, False
-        count = self._count(name)
-        if count >= request.num_tokens:
-            raise ValueError(f"{name}: {count} entries leave nothing to read of a prompt of {request.num_tokens}")
+        try:
+            count = self._count(name)
+            if count >= request.num_prompt_tokens:
+                raise ValueError(f"{count} entries leave nothing to read of a prompt of {request.num_prompt_tokens}")
+        except ValueError as error:
+            # An exception would end the engine, for everyone who uses it. The answer says it, and is not used.
+            self._said[request.request_id] = {"error": str(error)}
+            return 0, False
+        self._counts[request.request_id] = count
         return max(0, count - num_computed_tokens), False
 
-    def _count(self, name: str) -> int:
-        with safe_open(self._path(name), "pt") as file:
-            return int(file.get_slice("k").get_shape()[2])
-
-    def _path(self, name: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{PARAMETER}: expected a name of 32 hex digits and .safetensors, got {name!r}")
-        return self._directory / name
+    def _count(self, name: Any) -> int:
+        """Entries in a file. Raises ValueError for one that is not what this model's workers can take."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ValueError(f"expected a name of 32 hex digits and .safetensors, got {name!r}")
+        try:
+            with safe_open(self._directory / name, "pt") as file:
+                found = {(tuple(x.get_shape()), x.get_dtype()) for x in (file.get_slice(part) for part in "kv")}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{name} cannot be read: {type(error).__name__}") from error
+        (shape, dtype), heads, dim = found.pop(), *self._heads_and_dim
+        if found or len(shape) != 4 or (*shape[:2], shape[3]) != (self._layers, heads, dim) or dtype != self._dtype:
+            raise ValueError(
+                f"{name}: expected k and v [{self._layers}, {heads}, n, {dim}] {self._dtype}, got {list(shape)} {dtype}"
+            )
+        return int(shape[2])
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens:
@@ -89,12 +108,19 @@ class WorkingContextConnector(KVConnectorBase_V1):
             groups = pages[request]
             if groups is None or len(groups) != 1:
                 raise NotImplementedError("models whose layers keep caches of several kinds are not supported")
-            count = self._count(name)
+            count = self._counts[request]
+            self._said[request] = {"entries": count}
             at = torch.arange(count - external, count)
             slots = torch.tensor(groups[0])[at // self._page] * self._page + at % self._page
             loads.requests.append(Load(name, count - external, slots))
         self._wanted.clear()
         return loads
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """What the answer says of the request's file (`transfer.check_read`)."""
+        self._counts.pop(request.request_id, None)
+        said = self._said.pop(request.request_id, None)
+        return False, None if said is None else {PARAMETER: said}
 
     # -- in a worker ------------------------------------------------------------------------------------------------
 
@@ -108,7 +134,7 @@ class WorkingContextConnector(KVConnectorBase_V1):
             if isinstance(getattr(layer, "kv_cache", None), Tensor)
         ]
         for load in metadata.requests:
-            with safe_open(self._path(load.file), "pt") as file:
+            with safe_open(self._directory / load.file, "pt") as file:
                 k, v = (file.get_tensor(name)[:, :, load.first :] for name in "kv")
             for number, layer in layers:
                 pages = layer.kv_cache

@@ -13,8 +13,7 @@ from mc_runtime.errors import InputError, ModelError
 from mc_runtime.model import Decoder, LoadedModel
 from mc_runtime.sampling import SamplingParams
 
-# The key of `kv_transfer_params` that names the file of a request's keys and values, for `connector.py`.
-PARAMETER = "megacontext"
+from .transfer import PARAMETER, check_read
 
 
 class VLLMEngine(PromptEngine):
@@ -59,11 +58,11 @@ class VLLMEngine(PromptEngine):
         }
         return cls(model.decoder, LLM(**ours | settings))
 
-    def check_rows(self, rows: Tensor, room: int) -> None:
-        super().check_rows(rows, room)
-        if len(rows) + room > self.max_length:
+    def check_room(self, entries: int, room: int) -> None:
+        super().check_room(entries, room)
+        if entries + room > self.max_length:
             raise InputError(
-                f"room: {len(rows)} entries and {room} tokens behind them are more than vLLM's max_model_len, "
+                f"room: {entries} entries and {room} tokens behind them are more than vLLM's max_model_len, "
                 f"{self.max_length}; give a smaller budget or a larger max_model_len"
             )
 
@@ -72,18 +71,19 @@ class VLLMEngine(PromptEngine):
     ) -> list[list[int]]:
         prompts = [self._prompt(rows) for rows in contexts]
         outputs = self._generate(prompts, **_sampling(params, count, eos_ids))
-        return [without_end(output.token_ids, eos_ids) for output in outputs]
+        return [without_end(output.outputs[0].token_ids, eos_ids) for output in outputs]
 
     def continue_from(
-        self, rows: Tensor, file: str, params: SamplingParams, *, count: int, eos_ids: Collection[int] = ()
+        self, ids: list[int], file: str, params: SamplingParams, *, count: int, eos_ids: Collection[int] = ()
     ) -> list[int]:
-        """As `complete` does one context, whose keys and values vLLM's connector reads from `file`, but for the last
-        row. Use `mc_runtime.engines.vllm.handover.complete_from_cache`."""
-        # The file's name as salt: pages of another request are not its own, although the vectors may be.
-        prompt = self._prompt(self.to_send(rows)) | {"cache_salt": file}
+        """As `complete` does one context, given as token ids of which all but the last are placeholders: their keys and
+        values are read from `file` by vLLM's connector. Use `handover.complete_from_cache`. Raises ModelError."""
+        # The file's name as salt: pages of another request are not its own, although the ids may be.
+        prompt = {"prompt_token_ids": ids, "cache_salt": file}
         extra = {"kv_transfer_params": {PARAMETER: file}}
         (output,) = self._generate([prompt], extra_args=extra, **_sampling(params, count, eos_ids))
-        return without_end(output.token_ids, eos_ids)
+        check_read(output.kv_transfer_params, len(ids) - 1)
+        return without_end(output.outputs[0].token_ids, eos_ids)
 
     def next_logits(self, rows: Tensor) -> Tensor:
         """Raises ModelError for an LLM that does not report the whole vocabulary."""
@@ -91,7 +91,7 @@ class VLLMEngine(PromptEngine):
         if self.max_logprobs != -1 and self.max_logprobs < vocab:
             raise ModelError("llm: expected one that reports the whole vocabulary: LLM(..., max_logprobs=-1)")
         (output,) = self._generate([self._prompt(rows)], max_tokens=1, temperature=0.0, logprobs=-1, flat_logprobs=True)
-        logprobs = output.logprobs
+        logprobs = output.outputs[0].logprobs
         logits = torch.full((vocab,), -torch.inf)
         logits[torch.tensor(logprobs.token_ids)] = torch.tensor(logprobs.logprobs)
         return logits.to(self.device)
@@ -102,8 +102,8 @@ class VLLMEngine(PromptEngine):
     def _generate(self, prompts: Sequence[dict[str, Any]], **sampling: Any) -> list[Any]:
         from vllm import SamplingParams as Sampling
 
-        outputs = self.llm.generate(prompts, Sampling(detokenize=False, **sampling), use_tqdm=False)
-        return [output.outputs[0] for output in outputs]
+        outputs: list[Any] = self.llm.generate(prompts, Sampling(detokenize=False, **sampling), use_tqdm=False)
+        return outputs
 
 
 def _sampling(params: SamplingParams, count: int, eos_ids: Collection[int]) -> dict[str, Any]:
