@@ -23,7 +23,7 @@ namespace mc {
 namespace {
 
 constexpr int64_t kThreadBytes = 1 << 18;  // of weights that are worth waking a thread for
-constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
+constexpr int64_t kSmallTasks = 2;         // a thread: what evens out threads that are slowed down
 constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
 
 const LinearOps& linear_ops(const IsaLevel& level) {
@@ -61,10 +61,15 @@ public:
         if (x_.rows == 0 || x_.outputs == 0) return;
         make_ready();
         const int64_t units = (x_.outputs + kUnit - 1) / kUnit;
-        const int64_t tasks = threads_ == 1 ? 1 : std::min(units, threads_ * kTasksPerThread);
+        // A long stream for each thread, since every task begins with misses; and short ones, for who is done first.
+        const int64_t tasks = threads_ == 1 ? 1 : threads_ * (1 + kSmallTasks), large = threads_;
+        const int64_t share = tasks == large ? units : units - units / 5;
+        auto begin_of = [&](int64_t i) {
+            return i <= large ? i * share / large : share + (i - large) * (units - share) / (tasks - large);
+        };
         auto body = [&](int64_t i) {
-            const int64_t end = std::min((i + 1) * units / tasks * kUnit, x_.outputs);
-            for (int64_t first = i * units / tasks * kUnit; first < end; first += kColumns) {
+            const int64_t end = std::min(begin_of(i + 1) * kUnit, x_.outputs);
+            for (int64_t first = begin_of(i) * kUnit; first < end; first += kColumns) {
                 columns(first, std::min(kColumns, end - first));
             }
         };
