@@ -1,7 +1,8 @@
 """Memory of the CPU in pages of 2 MB, where the system gives them on request (Linux's transparent huge pages).
 
 A decode step reads every weight once. In pages of 4 KB that is an address to look up for each, 65,000 for a model of
-270 MB, and in a virtual machine through two tables: the read alone takes up to twice as long (bench/README.md).
+270 MB, and in a virtual machine through two tables: the read alone takes up to twice as long (bench/README.md). What
+is touched anywhere is there as a whole page, so a cache takes its full size from the first entries on.
 """
 
 from __future__ import annotations
