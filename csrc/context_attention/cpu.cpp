@@ -27,7 +27,7 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kRun = 256;              // entries of a run, at least
+constexpr int64_t kRun = 128;              // entries of a run, at least
 constexpr int64_t kMostRuns = 64;          // of a sequence: bounds the memory of partial results
 constexpr int64_t kThreadBytes = 1 << 18;  // of keys and values that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
