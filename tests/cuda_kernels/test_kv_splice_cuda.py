@@ -20,7 +20,19 @@ from mc_kernels.rope import apply_rope
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-from splice_model import DTYPES, calls, drawn_call, normal, plain_turn, same_bits, seeded, splice_list, turn
+from splice_model import (
+    DTYPES,
+    calls,
+    check_fresh_rotation,
+    contents,
+    drawn_call,
+    normal,
+    origin_of,
+    plain_turn,
+    same_bits,
+    seeded,
+    turn,
+)
 
 R, H, S, D = 2, 2, 24, 16
 EDITS = [Edit(2, 6, 1), Edit(9, 1, 4), Edit(13, 0, 2), Edit(15, 2, 1)]  # shifts -5, -2, 0, -1
@@ -30,20 +42,6 @@ def emulate(device: str, **how: int) -> None:
     """How emulated blocks run: small ones give short inputs several tiles."""
     if device == "cpu":
         cuda_backend.library().emulate(**{"seed": 0, "threads": 32, "blocks": 3, "fault": 0} | how)
-
-
-def contents(old: Tensor, new: Tensor, p: SplicePlan) -> Tensor:
-    """What a list says that the entries are, by rank: [..., new_length, D]."""
-    pool = torch.cat((old[..., p.slots, :], new.view(*old.shape[:-2], -1, old.shape[-1])), dim=-2)
-    edits = [Edit(*e) for e in p.edits.tolist()]
-    return pool[..., splice_list(range(p.length), edits, range(p.length, p.length + p.n_insert)), :]
-
-
-def origin_of(p: SplicePlan) -> Tensor:
-    """By new rank: what a key still has to be turned by, its new position for an inserted one."""
-    origin, kept = torch.arange(p.new_length), p.rank_map >= 0
-    origin[p.rank_map[kept]] -= torch.arange(p.length)[kept]
-    return origin
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(c, DTYPES[i % 3]) for i, c in enumerate(SMALL)], ids=str)
@@ -106,28 +104,10 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("discipline", ["ordered", "slots"])
 def test_equals_a_fresh_rotation(discipline: str, name: str, device: str) -> None:
-    """Turn at the old ranks, splice: as if every raw key were turned at its new rank (magnitude applied once)."""
     emulate(device, threads=8)
-    spec, old = SPECS[name], 20
+    p = SplicePlan.from_edits(20, EDITS, capacity=S, discipline=discipline)
     dtype = DTYPES[(len(name) + len(discipline)) % 3]
-    p = SplicePlan.from_edits(old, EDITS, capacity=S, discipline=discipline)
-    raw, k_new = normal(R, H, old, D, dtype=dtype), normal(R, H, p.n_insert, D, dtype=dtype, seed=1)
-    k = torch.full((R, H, S, D), float("nan"), dtype=dtype)
-    k[:, :, :old] = apply_rope(raw, torch.arange(old), spec)
-    stored = k[:, :, :old].clone()
-    on_device = [x.to(device, copy=True) for x in (k, k, k_new, k_new)]
-    kv_splice_(*on_device, p, spec, backend="cuda")
-    got = on_device[0].cpu()[:, :, p.new_slots]
-    kept = p.rank_map >= 0
-    to = p.rank_map[kept]
-    delta = to - torch.arange(old)[kept]
-    moved = turn(stored[:, :, kept], delta, spec.inv_freq, spec.interleaved)
-    assert_within_error_rule(got[:, :, to], moved, plain_turn(stored[:, :, kept], delta, spec), what="survivors")
-    fresh = turn(k_new, p.insert_ranks, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    plain = plain_turn(k_new, p.insert_ranks, spec) * spec.attention_scaling
-    assert_within_error_rule(got[:, :, p.insert_ranks], fresh, plain, what="inserted")
-    scratch = turn(raw[:, :, kept], to, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    assert max_error(got[:, :, to], scratch) <= 4 * torch.finfo(dtype).eps * float(scratch.abs().max())
+    check_fresh_rotation(p, SPECS[name], dtype, R, H, D, backend="cuda", device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from mc_kernels import Edit, PageTable, RopeSpec, SplicePlan, kv_splice_, native
 from mc_kernels.registry import IMPLS
-from mc_kernels.testing import Guarded
+from mc_kernels.rope import apply_rope
+from mc_kernels.testing import Guarded, assert_within_error_rule, max_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Implementations that take CPU tensors here, `cpu` once per instruction set level of this machine.
@@ -74,6 +76,52 @@ def plain_turn(x: Tensor, positions: Tensor, spec: RopeSpec) -> Tensor:
         a, b = rot.chunk(2, -1)
         rot = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     return torch.cat((rot, rest), -1)
+
+
+def llama3(theta: float, dim: int) -> Tensor:
+    """Llama 3.1's frequencies: long wavelengths are slowed by 8, those in between blended."""
+    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    blend = ((8192 / (2 * math.pi / freq) - 1) / 3).clamp(0, 1)
+    return (1 - blend) * freq / 8 + blend * freq
+
+
+def contents(old: Tensor, new: Tensor, p: SplicePlan) -> Tensor:
+    """What a list says that the entries are, by rank: [..., new_length, D]."""
+    pool = torch.cat((old[..., p.slots, :], new.view(*old.shape[:-2], -1, old.shape[-1])), dim=-2)
+    edits = [Edit(*e) for e in p.edits.tolist()]
+    return pool[..., splice_list(range(p.length), edits, range(p.length, p.length + p.n_insert)), :]
+
+
+def origin_of(p: SplicePlan) -> Tensor:
+    """By new rank: what a key still has to be turned by, its new position for an inserted one."""
+    origin, kept = torch.arange(p.new_length), p.rank_map >= 0
+    origin[p.rank_map[kept]] -= torch.arange(p.length)[kept]
+    return origin
+
+
+def check_fresh_rotation(
+    p: SplicePlan, spec: RopeSpec, dtype: torch.dtype, rows: int, heads: int, dim: int, *, backend: str | None,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    """Turn keys at the old ranks, splice: as if every raw key were turned at its new rank (magnitude applied once)."""
+    raw = normal(rows, heads, p.length, dim, dtype=dtype)
+    k_new = normal(rows, heads, p.n_insert, dim, dtype=dtype, seed=1)
+    k = torch.full((rows, heads, p.capacity, dim), float("nan"), dtype=dtype)
+    k[:, :, : p.length] = apply_rope(raw, torch.arange(p.length), spec)
+    stored = k[:, :, : p.length].clone()
+    on_device = [x.to(device, copy=True) for x in (k, k, k_new, k_new)]
+    kv_splice_(*on_device, p, spec, backend=backend)
+    got = on_device[0].cpu()[:, :, p.new_slots]
+    kept = p.rank_map >= 0
+    to = p.rank_map[kept]
+    delta = to - torch.arange(p.length)[kept]
+    moved = turn(stored[:, :, kept], delta, spec.inv_freq, spec.interleaved)
+    assert_within_error_rule(got[:, :, to], moved, plain_turn(stored[:, :, kept], delta, spec), what="survivors")
+    fresh = turn(k_new, p.insert_ranks, spec.inv_freq, spec.interleaved) * spec.attention_scaling
+    plain = plain_turn(k_new, p.insert_ranks, spec) * spec.attention_scaling
+    assert_within_error_rule(got[:, :, p.insert_ranks], fresh, plain, what="inserted")
+    scratch = turn(raw[:, :, kept], to, spec.inv_freq, spec.interleaved) * spec.attention_scaling
+    assert max_error(got[:, :, to], scratch) <= 4 * torch.finfo(dtype).eps * float(scratch.abs().max())
 
 
 @st.composite

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from splice_model import DTYPES, EACH_BACKEND, plain_turn, same_bits, turn
+from splice_model import DTYPES, EACH_BACKEND, check_fresh_rotation, llama3, normal, plain_turn, same_bits, turn
 from torch import Tensor
 
 from mc_kernels import Edit, RopeSpec, SplicePlan, kv_splice_
@@ -18,27 +16,15 @@ R, H, S, D = 3, 2, 24, 16
 COLLAPSE = [Edit(4, 8, 1)]
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def llama3(theta: float, dim: int) -> Tensor:
-    """Llama 3.1's frequencies: long wavelengths are slowed by 8, those in between blended."""
-    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    wavelength = 2 * math.pi / freq
-    blend = ((8192 / wavelength - 1) / 3).clamp(0, 1)
-    return ((1 - blend) * freq / 8 + blend * freq).float()
-
-
 SPECS = {
     "plain": RopeSpec.from_theta(1e4, D),
     "interleaved": RopeSpec.from_theta(1e4, D, interleaved=True),
     "partial": RopeSpec.from_theta(1e4, 6),
     "partial-interleaved": RopeSpec.from_theta(1e4, 6, interleaved=True),
-    "llama3": RopeSpec(llama3(5e5, D)),
+    "llama3": RopeSpec(llama3(5e5, D).float()),
     "per-layer": RopeSpec(torch.stack([RopeSpec.from_theta(t, D).inv_freq for t in (1e2, 1e4, 1e6)])),
     "per-layer-partial": RopeSpec(torch.stack([RopeSpec.from_theta(t, 4).inv_freq for t in (1e2, 1e4, 1e6)])),
-    "yarn": RopeSpec(llama3(1e4, D), attention_scaling=1.25),
+    "yarn": RopeSpec(llama3(1e4, D).float(), attention_scaling=1.25),
 }
 
 
@@ -46,26 +32,8 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("discipline", ["ordered", "slots"])
 def test_equals_a_fresh_rotation(discipline: str, name: str, dtype: torch.dtype, backend: str) -> None:
-    """Turn at the old ranks, splice: as if every raw key were turned at its new rank (magnitude applied once)."""
-    spec, old, new = SPECS[name], 20, 5
-    p = SplicePlan.from_edits(old, [Edit(2, 6, 1), Edit(11, 1, 4)], capacity=S, discipline=discipline)
-    raw, k_new = normal(R, H, old, D, dtype=dtype), normal(R, H, new, D, dtype=dtype, seed=1)
-    k = torch.full((R, H, S, D), float("nan"), dtype=dtype)
-    k[:, :, :old] = apply_rope(raw, torch.arange(old), spec)
-    v = k.clone()
-    stored = k[:, :, :old].clone()
-    kv_splice_(k, v, k_new, k_new.clone(), p, spec, backend=backend)
-    got = k[:, :, p.new_slots]
-    kept = p.rank_map >= 0
-    to = p.rank_map[kept]
-    delta = to - torch.arange(old)[kept]
-    moved = turn(stored[:, :, kept], delta, spec.inv_freq, spec.interleaved)
-    assert_within_error_rule(got[:, :, to], moved, plain_turn(stored[:, :, kept], delta, spec), what="survivors")
-    fresh = turn(k_new, p.insert_ranks, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    plain = plain_turn(k_new, p.insert_ranks, spec) * spec.attention_scaling
-    assert_within_error_rule(got[:, :, p.insert_ranks], fresh, plain, what="inserted")
-    scratch = turn(raw[:, :, kept], to, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    assert max_error(got[:, :, to], scratch) <= 4 * torch.finfo(dtype).eps * float(scratch.abs().max())
+    p = SplicePlan.from_edits(20, [Edit(2, 6, 1), Edit(11, 1, 4)], capacity=S, discipline=discipline)
+    check_fresh_rotation(p, SPECS[name], dtype, R, H, D, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import sys
 from pathlib import Path
@@ -24,7 +23,20 @@ from mc_kernels.testing import assert_within_error_rule, max_error, poisoned_emp
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from allocations import NoAllocation
 from race_trace import RaceTrace
-from splice_model import DTYPES, calls, drawn_call, normal, plain_turn, same_bits, seeded, splice_list, turn
+from splice_model import (
+    DTYPES,
+    calls,
+    check_fresh_rotation,
+    contents,
+    drawn_call,
+    llama3,
+    normal,
+    origin_of,
+    plain_turn,
+    same_bits,
+    seeded,
+    turn,
+)
 
 R, H, S, D = 2, 2, 24, 16
 EDITS = [Edit(2, 6, 1), Edit(9, 1, 4), Edit(13, 0, 2), Edit(15, 2, 1)]  # shifts -5, -2, 0, -1
@@ -45,20 +57,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(triton_kernel, "choose_tiles", choose)
-
-
-def contents(old: Tensor, new: Tensor, p: SplicePlan) -> Tensor:
-    """What a list says that the entries are, by rank: [..., new_length, D]."""
-    pool = torch.cat((old[..., p.slots, :], new.view(*old.shape[:-2], -1, old.shape[-1])), dim=-2)
-    edits = [Edit(*e) for e in p.edits.tolist()]
-    return pool[..., splice_list(range(p.length), edits, range(p.length, p.length + p.n_insert)), :]
-
-
-def origin_of(p: SplicePlan) -> Tensor:
-    """By new rank: what a key still has to be turned by, its new position for an inserted one."""
-    origin, kept = torch.arange(p.new_length), p.rank_map >= 0
-    origin[p.rank_map[kept]] -= torch.arange(p.length)[kept]
-    return origin
 
 
 def random_bits(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -140,13 +138,6 @@ def test_no_race(
     assert same_bits(v[:, :, p.new_slots], contents(old_v, v_new, p))
 
 
-def llama3(theta: float, dim: int) -> Tensor:
-    """Llama 3.1's frequencies: long wavelengths are slowed by 8, those in between blended."""
-    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    blend = ((8192 / (2 * math.pi / freq) - 1) / 3).clamp(0, 1)
-    return (1 - blend) * freq / 8 + blend * freq
-
-
 PER_LAYER = torch.stack([RopeSpec.from_theta(t, D).inv_freq for t in (1e2, 1e6)])
 SPECS = {
     "plain": RopeSpec.from_theta(1e4, D),
@@ -163,27 +154,9 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("discipline", ["ordered", "slots"])
 def test_equals_a_fresh_rotation(discipline: str, name: str, device: str, small_tiles: None) -> None:
-    """Turn at the old ranks, splice: as if every raw key were turned at its new rank (magnitude applied once)."""
-    spec, old = SPECS[name], 20
+    p = SplicePlan.from_edits(20, EDITS, capacity=S, discipline=discipline)
     dtype = DTYPES[(len(name) + len(discipline)) % 3]
-    p = SplicePlan.from_edits(old, EDITS, capacity=S, discipline=discipline)
-    raw, k_new = normal(R, H, old, D, dtype=dtype), normal(R, H, p.n_insert, D, dtype=dtype, seed=1)
-    k = torch.full((R, H, S, D), float("nan"), dtype=dtype)
-    k[:, :, :old] = apply_rope(raw, torch.arange(old), spec)
-    stored = k[:, :, :old].clone()
-    on_device = [x.to(device, copy=True) for x in (k, k, k_new, k_new)]
-    kv_splice_(*on_device, p, spec, backend="triton")
-    got = on_device[0].cpu()[:, :, p.new_slots]
-    kept = p.rank_map >= 0
-    to = p.rank_map[kept]
-    delta = to - torch.arange(old)[kept]
-    moved = turn(stored[:, :, kept], delta, spec.inv_freq, spec.interleaved)
-    assert_within_error_rule(got[:, :, to], moved, plain_turn(stored[:, :, kept], delta, spec), what="survivors")
-    fresh = turn(k_new, p.insert_ranks, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    plain = plain_turn(k_new, p.insert_ranks, spec) * spec.attention_scaling
-    assert_within_error_rule(got[:, :, p.insert_ranks], fresh, plain, what="inserted")
-    scratch = turn(raw[:, :, kept], to, spec.inv_freq, spec.interleaved) * spec.attention_scaling
-    assert max_error(got[:, :, to], scratch) <= 4 * torch.finfo(dtype).eps * float(scratch.abs().max())
+    check_fresh_rotation(p, SPECS[name], dtype, R, H, D, backend="triton", device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
