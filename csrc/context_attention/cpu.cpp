@@ -22,6 +22,7 @@
 #include "isa.h"
 #include "phases.h"
 #include "pool.h"
+#include "tiles.h"
 #include "visible.h"
 
 namespace mc {
@@ -41,9 +42,9 @@ int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
 
 class Call {
 public:
-    Call(const mc_context_attention_args& a, int n_threads)
+    Call(const mc_context_attention_args& a, const Attention& x, int n_threads)
         : a_(a),
-          x_(check_context_attention(a)),
+          x_(x),
           row_ops_(*isa_level().rows),
           ops_(attend_ops(isa_level())),
           in_pairs_(ops_.attend_pairs && x_.dtype == kBF16 && rotates() && in_pairs(x_.row, x_.interleaved)) {
@@ -254,7 +255,7 @@ private:
     }
 
     const mc_context_attention_args& a_;
-    const Attention x_;
+    const Attention& x_;
     const RowOps& row_ops_;
     const AttendOps& ops_;
     const bool in_pairs_;
@@ -273,6 +274,9 @@ extern "C" int32_t mc_context_attention_cpu(const mc_context_attention_args* arg
     return mc::guarded([&] {
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
-        mc::Call(*args, n_threads).run();
+        const mc::Attention x = mc::check_context_attention(*args);
+        const bool any = x.batch * x.heads * x.queries * x.slots > 0;
+        if (any && mc::serves_tiles(*args, x)) return mc::attend_tiles(*args, x, n_threads);
+        mc::Call(*args, x, n_threads).run();
     });
 }

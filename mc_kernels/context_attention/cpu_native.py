@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import native
 
-# Query tokens up to which one stream over the keys beats torch's matrix products, by measurement on a machine with
-# AVX-512 at 512 to 8192 slots: they break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
+# Query tokens up to which the library's portable C++ beats torch's matrix products. At the levels of x86, which multiply
+# tiles of queries, it does so from one query on, by measurement (bench/README.md).
+MOST_PORTABLE_QUERIES = 64
+# With mass, query tokens up to which one stream over the keys does.
 MOST_QUERIES = 64
 MOST_BF16_QUERIES = 32
 # The library keeps every probability until mass is summed, 4 bytes each; torch's path only those of a tile.
@@ -18,11 +20,14 @@ MOST_PROBABILITIES = 1 << 24
 
 
 def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
-    """Whether this is the faster of the two: the library is there, and each key meets few queries."""
-    most = MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES
-    if return_mass and math.prod(q.shape[:3]) * slots > MOST_PROBABILITIES:
+    """Whether this is the faster of the two: the library is there, and its products are."""
+    if native.available() is not None:
         return False
-    return q.shape[2] <= most and native.available() is None
+    queries = q.shape[2]
+    if return_mass:
+        few = queries <= (MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES)
+        return few and math.prod(q.shape[:3]) * slots <= MOST_PROBABILITIES
+    return queries <= MOST_PORTABLE_QUERIES or native.library().cpu_isa() != "scalar"
 
 
 def context_attention_native(
