@@ -247,6 +247,7 @@ inline AttendOps attend_table(const char* name) {
              {attend<BF16, false>, attend<BF16, true>}},
             {store_row<F32>, store_row<F16>, store_row<BF16>},
             {soften_tile<Kept<F32>>, nullptr, soften_tile<Kept<BF16>>},
+            sum_rows,
             nullptr,
             nullptr};
 }

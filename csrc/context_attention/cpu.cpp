@@ -1,4 +1,5 @@
-// context_attention on a CPU for few queries: one stream over keys and values. The contract: mc_kernels.h.
+// context_attention on a CPU for few queries: one stream over keys and values (of many: tiles.cpp). The contract:
+// mc_kernels.h.
 //
 // Floor. Every visible key and value is read once: 2 * Hkv * D * sizeof(dtype) bytes an entry, over the machine's read
 // bandwidth. To stay near it, everything else must come from a core's own caches:
@@ -276,7 +277,7 @@ extern "C" int32_t mc_context_attention_cpu(const mc_context_attention_args* arg
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
         const mc::Attention x = mc::check_context_attention(*args);
         const bool any = x.batch * x.heads * x.queries * x.slots > 0;
-        if (any && mc::serves_tiles(*args, x)) return mc::attend_tiles(*args, x, n_threads);
+        if (any && mc::serves_tiles(x, args->mass != nullptr)) return mc::attend_tiles(*args, x, n_threads);
         mc::Call(*args, x, n_threads).run();
     });
 }

@@ -7,6 +7,13 @@
 namespace mc {
 namespace {
 
+// Entries lie anywhere: nothing but this asks for a panel's rows before they are needed.
+void fetch_rows(const char* base, int64_t step, const int64_t* slot, int64_t n, int64_t bytes) {
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(base + slot[i] * step + at);
+    }
+}
+
 int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
 
 // Two rows of at most kPanel 16-bit numbers, NULL for zeros, as one step of a panel.
@@ -47,6 +54,7 @@ int64_t KeyPanels::scratch_floats(const Phases* phases) const {
 void KeyPanels::pack(const Timeline& timeline, int64_t b, int64_t block, int64_t first, int64_t count,
                      const Phases* phases, float* scratch) {
     const int64_t begin = block * kBlock, end = std::min(begin + kBlock, timeline.entries());
+    const int64_t bytes = x_.row.dims * dtype_bytes(x_.dtype);
     const float* phase = scratch;
     if (phases) {
         Entries entries;
@@ -66,7 +74,10 @@ void KeyPanels::pack(const Timeline& timeline, int64_t b, int64_t block, int64_t
         const char* v = static_cast<const char*>(a_.v.data) + b * x_.v_stride[0] + (first + h) * x_.v_stride[1];
         char* out = data_.get() + h * head_bytes_ + begin / kPanel * panel_bytes(type_, x_.row.padded);
         for (int64_t i = begin; i < end; i += kPanel, out += panel_bytes(type_, x_.row.padded)) {
-            const int64_t n = std::min(kPanel, end - i);
+            const int64_t n = std::min(kPanel, end - i), more = std::min(kPanel, end - i - n);
+            const int64_t* slot = timeline.slot.data() + i;
+            fetch_rows(v, x_.v_stride[2], slot, n, bytes);
+            fetch_rows(k, x_.k_stride[2], slot + n, more, bytes);
             pack_keys(timeline, k, i, n, phase + (i - begin) * 2 * x_.row.width, scratch, out);
             pack_values(timeline, v, h, i, n, scratch);
         }

@@ -12,10 +12,11 @@ namespace {
 constexpr float kMinusInfinity = -__builtin_inff();
 constexpr int kPanelVectors = static_cast<int>(kPanel) / Vec::kWidth;
 
-// put: a panel's numbers to column e of a row, as T. What is read of the row lies ahead of what is written. Returns total
-// with what has been written.
+// power: 2^x for x <= 0, as precisely as T needs it; 0 far below, NaN for NaN. put: a panel's numbers to column e of a row,
+// as T (what is read of the row lies ahead of what is written); returns total with what has been written.
 template <class T>
 struct Kept {
+    static Vec power(Vec x) { return exp2(x); }
     static Vec put(float* row, int64_t e, const Vec (&x)[kPanelVectors], Vec total) {
         char* out = reinterpret_cast<char*>(row) + e * T::kBytes;
         for (int i = 0; i < kPanelVectors; ++i, out += Vec::kWidth * T::kBytes) {
@@ -42,12 +43,18 @@ inline float top_of(float* row, int64_t n, const float* bias) {
     return greatest(most[0]);
 }
 
+// Hides what row j does not see in its last panel. Returns the columns of those that it sees something of.
+inline int64_t hide(const ScoreTile& a, int64_t j, float* row) {
+    const int64_t seen = a.seen[j / a.heads], n = (seen + kPanel - 1) / kPanel * kPanel;
+    for (int64_t e = seen; e < n; ++e) row[e] = kMinusInfinity;
+    return n;
+}
+
 template <class Keep>
 void soften_tile(const ScoreTile& a) {
     for (int64_t j = 0; j < a.rows; ++j) {
         float* row = a.p + j * a.p_step;
-        const int64_t seen = a.seen[j / a.heads], n = (seen + kPanel - 1) / kPanel * kPanel;
-        for (int64_t e = seen; e < n; ++e) row[e] = kMinusInfinity;
+        const int64_t n = hide(a, j, row);
         const float before = a.top[j], here = top_of(row, n, a.bias), top = before > here ? before : here;
         if (before != top) {
             a.top[j] = top;
@@ -62,12 +69,25 @@ void soften_tile(const ScoreTile& a) {
         const Vec base = Vec::all(top == kMinusInfinity ? 0.0f : top);
         Vec total = Vec::all(0.0f), x[kPanelVectors];
         for (int64_t e = 0; e < n; e += kPanel) {
-            for (int i = 0; i < kPanelVectors; ++i) x[i] = exp2(sub(load(row + e + i * Vec::kWidth), base));
+            for (int i = 0; i < kPanelVectors; ++i) x[i] = Keep::power(sub(load(row + e + i * Vec::kWidth), base));
             total = Keep::put(row, e, x, total);
         }
         a.total[j] += sum(total);
         for (Vec& none : x) none = Vec::all(0.0f);
         for (int64_t e = n; e < a.columns; e += kPanel) Keep::put(row, e, x, total);
+    }
+}
+
+void sum_rows(const ScoreTile& a) {
+    for (int64_t j = 0; j < a.rows; ++j) {
+        float* row = a.p + j * a.p_step;
+        const int64_t n = hide(a, j, row);
+        const Vec base = Vec::all(a.top[j]);
+        for (int64_t e = 0; e < n; e += Vec::kWidth) {
+            Vec x = load(row + e);
+            if (a.bias) x = add(x, load(a.bias + e));
+            store(a.out + e, add(load(a.out + e), exp2(sub(x, base))));
+        }
     }
 }
 

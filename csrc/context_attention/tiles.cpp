@@ -9,7 +9,10 @@
 // - Scores of a tile and a run of keys stay in the second-level cache; probabilities are written over them, in the
 //   products' type, and multiply with the run's values at once (FlashAttention, Dao 2023; softmax in units of log 2).
 //
-// Memory: keys and values in panels, of as many KV heads as kPanelBytes hold or one, and some hundred kilobytes a thread.
+// - Mass is summed in a second sweep over the scores, when lse is known: they are computed anew.
+//
+// Memory: keys and values in panels, of as many KV heads as kPanelBytes hold or one, and some hundred kilobytes a thread; where mass is
+// wanted also a number for each tile and entry.
 // A tile is one task, whoever does it: the result does not depend on the number of threads.
 #include "tiles.h"
 
@@ -25,7 +28,7 @@ namespace mc {
 namespace {
 
 constexpr int64_t kTileRows = 84;           // at most, or one query's heads: several tiles of the micro-kernels
-constexpr int64_t kRunKeys = 256;           // a multiple of kPanel
+constexpr int64_t kRunKeys = 512;           // a multiple of kPanel
 constexpr int64_t kPanelBytes = 32 << 20;
 constexpr int64_t kThreadWork = 1 << 20;    // multiply-adds that are worth waking a thread for
 constexpr double kLn2 = 0.693147180559945309417, kLog2E = 1.44269504088896340736;
@@ -37,13 +40,13 @@ class Tiles {
 public:
     Tiles(const mc_context_attention_args& a, const Attention& x, int n_threads)
         : a_(a), x_(x), level_(isa_level()), ops_(attend_ops(level_)),
-          type_(x.dtype == kBF16 && level_.matmul->multiply[kBF16] ? kBF16 : kF32), group_(x.heads / x.kv_heads) {
+          type_(product_type(x, level_)), group_(x.heads / x.kv_heads) {
         for (int64_t b = 0; b < x.batch; ++b) timelines_.emplace_back(a, x, b);
         int64_t work = 0, entries = 0, furthest = 0;
         for (int64_t b = 0; b < x.batch; ++b) {
             const Timeline& t = timelines_[static_cast<size_t>(b)];
             entries = std::max(entries, t.entries());
-            if (t.entries()) furthest = std::max(furthest, t.position.back());
+            furthest = std::max(furthest, t.furthest);
             for (const int64_t n : t.seen) work += n * x.heads * x.row.dims * 2;
         }
         threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work / kThreadWork, 1));
@@ -57,6 +60,7 @@ public:
         const int64_t most = kPanelBytes / std::max<int64_t>(KeyPanels::head_bytes(x, type_, entries), 1);
         heads_ = std::min(std::max<int64_t>(most, 1), x.kv_heads);
         panels_ = std::make_unique<KeyPanels>(a, x, ops_, type_, heads_, entries);
+        if (a.mass) mass_ = Scratch<float>(heads_ * tiles_ * entries);
         scratch_.reserve(static_cast<size_t>(threads_));
         for (int64_t i = 0; i < threads_; ++i) scratch_.emplace_back(*this);
     }
@@ -116,8 +120,11 @@ private:
         });
         // Of a causal prefill the last tile has most to do: threads end together when it comes first.
         share(count * tiles_, [&](int64_t i, Work& w) {
-            attend_tile(timeline, b, first, i / tiles_, (tiles_ - 1 - i % tiles_) * tile_queries_, w);
+            const int64_t head = i / tiles_, tile = tiles_ - 1 - i % tiles_;
+            attend_tile(timeline, b, first, head, tile * tile_queries_, w);
+            if (a_.mass) sum_tile(timeline, head, tile, w);
         });
+        if (a_.mass) collect_mass(timeline, b, first, count);
     }
 
     // Queries from `begin` on and KV head first + head.
@@ -130,17 +137,8 @@ private:
         if (end > 0) load_queries(b, (first + head) * group_, begin, n, w);
         for (int64_t k = 0; k < end; k += kRunKeys) {
             const int64_t columns = std::min(kRunKeys, whole_panels(end - k));
-            for (int64_t t = 0; t < n; ++t) w.seen.get()[t] = std::min(std::max<int64_t>(seen[t] - k, 0), columns);
-            score(head, k, columns, n, w);
-            ScoreTile tile{};
-            tile.p = w.p.get();
-            tile.p_step = w.p_step;
-            tile.rows = rows;
-            tile.columns = columns;
-            tile.heads = group_;
-            tile.seen = w.seen.get();
-            tile.bias = timeline.bias.empty() ? nullptr : timeline.bias.data() + k;
-            tile.top = w.top.get();
+            score(head, seen, k, columns, n, w);
+            ScoreTile tile = score_tile(timeline, k, columns, n, w);
             tile.total = w.total.get();
             tile.out = w.out.get();
             tile.out_step = w.out_step;
@@ -191,7 +189,8 @@ private:
     }
 
     // Products with keys [k, k + columns), for each panel those of its first query that sees one, and of all after it.
-    void score(int64_t head, int64_t k, int64_t columns, int64_t n, Work& w) const {
+    void score(int64_t head, const int64_t* seen, int64_t k, int64_t columns, int64_t n, Work& w) const {
+        for (int64_t t = 0; t < n; ++t) w.seen.get()[t] = std::min(std::max<int64_t>(seen[t] - k, 0), columns);
         int64_t t = 0;
         for (int64_t c = 0; c < columns; c += kPanel) {
             while (t < n && w.seen.get()[t] <= c) ++t;
@@ -209,17 +208,67 @@ private:
         }
     }
 
+    ScoreTile score_tile(const Timeline& timeline, int64_t k, int64_t columns, int64_t n, const Work& w) const {
+        ScoreTile tile{};
+        tile.p = w.p.get();
+        tile.p_step = w.p_step;
+        tile.rows = n * group_;
+        tile.columns = columns;
+        tile.heads = group_;
+        tile.seen = w.seen.get();
+        tile.bias = timeline.bias.empty() ? nullptr : timeline.bias.data() + k;
+        tile.top = w.top.get();
+        return tile;
+    }
+
+    // Out and lse; w.top becomes lse in units of log 2, infinity where nothing is seen.
     void finish(int64_t b, int64_t first, int64_t begin, int64_t n, const Work& w) const {
         for (int64_t i = 0; i < n * group_; ++i) {
             const int64_t head = first + i % group_, t = begin + i / group_;
             const float total = w.total.get()[i];
             const bool blind = total == 0.0f;
-            a_.lse[(b * x_.heads + head) * x_.queries + t] =
-                blind ? kNothing : static_cast<float>((w.top.get()[i] + std::log2(static_cast<double>(total))) * kLn2);
+            const double lse = w.top.get()[i] + std::log2(static_cast<double>(total));
+            w.top.get()[i] = blind ? -kNothing : static_cast<float>(lse);
+            a_.lse[(b * x_.heads + head) * x_.queries + t] = blind ? kNothing : static_cast<float>(lse * kLn2);
             char* out = static_cast<char*>(a_.out.data) + b * x_.out_stride[0] + head * x_.out_stride[1] +
                         t * x_.out_stride[2];
             ops_.store[x_.dtype](w.out.get() + i * w.out_step, x_.row.dims, blind ? 0.0f : 1.0f / total, out);
         }
+    }
+
+    // What the tile that `w` has just attended gives each entry, to its own row of mass_.
+    void sum_tile(const Timeline& timeline, int64_t head, int64_t tile, Work& w) const {
+        const int64_t begin = tile * tile_queries_, n = std::min(tile_queries_, x_.queries - begin);
+        const int64_t *seen = timeline.seen.data() + begin, end = *std::max_element(seen, seen + n);
+        float* out = mass_.get() + (head * tiles_ + tile) * timeline.entries();
+        std::fill(out, out + timeline.entries(), 0.0f);
+        for (int64_t k = 0; k < end; k += kRunKeys) {
+            const int64_t columns = std::min(kRunKeys, whole_panels(end - k));
+            float sum[kRunKeys] = {};
+            score(head, seen, k, columns, n, w);
+            ScoreTile scores = score_tile(timeline, k, columns, n, w);
+            scores.out = sum;
+            ops_.sum_rows(scores);
+            std::copy(sum, sum + std::min(columns, timeline.entries() - k), out + k);
+        }
+    }
+
+    // Adds the rows of mass_, in their order, to the slots' mass: of the first heads to nothing.
+    void collect_mass(const Timeline& timeline, int64_t b, int64_t first, int64_t count) {
+        const int64_t entries = timeline.entries();
+        float* mass = a_.mass + b * x_.slots;
+        if (first == 0) std::fill(mass, mass + x_.slots, 0.0f);
+        share((entries + kBlock - 1) / kBlock, [&](int64_t block, Work&) {
+            const int64_t begin = block * kBlock, n = std::min(kBlock, entries - begin);
+            double sum[kBlock] = {};  // of many small terms
+            for (int64_t i = 0; i < count * tiles_; ++i) {
+                const float* row = mass_.get() + i * entries + begin;
+                for (int64_t e = 0; e < n; ++e) sum[e] += row[e];
+            }
+            for (int64_t e = 0; e < n; ++e) {
+                mass[timeline.slot[static_cast<size_t>(begin + e)]] += static_cast<float>(sum[e]);
+            }
+        });
     }
 
     const mc_context_attention_args& a_;
@@ -235,11 +284,10 @@ private:
     std::unique_ptr<const Phases> phases_;  // none: nothing turns
     std::unique_ptr<KeyPanels> panels_;
     std::vector<Work> scratch_;
+    Scratch<float> mass_;  // [heads, tiles, entries] of a sequence, where mass is wanted
 };
 
 }  // namespace
-
-bool serves_tiles(const mc_context_attention_args& a, const Attention& x) { return x.queries > 16 && !a.mass; }
 
 void attend_tiles(const mc_context_attention_args& a, const Attention& x, int n_threads) { Tiles(a, x, n_threads).run(); }
 

@@ -1,8 +1,8 @@
-// The entries that queries of one sequence see, in the order of their positions: what a query sees are the first ones.
+// The entries that queries of one sequence see, in such an order that what a query sees are the first ones: those that all
+// see as they lie in memory, then the others by their positions.
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "check.h"
@@ -11,29 +11,35 @@
 namespace mc {
 
 struct Timeline {
-    std::vector<int64_t> slot, position;  // of each entry; of equal positions the lower slot first
+    std::vector<int64_t> slot, position;  // of each entry
     std::vector<int64_t> seen;            // [T] number of entries that a query sees
     std::vector<float> bias;              // of each entry in units of log 2, up to a whole panel; or of none
+    int64_t furthest = 0;                 // the greatest position
 
     Timeline(const mc_context_attention_args& a, const Attention& x, int64_t b) {
         const int64_t *at = a.q_pos + b * x.queries, *pos = a.kv_pos + b * x.slots;
-        const int64_t most = *std::max_element(at, at + x.queries);
-        bool ordered = true;
+        int64_t least = INT64_MAX, most = -1;  // of the queries that may see something
+        for (int64_t t = 0; t < x.queries; ++t) {
+            if (at[t] < 0) continue;
+            least = std::min(least, at[t]);
+            most = std::max(most, at[t]);
+        }
+        std::vector<int64_t> later;
         for (int64_t s = 0; s < x.slots; ++s) {
             if (pos[s] < 0 || pos[s] > most) continue;
-            ordered = ordered && (slot.empty() || pos[slot.back()] <= pos[s]);
-            slot.push_back(s);
+            furthest = std::max(furthest, pos[s]);
+            (pos[s] <= least ? slot : later).push_back(s);
         }
-        if (!ordered) {
-            std::sort(slot.begin(), slot.end(), [pos](int64_t i, int64_t j) {
-                return pos[i] != pos[j] ? pos[i] < pos[j] : i < j;
-            });
-        }
+        const auto before = [pos](int64_t i, int64_t j) { return pos[i] != pos[j] ? pos[i] < pos[j] : i < j; };
+        if (!std::is_sorted(later.begin(), later.end(), before)) std::sort(later.begin(), later.end(), before);
+        const auto all = static_cast<std::ptrdiff_t>(slot.size());
+        slot.insert(slot.end(), later.begin(), later.end());
         position.resize(slot.size());
         std::transform(slot.begin(), slot.end(), position.begin(), [pos](int64_t s) { return pos[s]; });
         seen.resize(static_cast<size_t>(x.queries));
-        std::transform(at, at + x.queries, seen.begin(), [this](int64_t t) {
-            return std::upper_bound(position.begin(), position.end(), t) - position.begin();
+        std::transform(at, at + x.queries, seen.begin(), [&](int64_t t) {
+            if (t < 0) return int64_t{0};
+            return std::upper_bound(position.begin() + all, position.end(), t) - position.begin();
         });
         if (!a.kv_bias) return;
         bias.resize(static_cast<size_t>(panels_of(entries()) * kPanel));

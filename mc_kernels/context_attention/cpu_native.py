@@ -1,32 +1,21 @@
-"""`context_attention` for few queries on a CPU: csrc/context_attention/cpu.cpp, one stream over keys and values."""
+"""`context_attention` on a CPU in C++: csrc/context_attention, for few queries cpu.cpp, for many tiles.cpp."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from .. import native
 
-# Query tokens up to which the library's portable C++ beats torch's matrix products. At the levels of x86, which multiply
-# tiles of queries, it does so from one query on, by measurement (bench/README.md).
+# Query tokens up to which the library's portable C++ beats torch's matrix products. Its code for x86 does from one query
+# token on, by measurement (bench/README.md, "Prefill attention").
 MOST_PORTABLE_QUERIES = 64
-# With mass, query tokens up to which one stream over the keys does.
-MOST_QUERIES = 64
-MOST_BF16_QUERIES = 32
-# The library keeps every probability until mass is summed, 4 bytes each; torch's path only those of a tile.
-MOST_PROBABILITIES = 1 << 24
 
 
-def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
-    """Whether this is the faster of the two: the library is there, and its products are."""
+def serves(queries: int) -> bool:
+    """Whether this is the faster of the two for so many query tokens: the library is there, and its products are."""
     if native.available() is not None:
         return False
-    queries = q.shape[2]
-    if return_mass:
-        few = queries <= (MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES)
-        return few and math.prod(q.shape[:3]) * slots <= MOST_PROBABILITIES
     return queries <= MOST_PORTABLE_QUERIES or native.library().cpu_isa() != "scalar"
 
 
@@ -34,7 +23,7 @@ def context_attention_native(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs."""
+    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs; the contract is in mc_kernels.h."""
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
     mass = torch.empty((k.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
     # Held in names: the library gets addresses.
