@@ -83,8 +83,10 @@ struct ScoreTile {
     int64_t heads;        // rows of a query, which lie together
     const int64_t* seen;  // [rows / heads] 0..columns. Scores beyond may be anything, and become 0
     const float* bias;    // [columns] or NULL
-    float *top, *total, *out;  // total: of what is multiplied, hence of rounded numbers. out: anything where top is -infinity
-    int64_t out_step, dims;    // dims: a multiple of kPanel
+    float *top, *total;   // total: of what is multiplied, hence of rounded numbers
+    float* out;           // anything where top is -infinity
+    int64_t out_step;
+    int64_t dims;  // a multiple of kPanel
 };
 
 struct AttendOps {

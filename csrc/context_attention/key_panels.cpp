@@ -33,8 +33,8 @@ void pair_rows(const char* even, const char* odd, int64_t n, char* out) {
 
 }  // namespace
 
-KeyPanels::KeyPanels(const mc_context_attention_args& a, const Attention& x, const AttendOps& ops, int type, int64_t heads,
-                     int64_t entries)
+KeyPanels::KeyPanels(const mc_context_attention_args& a, const Attention& x, const AttendOps& ops, int type,
+                     int64_t heads, int64_t entries)
     : a_(a), x_(x), ops_(ops), type_(type), plain_{x.row.dims, 0, 0, (x.row.dims + kPad - 1) / kPad * kPad} {
     keys_bytes_ = panels_of(entries) * panel_bytes(type, x.row.padded);
     value_bytes_ = whole_panels(entries) * kPanel * element_bytes();

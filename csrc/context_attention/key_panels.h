@@ -38,8 +38,8 @@ public:
 
 private:
     int64_t element_bytes() const { return type_ == kBF16 ? 2 : 4; }
-    void pack_keys(const Timeline& timeline, const char* k, int64_t first, int64_t n, const float* phase, float* scratch,
-                   char* out) const;
+    void pack_keys(const Timeline& timeline, const char* k, int64_t first, int64_t n, const float* phase,
+                   float* scratch, char* out) const;
     void pack_values(const Timeline& timeline, const char* v, int64_t head, int64_t first, int64_t n, float* scratch);
 
     const mc_context_attention_args& a_;

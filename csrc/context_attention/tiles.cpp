@@ -2,18 +2,16 @@
 //
 // Floor. 4 * Hq * D operations a visible pair of query and key, at the rate of the matrix products (matmul.h). What is done
 // for each entry (turning, packing) is shared by all queries, what is done for each pair beside the products (softmax) is
-// some 20 vector operations a vector of pairs, next to 4 D / vector products.
-// - Keys are taken in the order of their positions (timeline.h), so that a query sees a prefix of them: what a tile cannot
-//   see is neither read nor computed, and a mask is a number of columns.
+// some 15 to 20 vector operations a vector of pairs, next to D (bf16) or 2 D (f32) in the products.
+// - Keys are taken in such an order that a query sees the first ones of them (timeline.h): what a tile cannot see is neither
+//   read nor computed, and a mask is a number of columns.
 // - All query heads of a KV head are rows of its tile, the heads of a query side by side.
 // - Scores of a tile and a run of keys stay in the second-level cache; probabilities are written over them, in the
 //   products' type, and multiply with the run's values at once (FlashAttention, Dao 2023; softmax in units of log 2).
-//
 // - Mass is summed in a second sweep over the scores, when lse is known: they are computed anew.
 //
-// Memory: keys and values in panels, of as many KV heads as kPanelBytes hold or one, and some hundred kilobytes a thread; where mass is
-// wanted also a number for each tile and entry.
-// A tile is one task, whoever does it: the result does not depend on the number of threads.
+// Memory: keys and values in panels, of as many KV heads as kPanelBytes hold or one, and some hundred kilobytes a thread;
+// where mass is wanted also a float for each tile and entry. A tile is one task: the result does not depend on the threads.
 #include "tiles.h"
 
 #include <atomic>
@@ -27,10 +25,10 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kTileRows = 84;           // at most, or one query's heads: several tiles of the micro-kernels
-constexpr int64_t kRunKeys = 512;           // a multiple of kPanel
+constexpr int64_t kTileRows = 84;  // at most, or one query's heads: several tiles of the micro-kernels
+constexpr int64_t kRunKeys = 512;  // a multiple of kPanel
 constexpr int64_t kPanelBytes = 32 << 20;
-constexpr int64_t kThreadWork = 1 << 20;    // multiply-adds that are worth waking a thread for
+constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 constexpr double kLn2 = 0.693147180559945309417, kLog2E = 1.44269504088896340736;
 constexpr float kNothing = -__builtin_inff();
 
@@ -39,8 +37,12 @@ int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
 class Tiles {
 public:
     Tiles(const mc_context_attention_args& a, const Attention& x, int n_threads)
-        : a_(a), x_(x), level_(isa_level()), ops_(attend_ops(level_)),
-          type_(product_type(x, level_)), group_(x.heads / x.kv_heads) {
+        : a_(a),
+          x_(x),
+          level_(isa_level()),
+          ops_(attend_ops(level_)),
+          type_(product_type(x, level_)),
+          group_(x.heads / x.kv_heads) {
         for (int64_t b = 0; b < x.batch; ++b) timelines_.emplace_back(a, x, b);
         int64_t work = 0, entries = 0, furthest = 0;
         for (int64_t b = 0; b < x.batch; ++b) {
@@ -80,7 +82,8 @@ private:
         Scratch<int64_t> seen;                   // [queries of a tile]
 
         explicit Work(const Tiles& t)
-            : q_step(product_row_bytes(t.type_, t.x_.row.padded)), p_step(product_row_bytes(kF32, kRunKeys) / 4),
+            : q_step(product_row_bytes(t.type_, t.x_.row.padded)),
+              p_step(product_row_bytes(kF32, kRunKeys) / 4),
               out_step(whole_panels(t.x_.row.dims)) {
             const int64_t rows = t.tile_queries_ * t.group_, phases = t.phases_ ? t.phases_->scratch() : 0;
             q = Scratch<char>(rows * q_step);
@@ -96,7 +99,8 @@ private:
     };
 
     static const AttendOps& attend_ops(const IsaLevel& level) {
-        return ops_of(level, "context_attention", {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_scalar()});
+        return ops_of(level, "context_attention",
+                      {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_scalar()});
     }
 
     // body(item, work) for every item, on all threads.
@@ -230,8 +234,8 @@ private:
             const double lse = w.top.get()[i] + std::log2(static_cast<double>(total));
             w.top.get()[i] = blind ? -kNothing : static_cast<float>(lse);
             a_.lse[(b * x_.heads + head) * x_.queries + t] = blind ? kNothing : static_cast<float>(lse * kLn2);
-            char* out = static_cast<char*>(a_.out.data) + b * x_.out_stride[0] + head * x_.out_stride[1] +
-                        t * x_.out_stride[2];
+            char* out =
+                static_cast<char*>(a_.out.data) + b * x_.out_stride[0] + head * x_.out_stride[1] + t * x_.out_stride[2];
             ops_.store[x_.dtype](w.out.get() + i * w.out_step, x_.row.dims, blind ? 0.0f : 1.0f / total, out);
         }
     }
@@ -289,6 +293,8 @@ private:
 
 }  // namespace
 
-void attend_tiles(const mc_context_attention_args& a, const Attention& x, int n_threads) { Tiles(a, x, n_threads).run(); }
+void attend_tiles(const mc_context_attention_args& a, const Attention& x, int n_threads) {
+    Tiles(a, x, n_threads).run();
+}
 
 }  // namespace mc

@@ -44,7 +44,8 @@ struct Timeline {
         if (!a.kv_bias) return;
         bias.resize(static_cast<size_t>(panels_of(entries()) * kPanel));
         const float* by = a.kv_bias + b * x.slots;
-        std::transform(slot.begin(), slot.end(), bias.begin(), [by](int64_t s) { return by[s] * 1.44269504088896340736f; });
+        std::transform(slot.begin(), slot.end(), bias.begin(),
+                       [by](int64_t s) { return by[s] * 1.44269504088896340736f; });
     }
 
     int64_t entries() const { return static_cast<int64_t>(slot.size()); }

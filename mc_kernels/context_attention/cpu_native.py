@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import native
 
-# Query tokens up to which the library's portable C++ beats torch's matrix products. Its code for x86 does from one query
-# token on, by measurement (bench/README.md, "Prefill attention").
+# Query tokens up to which the library's portable C++ beats torch's matrix products. Its code for x86 does, whatever
+# their number, by measurement (bench/README.md, "Prefill attention").
 MOST_PORTABLE_QUERIES = 64
 
 

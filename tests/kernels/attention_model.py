@@ -13,8 +13,8 @@ from mc_kernels import native
 from mc_kernels.context_attention.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Implementations that take CPU tensors here, `cpu` once without the native library and per instruction set level that the
-# library has on this machine once as few queries are attended and once as many are, which are matrix products.
+# Implementations that take CPU tensors here, `cpu` once without the native library and per instruction set level that
+# the library has on this machine once as few queries are attended and once as many are, which are matrix products.
 LEVELS = [f"cpu-{level}" for level in native.isa_levels(matrix=False)]
 LEVELS += [f"cpu-{level}-tiles" for level in native.isa_levels()]
 BACKENDS = ["ref", "cpu-torch", *LEVELS]

@@ -14,9 +14,9 @@ from mc_kernels.context_attention import cpu_native
 @pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend to name to an op. Parametrised indirectly, by a backend, by `cpu-<level>`: then the native library uses
-    that instruction set level meanwhile, by `cpu-<level>-tiles`: and any number of queries is attended as many are, or by
-    `cpu-torch`: then it is as if there were no library. (Of the module: hypothesis wants nothing that is made anew per
-    test.)"""
+    that instruction set level meanwhile, by `cpu-<level>-tiles`: and any number of queries is attended as many are, or
+    by `cpu-torch`: then it is as if there were no library. (Of the module: hypothesis wants nothing that is made anew
+    per test.)"""
     name, _, level = request.param.partition("-")
     tiles, level = level.endswith("-tiles"), level.removesuffix("-tiles")
     if not level:

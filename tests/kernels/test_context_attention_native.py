@@ -82,7 +82,9 @@ def multiplies_bf16(args: dict[str, Any], in_tiles: bool) -> bool:
     level = native.library().cpu_isa()
     if in_tiles or heads // args["k"].shape[1] * queries > 80:  # as measured
         return level in ("avx512bf16", "amx", "amx-emulated")
-    return level in ("avx512bf16", "amx") and dim in (64, 128) and rope is not None and rope.rotary_dim == dim and not rope.interleaved
+    if level not in ("avx512bf16", "amx") or dim not in (64, 128):
+        return False
+    return rope is not None and rope.rotary_dim == dim and not rope.interleaved
 
 
 def in_memory(args: dict[str, Any], dtype: torch.dtype, layout: str) -> tuple[dict[str, Any], list[Guarded]]:
