@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from splice_model import same_bits
 from torch import Tensor
 
-from mc_kernels import RopeSpec, context_attention, native
+from mc_kernels import RopeSpec, context_attention, extension, native
 from mc_kernels.context_attention import cpu_native
 from mc_kernels.context_attention.cases import Case
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
@@ -186,6 +187,22 @@ def test_heads_that_are_packed_one_after_the_other(dtype: torch.dtype, backend: 
             assert max_error(x, want) < 1e-5
         else:
             assert_within_error_rule(x, want, rival)
+
+
+def test_mass_of_many_probabilities_does_not_keep_them() -> None:
+    """Above 2^24 of them even few queries are attended in tiles, whose sums have other bits than one stream's."""
+    library = ctypes.CDLL(next(str(p) for p in extension.FOLDER.glob("libmc_kernels.*")))
+    for slots, alike in ((130_000, False), (132_000, True)):
+        args = Case("x", 64, 8, 4, slots, 2).make(torch.float32)
+        usual = context_attention(**args, **EXTRAS, backend="cpu")
+        library.mc_probe_attention_tiles(ctypes.c_int64(0))
+        try:
+            tiles = context_attention(**args, **EXTRAS, backend="cpu")
+        finally:
+            library.mc_probe_attention_tiles(ctypes.c_int64(-1))
+        assert all(same_bits(x, y) for x, y in zip(usual, tiles, strict=True)) == alike
+        for x, y in zip(usual, tiles, strict=True):
+            assert max_error(x, y) < 1e-5
 
 
 @each_level
