@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "matmul.h"
 #include "rows.h"
 
 namespace mc {
@@ -73,12 +74,30 @@ struct HeadBlock {
     const RowShape* shape;
 };
 
+// A tile of queries and a run of keys in the order of their positions, of which a query sees the first ones: products with
+// all of them (in units of log 2) become, in the same memory, what the softmax gives them. Running sums as in HeadBlock.
+struct ScoreTile {
+    float* p;  // [rows, p_step]: scores; then from each row's beginning [columns] numbers of the products' type
+    int64_t p_step, rows;
+    int64_t columns;      // a multiple of kPanel
+    int64_t heads;        // rows of a query, which lie together
+    const int64_t* seen;  // [rows / heads] 0..columns. Scores beyond may be anything, and become 0
+    const float* bias;    // [columns] or NULL
+    float *top, *total;   // total: of what is multiplied, hence of rounded numbers
+    float* out;           // anything where top is -infinity
+    int64_t out_step;
+    int64_t dims;  // a multiple of kPanel
+};
+
 struct AttendOps {
     const char* name;
     void (*phases)(const PhaseRows&);
     void (*turn[kDtypes][2])(const TurnRows&);  // [dtype][interleaved]
     void (*attend[kDtypes][2])(const HeadBlock&);
     void (*store[kDtypes])(const float* src, int64_t n, float scale, char* dst);
+    void (*soften[kDtypes])(const ScoreTile&);  // [type of the products, see matmul.h]
+    // out [columns] += the sum over rows of 2^(score - top); total is not read.
+    void (*sum_rows)(const ScoreTile&);
     // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and
     // keys and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries
     // lie with the even pairs first (Frequencies).

@@ -12,6 +12,7 @@ const AttendOps* attend_avx512bf16() {
     static const AttendOps table = [] {
         AttendOps ops = *attend_avx512();
         ops.name = "avx512bf16";
+        ops.soften[kBF16] = soften_tile<KeptPairs>;
         ops.narrow_query = narrow_query;
         ops.attend_pairs = attend_pairs;
         return ops;

@@ -5,12 +5,12 @@
 
 #include "attend.h"
 #include "score_impl.h"
+#include "soften_impl.h"
 #include "vec_math.h"
 
 namespace mc {
 namespace {
 
-constexpr float kMinusInfinity = -__builtin_inff();
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = Vec::kWidth == 16 ? 4 : 2;  // kTileRows times as many accumulators stay in registers
 
@@ -246,6 +246,8 @@ inline AttendOps attend_table(const char* name) {
              {attend<F16, false>, attend<F16, true>},
              {attend<BF16, false>, attend<BF16, true>}},
             {store_row<F32>, store_row<F16>, store_row<BF16>},
+            {soften_tile<Kept<F32>>, nullptr, soften_tile<Kept<BF16>>},
+            sum_rows,
             nullptr,
             nullptr};
 }

@@ -1,4 +1,5 @@
-// context_attention on a CPU for few queries: one stream over keys and values. The contract: mc_kernels.h.
+// context_attention on a CPU for few queries: one stream over keys and values (of many: tiles.cpp). The contract:
+// mc_kernels.h.
 //
 // Floor. Every visible key and value is read once: 2 * Hkv * D * sizeof(dtype) bytes an entry, over the machine's read
 // bandwidth. To stay near it, everything else must come from a core's own caches:
@@ -22,6 +23,7 @@
 #include "isa.h"
 #include "phases.h"
 #include "pool.h"
+#include "tiles.h"
 #include "visible.h"
 
 namespace mc {
@@ -41,9 +43,9 @@ int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
 
 class Call {
 public:
-    Call(const mc_context_attention_args& a, int n_threads)
+    Call(const mc_context_attention_args& a, const Attention& x, int n_threads)
         : a_(a),
-          x_(check_context_attention(a)),
+          x_(x),
           row_ops_(*isa_level().rows),
           ops_(attend_ops(isa_level())),
           in_pairs_(ops_.attend_pairs && x_.dtype == kBF16 && rotates() && in_pairs(x_.row, x_.interleaved)) {
@@ -254,7 +256,7 @@ private:
     }
 
     const mc_context_attention_args& a_;
-    const Attention x_;
+    const Attention& x_;
     const RowOps& row_ops_;
     const AttendOps& ops_;
     const bool in_pairs_;
@@ -273,6 +275,9 @@ extern "C" int32_t mc_context_attention_cpu(const mc_context_attention_args* arg
     return mc::guarded([&] {
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
-        mc::Call(*args, n_threads).run();
+        const mc::Attention x = mc::check_context_attention(*args);
+        const bool any = x.batch * x.heads * x.queries * x.slots > 0;
+        if (any && mc::serves_tiles(x, args->mass != nullptr)) return mc::attend_tiles(*args, x, n_threads);
+        mc::Call(*args, x, n_threads).run();
     });
 }

@@ -166,9 +166,11 @@ MC_API int32_t mc_kv_splice_cpu(const mc_kv_splice_args* args, int32_t n_threads
  * query of their sequence sees are not read (empty ones have position -1); mass is 0 there. The sum of mass[b] is Hq
  * times the number of b's queries that see something. Sums are fp32, angles reduced in fp64, out is rounded once.
  *
- * Meant for few queries (decoding, insertion): one pass over k and v, whose time grows with T beyond a handful. Memory:
- * some kilobytes a thread, 64 * B * Hq * T * D floats at most for partial results, and where mass is wanted
- * B * Hq * T * S floats. Tables of phases (two of some thousand positions, from which those of all positions follow)
+ * Few queries (decoding, insertion) make one pass over k and v. Memory: some kilobytes a thread, 64 * B * Hq * T * D floats
+ * at most for partial results, and where mass is wanted B * Hq * T * S floats, 64 MB at most. Many queries (prefill) multiply
+ * in tiles with keys and values that are packed before, of as many heads as 32 MB hold, or of one (4 * S * D of q's dtype, of
+ * f32 where that is multiplied). Memory: that, some hundred kilobytes a thread, and where mass is wanted a float for each slot
+ * and some tens of queries and heads. Tables of phases (two of some thousand positions, from which those of all positions follow)
  * are kept between calls, for the last 4 different inv_freq: usually 1 MB each, 16 MB at most. */
 typedef struct mc_context_attention_args {
     size_t struct_size; /* sizeof(mc_context_attention_args) */
@@ -199,8 +201,8 @@ typedef struct mc_context_attention_args {
     const float *k_scale, *v_scale;
 } mc_context_attention_args;
 
-/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, heads of 64 or 128 dimensions that turn
- * whole and by halves are multiplied so: turned queries and keys and what the softmax gives an entry are rounded to it
+/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, many queries, and of few those of heads of
+ * 64 or 128 dimensions that turn whole and by halves, are multiplied so: turned queries and keys and what the softmax gives an entry are rounded to it
  * (and subnormal numbers taken for zero).
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
  * nothing. */

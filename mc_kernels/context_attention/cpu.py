@@ -1,9 +1,10 @@
 """`context_attention` on a CPU, composed of torch's own kernels: no compiler needed.
 
-Few queries go to the native library where there is one (cpu_native.py); what follows is for the others. Same contract
-as `ref`, batch row by batch row. The occupied slots of a row are taken in the order of their positions: what a tile of
-queries sees is then a prefix of them, so holes are not read, the future is not computed, and only keys between the
-tile's first and last query need a mask. The query heads of a group are stacked against their KV head.
+The forward is the native library's where there is one (cpu_native.py); what follows is for machines without, and for
+the backward. Same contract as `ref`, batch row by batch row. The occupied slots of a row are taken in the order of
+their positions: what a tile of queries sees is then a prefix of them, so holes are not read, the future is not
+computed, and only keys between the tile's first and last query need a mask. The query heads of a group are stacked
+against their KV head.
 Many bf16 queries multiply in bf16 (logits and probabilities are rounded, the softmax is fp32), all else in fp32.
 What follows from the positions alone is computed once per forward instead of once per layer.
 """
@@ -217,7 +218,7 @@ def context_attention_cpu(
     k_scale: None = None, v_scale: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ref.context_attention_ref`; not of fp8 caches, so without scales."""
-    if cpu_native.serves(q, k.shape[2], return_mass):
+    if cpu_native.serves(q.shape[2]):
         return cpu_native.context_attention_native(
             q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass
         )

@@ -1,35 +1,29 @@
-"""`context_attention` for few queries on a CPU: csrc/context_attention/cpu.cpp, one stream over keys and values."""
+"""`context_attention` on a CPU in C++: csrc/context_attention, for few queries cpu.cpp, for many tiles.cpp."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from .. import native
 
-# Query tokens up to which one stream over the keys beats torch's matrix products, by measurement on a machine with
-# AVX-512 at 512 to 8192 slots: they break even at 32 to 64 where torch multiplies in bf16, and beyond 64 elsewhere.
-MOST_QUERIES = 64
-MOST_BF16_QUERIES = 32
-# The library keeps every probability until mass is summed, 4 bytes each; torch's path only those of a tile.
-MOST_PROBABILITIES = 1 << 24
+# Query tokens up to which the library's portable C++ beats torch's matrix products. Its code for x86 does, whatever
+# their number, by measurement (bench/README.md, "Prefill attention").
+MOST_PORTABLE_QUERIES = 64
 
 
-def serves(q: Tensor, slots: int, return_mass: bool) -> bool:
-    """Whether this is the faster of the two: the library is there, and each key meets few queries."""
-    most = MOST_BF16_QUERIES if q.dtype == torch.bfloat16 else MOST_QUERIES
-    if return_mass and math.prod(q.shape[:3]) * slots > MOST_PROBABILITIES:
+def serves(queries: int) -> bool:
+    """Whether this is the faster of the two for so many query tokens: the library is there, and its products are."""
+    if native.available() is not None:
         return False
-    return q.shape[2] <= most and native.available() is None
+    return queries <= MOST_PORTABLE_QUERIES or native.library().cpu_isa() != "scalar"
 
 
 def context_attention_native(
     q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, kv_pos: Tensor, inv_freq: Tensor | None, interleaved: bool,
     attention_scaling: float, sigma: Tensor | None, kv_bias: Tensor | None, scale: float, return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs."""
+    """See `ref.context_attention_ref`. Sums are fp32, whatever the inputs; the contract is in mc_kernels.h."""
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
     mass = torch.empty((k.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
     # Held in names: the library gets addresses.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from mc_kernels.context_attention.cpu_native import MOST_PROBABILITIES
 from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
 from mc_kernels.registry import ENV_BACKEND
 from mc_kernels.rope import RopeSpec
@@ -50,9 +49,6 @@ class FewEntries:
         cache = _cache(x, store)
         call = None if cache is None else self._call(layers, rope)
         if cache is None or call is None or len(call) != len(cache.k):
-            return None
-        heads: int = layers[0].attention.n_heads  # type: ignore[assignment, union-attr]
-        if return_mass and heads * positions.numel() * cache.kv_pos.shape[1] > MOST_PROBABILITIES:
             return None
         shape = (n_layers, *cache.kv_pos.shape)
         mass = torch.empty(shape, dtype=torch.float32) if return_mass else None

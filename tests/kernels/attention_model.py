@@ -13,9 +13,10 @@ from mc_kernels import native
 from mc_kernels.context_attention.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Implementations that take CPU tensors here, `cpu` once without the native library and once per instruction set level
-# that the library has on this machine (it serves few queries).
+# Implementations that take CPU tensors here, `cpu` once without the native library and per instruction set level that
+# the library has on this machine once as few queries are attended and once as many are, which are matrix products.
 LEVELS = [f"cpu-{level}" for level in native.isa_levels(matrix=False)]
+LEVELS += [f"cpu-{level}-tiles" for level in native.isa_levels()]
 BACKENDS = ["ref", "cpu-torch", *LEVELS]
 EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 

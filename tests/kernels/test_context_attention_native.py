@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from splice_model import same_bits
 from torch import Tensor
 
-from mc_kernels import RopeSpec, context_attention, native
+from mc_kernels import RopeSpec, context_attention, extension, native
 from mc_kernels.context_attention import cpu_native
 from mc_kernels.context_attention.cases import Case
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
@@ -36,7 +37,8 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     seed = draw(st.integers(0, 999))
     generator = seeded(seed)
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    slots, queries = draw(st.integers(0, 300)), draw(st.integers(1, 16))
+    slots = draw(st.one_of(st.integers(0, 300), st.integers(500, 600)))  # blocks of 128 and of 512
+    queries = draw(st.one_of(st.integers(1, 16), st.integers(28, 90)))  # tiles of 84 rows
     dim = draw(st.sampled_from([1, 2, 5, 8, 14, 20, 32, 33, 64, 80, 128]))
 
     def normal(*shape: int) -> Tensor:
@@ -75,11 +77,15 @@ def in_bf16(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, **{n: args[n].bfloat16() for n in ("q", "k", "v")}}
 
 
-def multiplies_bf16(args: dict[str, Any]) -> bool:
+def multiplies_bf16(args: dict[str, Any], in_tiles: bool) -> bool:
     """Whether the library multiplies this call in bf16 if it is given so."""
-    dim, rope = args["q"].shape[-1], args["rope"]
-    level = native.library().cpu_isa() in ("avx512bf16", "amx")
-    return level and dim in (64, 128) and rope is not None and rope.rotary_dim == dim and not rope.interleaved
+    (_, heads, queries, dim), rope = args["q"].shape, args["rope"]
+    level = native.library().cpu_isa()
+    if in_tiles or heads // args["k"].shape[1] * queries > 80:  # as measured
+        return level in ("avx512bf16", "amx", "amx-emulated")
+    if level not in ("avx512bf16", "amx") or dim not in (64, 128):
+        return False
+    return rope is not None and rope.rotary_dim == dim and not rope.interleaved
 
 
 def in_memory(args: dict[str, Any], dtype: torch.dtype, layout: str) -> tuple[dict[str, Any], list[Guarded]]:
@@ -101,10 +107,10 @@ def in_memory(args: dict[str, Any], dtype: torch.dtype, layout: str) -> tuple[di
     return out, guarded
 
 
-@each_level
+@pytest.mark.parametrize(("backend", "in_tiles"), [(x, x.endswith("-tiles")) for x in LEVELS], indirect=["backend"])
 @settings(max_examples=60, deadline=None)
 @given(call=calls(), layout=st.sampled_from(["cache", "gap", "nhd"]), half=st.sampled_from(HALVES))
-def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backend: str) -> None:
+def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backend: str, in_tiles: bool) -> None:
     args, guarded = in_memory(call, torch.float32, layout)
     with poisoned_empty():
         got = context_attention(**args, **EXTRAS, backend=backend)
@@ -121,7 +127,7 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
     args, more = in_memory(call, half, layout)
     with poisoned_empty():
         narrow = context_attention(**args, **EXTRAS, backend=backend)
-    if half == torch.bfloat16 and multiplies_bf16(call):
+    if half == torch.bfloat16 and multiplies_bf16(call, in_tiles):
         for got_, want_, plain in zip(narrow, want, model(**in_bf16(call), exact=False), strict=True):
             assert_within_error_rule(got_, want_, plain)
     elif half == torch.bfloat16:
@@ -157,10 +163,9 @@ def test_heads_of_bf16(group: int, queries: int, slots: int, dim: int, backend: 
 
 
 @each_level
-def test_many_queries_of_the_abi(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ABI sets no limit to T; runs of several blocks are merged."""
-    monkeypatch.setattr(cpu_native, "MOST_QUERIES", 1000)
-    args = Case("many", 6, 2, 24, 700, 150, theta=1e3).make(torch.float32)
+def test_some_queries_over_several_runs(backend: str) -> None:
+    """More than a decode step has, and results of several runs of keys are merged."""
+    args = Case("many", 6, 2, 24, 700, 60, theta=1e3).make(torch.float32)
     got, want = context_attention(**args, **EXTRAS, backend=backend), model(**args)
     assert max_error(got[0], want[0]) < 1e-5
     assert max_error(got[1], want[1]) < 1e-5
@@ -168,11 +173,45 @@ def test_many_queries_of_the_abi(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @each_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_that_are_packed_one_after_the_other(dtype: torch.dtype, backend: str) -> None:
+    """More than the workspace holds at once, and queries far beyond the tables of phases while no entry is."""
+    args = Case("x", 2, 2, 16, 200_000, 2).make(dtype)
+    args["kv_pos"] = torch.where(args["kv_pos"] % 97 == 0, args["kv_pos"] // 97, -1)
+    args["kv_pos"][0, ::2] = torch.arange(100_000) % 4000
+    args["q_pos"] = torch.tensor([[1000, 2**40]])
+    with poisoned_empty():
+        got = context_attention(**args, **EXTRAS, backend=backend)
+    for x, want, rival in zip(got, model(**args), model(**args, exact=False), strict=True):
+        if dtype == torch.float32:
+            assert max_error(x, want) < 1e-5
+        else:
+            assert_within_error_rule(x, want, rival)
+
+
+def test_mass_of_many_probabilities_does_not_keep_them() -> None:
+    """Above 2^24 of them even few queries are attended in tiles, whose sums have other bits than one stream's."""
+    library = ctypes.CDLL(next(str(p) for p in extension.FOLDER.glob("libmc_kernels.*")))
+    for slots, alike in ((130_000, False), (132_000, True)):
+        args = Case("x", 64, 8, 4, slots, 2).make(torch.float32)
+        usual = context_attention(**args, **EXTRAS, backend="cpu")
+        library.mc_probe_attention_tiles(ctypes.c_int64(0))
+        try:
+            tiles = context_attention(**args, **EXTRAS, backend="cpu")
+        finally:
+            library.mc_probe_attention_tiles(ctypes.c_int64(-1))
+        assert all(same_bits(x, y) for x, y in zip(usual, tiles, strict=True)) == alike
+        for x, y in zip(usual, tiles, strict=True):
+            assert max_error(x, y) < 1e-5
+
+
+@each_level
 def test_neither_threads_nor_calls_beside_change_a_result(backend: str) -> None:
     """Several Python threads with different rotations, so that they also race for the tables of phases."""
     calls_ = []
     for i in range(12):
-        case = Case("x", 6, 3, 64, 5000 + i, 1 + i % 3, theta=1e3 + i % 6, features=i % 2 == 0)
+        slots, queries = ((5000, 1), (300, 40), (700, 90))[i % 3]
+        case = Case("x", 6, 3, 64, slots + i, queries, theta=1e3 + i % 6, features=i % 2 == 0)
         calls_.append(case.make(torch.bfloat16 if i % 4 > 1 else torch.float32, seed=i))
     before = torch.get_num_threads()
     try:
@@ -217,14 +256,17 @@ def test_a_bias_of_minus_infinity_for_all(backend: str) -> None:
 
 
 def test_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpu_native.serves(torch.zeros(1, 2, 32, 4).bfloat16(), 9, False)
-    assert not cpu_native.serves(torch.zeros(1, 2, 33, 4).bfloat16(), 9, False)
-    assert cpu_native.serves(torch.zeros(1, 2, 64, 4), 1 << 20, False)
-    assert not cpu_native.serves(torch.zeros(1, 2, 65, 4), 9, False)
-    assert cpu_native.serves(torch.zeros(1, 2, 8, 4), 1 << 20, True)
-    assert not cpu_native.serves(torch.zeros(1, 2, 9, 4), 1 << 20, True)
+    most = cpu_native.MOST_PORTABLE_QUERIES
+    try:
+        native.library().set_cpu_isa("scalar")
+        assert cpu_native.serves(most)
+        assert not cpu_native.serves(most + 1)
+    finally:
+        native.library().set_cpu_isa(None)
+    if native.library().cpu_isa() != "scalar":
+        assert cpu_native.serves(most + 1)
     monkeypatch.setattr(native, "available", lambda: "hidden by the test")
-    assert not cpu_native.serves(torch.zeros(1, 2, 1, 4), 9, False)
+    assert not cpu_native.serves(1)
 
 
 class Call:
