@@ -96,7 +96,7 @@ struct AttendOps {
     void (*attend[kDtypes][2])(const HeadBlock&);
     void (*store[kDtypes])(const float* src, int64_t n, float scale, char* dst);
     void (*soften[kDtypes])(const ScoreTile&);  // [type of the products, see matmul.h]
-    // out [columns] += the sum over rows of 2^(score - top); total is not read.
+    // out [columns] += the sum over rows of 2^(score - top) * total; a row whose total is 0 adds nothing.
     void (*sum_rows)(const ScoreTile&);
     // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and
     // keys and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries

@@ -80,13 +80,14 @@ void soften_tile(const ScoreTile& a) {
 
 void sum_rows(const ScoreTile& a) {
     for (int64_t j = 0; j < a.rows; ++j) {
+        if (a.total[j] == 0.0f) continue;
         float* row = a.p + j * a.p_step;
         const int64_t n = hide(a, j, row);
-        const Vec base = Vec::all(a.top[j]);
+        const Vec base = Vec::all(a.top[j]), weight = Vec::all(a.total[j]);
         for (int64_t e = 0; e < n; e += Vec::kWidth) {
             Vec x = load(row + e);
             if (a.bias) x = add(x, load(a.bias + e));
-            store(a.out + e, add(load(a.out + e), exp2(sub(x, base))));
+            store(a.out + e, fmadd(exp2(sub(x, base)), weight, load(a.out + e)));
         }
     }
 }

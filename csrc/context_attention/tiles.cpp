@@ -8,7 +8,8 @@
 // - All query heads of a KV head are rows of its tile, the heads of a query side by side.
 // - Scores of a tile and a run of keys stay in the second-level cache; probabilities are written over them, in the
 //   products' type, and multiply with the run's values at once (FlashAttention, Dao 2023; softmax in units of log 2).
-// - Mass is summed in a second sweep over the scores, when lse is known: they are computed anew.
+// - Mass is summed in a second sweep over the scores, when a row's greatest and its total are known: they are computed
+//   anew.
 //
 // Memory: keys and values in panels, of as many KV heads as kPanelBytes hold or one, and some hundred kilobytes a thread;
 // where mass is wanted also a float for each tile and entry. A tile is one task: the result does not depend on the threads.
@@ -225,18 +226,19 @@ private:
         return tile;
     }
 
-    // Out and lse; w.top becomes lse in units of log 2, infinity where nothing is seen.
+    // Out and lse; w.total becomes its reciprocal, 0 where nothing is seen. With lse in place of the two, whose last bit is
+    // large where scores are, mass would have its error.
     void finish(int64_t b, int64_t first, int64_t begin, int64_t n, const Work& w) const {
         for (int64_t i = 0; i < n * group_; ++i) {
             const int64_t head = first + i % group_, t = begin + i / group_;
             const float total = w.total.get()[i];
             const bool blind = total == 0.0f;
             const double lse = w.top.get()[i] + std::log2(static_cast<double>(total));
-            w.top.get()[i] = blind ? -kNothing : static_cast<float>(lse);
+            w.total.get()[i] = blind ? 0.0f : 1.0f / total;
             a_.lse[(b * x_.heads + head) * x_.queries + t] = blind ? kNothing : static_cast<float>(lse * kLn2);
             char* out =
                 static_cast<char*>(a_.out.data) + b * x_.out_stride[0] + head * x_.out_stride[1] + t * x_.out_stride[2];
-            ops_.store[x_.dtype](w.out.get() + i * w.out_step, x_.row.dims, blind ? 0.0f : 1.0f / total, out);
+            ops_.store[x_.dtype](w.out.get() + i * w.out_step, x_.row.dims, w.total.get()[i], out);
         }
     }
 
@@ -251,6 +253,7 @@ private:
             float sum[kRunKeys] = {};
             score(head, seen, k, columns, n, w);
             ScoreTile scores = score_tile(timeline, k, columns, n, w);
+            scores.total = w.total.get();
             scores.out = sum;
             ops_.sum_rows(scores);
             std::copy(sum, sum + std::min(columns, timeline.entries() - k), out + k);

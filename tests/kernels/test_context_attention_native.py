@@ -163,6 +163,16 @@ def test_heads_of_bf16(group: int, queries: int, slots: int, dim: int, backend: 
 
 
 @each_level
+def test_mass_where_scores_are_large(backend: str) -> None:
+    """The last bit of lse is 0.001 there, and mass is a whole probability for each query all the same."""
+    args = Case("x", 4, 2, 8, 300, 100, theta=1e4).make(torch.float32)
+    for bias in (-1e4, 1e4):
+        _, lse, mass = context_attention(**args, kv_bias=torch.full((1, 300), bias), **EXTRAS, backend=backend)
+        assert abs(float(lse.mean()) - bias) < 100
+        torch.testing.assert_close(mass.sum(1), torch.tensor([400.0]), rtol=1e-5, atol=0.0)
+
+
+@each_level
 def test_some_queries_over_several_runs(backend: str) -> None:
     """More than a decode step has, and results of several runs of keys are merged."""
     args = Case("many", 6, 2, 24, 700, 60, theta=1e3).make(torch.float32)
@@ -189,15 +199,16 @@ def test_heads_that_are_packed_one_after_the_other(dtype: torch.dtype, backend: 
             assert_within_error_rule(x, want, rival)
 
 
-def test_mass_of_many_probabilities_does_not_keep_them() -> None:
+@pytest.mark.parametrize("backend", [x for x in LEVELS if not x.endswith("-tiles")][-1:], indirect=True)
+def test_mass_of_many_probabilities_does_not_keep_them(backend: str) -> None:
     """Above 2^24 of them even few queries are attended in tiles, whose sums have other bits than one stream's."""
     library = ctypes.CDLL(next(str(p) for p in extension.FOLDER.glob("libmc_kernels.*")))
     for slots, alike in ((130_000, False), (132_000, True)):
         args = Case("x", 64, 8, 4, slots, 2).make(torch.float32)
-        usual = context_attention(**args, **EXTRAS, backend="cpu")
+        usual = context_attention(**args, **EXTRAS, backend=backend)
         library.mc_probe_attention_tiles(ctypes.c_int64(0))
         try:
-            tiles = context_attention(**args, **EXTRAS, backend="cpu")
+            tiles = context_attention(**args, **EXTRAS, backend=backend)
         finally:
             library.mc_probe_attention_tiles(ctypes.c_int64(-1))
         assert all(same_bits(x, y) for x, y in zip(usual, tiles, strict=True)) == alike
