@@ -70,11 +70,12 @@ void collapse(const py::handle& k, const py::handle& v, const py::handle& w, con
 
 void fused_linear(const py::handle& x, const py::handle& weight, const py::handle& norm, double eps,
                   const py::handle& bias, bool swiglu, const py::handle& residual, const py::handle& out,
-                  int32_t n_threads) {
+                  int32_t n_threads, const py::object& packed) {
     mc_fused_linear_args a{};
     a.struct_size = sizeof a;
     a.x = tensor("x", x);
     a.weight = tensor("weight", weight);
+    a.packed = packed_weight(packed);
     a.norm = tensor("norm", norm);
     a.eps = eps;
     a.bias = tensor("bias", bias);
@@ -169,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("collapse", &collapse, "k"_a, "v"_a, "w"_a, "b"_a, "m"_a, "c"_a, "n_blocks"_a, "children"_a, "gist_slots"_a,
           "n_segments"_a, "segments"_a, "n_threads"_a);
     m.def("fused_linear", &fused_linear, "x"_a, "weight"_a, "norm"_a, "eps"_a, "bias"_a, "swiglu"_a, "residual"_a,
-          "out"_a, "n_threads"_a);
+          "out"_a, "n_threads"_a, "packed"_a = py::none());
     define_decoder_layers(m);
     m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
           "out"_a, "n_threads"_a);

@@ -12,21 +12,26 @@ namespace {
 // The views stay valid only as long as the tensors do: that is the caller's duty.
 class DecoderLayers {
 public:
-    // Of each layer: 10 views or None, in the order of mc_decoder_layer.
+    // Of each layer: 10 views and 4 packed weights, or None, in the order of mc_decoder_layer.
     explicit DecoderLayers(const py::sequence& layers) {
         using Layer = mc_decoder_layer;
         static constexpr mc_tensor Layer::* fields[] = {
             &Layer::attention_norm, &Layer::qkv,      &Layer::qkv_bias, &Layer::q_norm,  &Layer::k_norm,
             &Layer::out,            &Layer::out_bias, &Layer::ffn_norm, &Layer::gate_up, &Layer::down,
         };
+        static constexpr mc_packed_weight Layer::* packed[] = {
+            &Layer::qkv_packed, &Layer::out_packed, &Layer::gate_up_packed, &Layer::down_packed,
+        };
+        constexpr size_t n_views = std::size(fields), n_given = n_views + std::size(packed);
         for (const auto& given : layers) {
             const auto views = py::cast<py::tuple>(given);
-            if (views.size() != std::size(fields)) {
-                throw py::value_error("layers: expected " + std::to_string(std::size(fields)) + " tensors each, got " +
+            if (views.size() != n_given) {
+                throw py::value_error("layers: expected " + std::to_string(n_given) + " weights each, got " +
                                       std::to_string(views.size()));
             }
             Layer layer{};
-            for (size_t i = 0; i < views.size(); ++i) layer.*fields[i] = tensor("layers", views[i]);
+            for (size_t i = 0; i < n_views; ++i) layer.*fields[i] = tensor("layers", views[i]);
+            for (size_t i = n_views; i < n_given; ++i) layer.*packed[i - n_views] = packed_weight(views[i]);
             layers_.push_back(layer);
         }
     }

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import native
 from .checks import FLOAT_DTYPES, check_contiguous_rows, check_same_dtype, check_shape, check_tensor
+from .packed_weight import PackedWeight, check_packed, packed_bits
 from .rope import RopeSpec
 
 
@@ -40,6 +41,23 @@ class LayerWeights(NamedTuple):
     ffn_norm: Tensor  # [E]
     gate_up: Tensor  # [2F, E]: gate, then up
     down: Tensor  # [E, F]
+    # The same before they were rounded to bf16, see `PackedWeight`, where there are such; passed over where a weight
+    # has changed since.
+    qkv_packed: PackedWeight | None = None
+    out_packed: PackedWeight | None = None
+    gate_up_packed: PackedWeight | None = None
+    down_packed: PackedWeight | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, without packed ones."""
+        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
+
+    def packed(self) -> dict[str, tuple[Tensor, PackedWeight | None]]:
+        """The weights that may be packed, each with what stands for it."""
+        return {
+            "qkv": (self.qkv, self.qkv_packed), "out": (self.out, self.out_packed),
+            "gate_up": (self.gate_up, self.gate_up_packed), "down": (self.down, self.down_packed),
+        }  # fmt: skip
 
 
 class CacheSlots(NamedTuple):
@@ -57,7 +75,8 @@ class CacheSlots(NamedTuple):
     kv_bias: Tensor | None = None
 
 
-_dtype, _device = attrgetter("dtype"), attrgetter("device")
+_TENSORS = tuple(name for name in LayerWeights._fields if not name.endswith("_packed"))
+_dtype, _device, _version = attrgetter("dtype"), attrgetter("device"), attrgetter("_version")
 
 
 class DecoderLayers:
@@ -78,7 +97,8 @@ class DecoderLayers:
         if rope is not None and rope.inv_freq.dim() != 1:
             raise ValueError("rope: expected inv_freq [D_rot/2] (one for all layers), got one row per layer")
         self._layers, self._eps, self._rope = tuple(layers), eps, rope
-        self._tensors = tuple(x for layer in self._layers for x in layer if x is not None)
+        self._tensors = tuple(x for layer in self._layers for x in layer.tensors().values())
+        self._replaced = tuple(w for layer in self._layers for w, p in layer.packed().values() if p is not None)
         # Together, so that a thread sees addresses with the tensors they are of.
         self._prepared = self._prepare()
 
@@ -169,18 +189,32 @@ class DecoderLayers:
     def _where(self) -> list[Any]:
         # By `map`: a loop over 300 tensors would cost a step a percent.
         each = (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype, _device)
-        return [value for of in each for value in map(of, self._tensors)]
+        where = [value for of in each for value in map(of, self._tensors)]
+        where += map(_version, self._replaced)
+        return where
 
     def _prepare(self) -> tuple[list[Any], Any]:
         for layer in self._layers:
-            tensors = {name: t for name, t in zip(layer._fields, layer, strict=True) if t is not None}
+            tensors = layer.tensors()
             for name, t in tensors.items():
                 check_tensor(name, t, FLOAT_DTYPES)
                 check_contiguous_rows(name, t)
             _check_on_cpu(tensors)
         where = self._where()
-        views = [tuple(None if t is None else native.view(t) for t in layer) for layer in self._layers]
+        views = [_views(layer) for layer in self._layers]
         return where, native.library().DecoderLayers(views)
+
+
+def _views(layer: LayerWeights) -> tuple[Any, ...]:
+    """As the library takes them."""
+    tensors, packed = layer.tensors(), []
+    views = [native.view(tensors[name]) if name in tensors else None for name in _TENSORS]
+    for name, (weight, given) in layer.packed().items():
+        data = None if given is None else given.of(weight)
+        if data is not None:
+            check_packed(data, weight, swiglu=name == "gate_up")
+        packed.append(None if data is None else (data.data_ptr(), packed_bits(data)))
+    return *views, *packed
 
 
 def _check_on_cpu(tensors: dict[str, Tensor]) -> None:

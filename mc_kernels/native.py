@@ -21,6 +21,7 @@ __all__ = [
     "dtype_code",
     "isa_levels",
     "library",
+    "multiplies_bf16",
     "threads",
     "use_torch_threads",
     "view",
@@ -67,6 +68,11 @@ def threads() -> str:
     """Whose threads run native code in this process, and if not torch's, why."""
     library()
     return _threads
+
+
+def multiplies_bf16() -> bool:
+    """Whether the library is there and the instruction set level in use multiplies bf16."""
+    return available() is None and library().cpu_isa() in ("avx512bf16", "amx")
 
 
 @functools.cache

@@ -147,11 +147,13 @@ void check_present(const mc_decoder_layer& w, const DecoderShape& s) {
     check_heads_norm("k_norm", w.k_norm, w.q_norm, s.dims);
 }
 
-mc_fused_linear_args linear(const mc_tensor& x, const mc_tensor& weight, const mc_tensor& bias, const mc_tensor& out) {
+mc_fused_linear_args linear(const mc_tensor& x, const mc_tensor& weight, const mc_packed_weight& packed,
+                            const mc_tensor& bias, const mc_tensor& out) {
     mc_fused_linear_args call{};
     call.struct_size = sizeof call;
     call.x = x;
     call.weight = weight;
+    call.packed = packed;
     call.bias = bias;
     call.out = out;
     return call;
@@ -167,7 +169,7 @@ LayerCalls calls_of(const mc_decoder_layers_args& a, const DecoderShape& s, cons
     const mc_tensor middle = rows_of(m.middle.get(), dtype, s.rows(), s.embed);
     const mc_tensor inner = rows_of(m.inner.get(), dtype, s.rows(), s.ffn), none{};
     LayerCalls out{};
-    out.qkv = linear(x, w.qkv, w.qkv_bias, qkv);
+    out.qkv = linear(x, w.qkv, w.qkv_packed, w.qkv_bias, qkv);
     out.qkv.norm = w.attention_norm;
     out.qkv.eps = a.eps;
     out.attention.struct_size = sizeof out.attention;
@@ -185,13 +187,13 @@ LayerCalls calls_of(const mc_decoder_layers_args& a, const DecoderShape& s, cons
     out.attention.out = by_head(attended.data, dtype, s, s.heads * s.dims);
     out.attention.lse = m.lse.get();
     out.attention.mass = a.mass ? a.mass + layer * s.batch * a.used : nullptr;
-    out.out = linear(attended, w.out, w.out_bias, middle);
+    out.out = linear(attended, w.out, w.out_packed, w.out_bias, middle);
     out.out.residual = x;
-    out.gate_up = linear(middle, w.gate_up, none, inner);
+    out.gate_up = linear(middle, w.gate_up, w.gate_up_packed, none, inner);
     out.gate_up.norm = w.ffn_norm;
     out.gate_up.eps = a.eps;
     out.gate_up.swiglu = 1;
-    out.down = linear(inner, w.down, none, y);
+    out.down = linear(inner, w.down, w.down_packed, none, y);
     out.down.residual = middle;
     return out;
 }

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "packed.h"
+
 namespace mc {
 namespace {
 
@@ -29,6 +31,23 @@ void check_vector(const char* name, const mc_tensor& x, int64_t n) {
     if (!x.ndim) return;
     check_view(name, x, 1);
     check_sizes(name, x, {n});
+}
+
+void check_packed(const mc_packed_weight& p, const mc_tensor& weight, int64_t parts) {
+    if (!p.data) return;
+    if (p.bits != 4 && p.bits != 8) invalid("packed: expected codes of 4 or 8 bits, got " + std::to_string(p.bits));
+    if (weight.dtype != MC_BF16) {
+        throw Error(MC_INVALID_DTYPE, "packed: expected a weight of bf16, got dtype code " + std::to_string(weight.dtype));
+    }
+    const int64_t inputs = weight.size[1];
+    if (inputs % kPackedBlock) {
+        invalid("packed: expected a weight of E % 32 = 0, got E = " + std::to_string(inputs));
+    }
+    if (weight.size[0] / parts % kPackedRows && parts > 1) {
+        invalid("packed: expected a number of rows that is a multiple of 32 with swiglu, got " +
+                std::to_string(weight.size[0]));
+    }
+    if (reinterpret_cast<uintptr_t>(p.data) % 4) invalid("packed: expected an address that is a multiple of 4");
 }
 
 // First byte, and the one behind the last.
@@ -65,6 +84,7 @@ Linear check_fused_linear(const mc_fused_linear_args& a) {
     check_view("weight", a.weight, 2);
     check_sizes("weight", a.weight, {-1, a.x.size[1]});
     check_outputs(a);
+    check_packed(a.packed, a.weight, a.swiglu ? 2 : 1);
     check_vector("norm", a.norm, a.x.size[1]);
     check_vector("bias", a.bias, a.weight.size[0]);
     if (a.norm.ndim && !(std::isfinite(a.eps) && a.eps >= 0)) {

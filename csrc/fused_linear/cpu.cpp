@@ -5,7 +5,8 @@
 //   (fetch.h): reading rows side by side without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
 //   Rows of W that more rows of x need are read again from the first-level cache, not from memory. Where a level
-//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h.
+//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h. One row of x may then read the weight packed
+//   in codes of 4 or 8 bits, three or five eighths of the bytes: packed_impl.h.
 // - Sums across a register are done for a whole vector of outputs at a time.
 // - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
 //
@@ -17,6 +18,7 @@
 
 #include "check.h"
 #include "isa.h"
+#include "packed.h"
 #include "pool.h"
 
 namespace mc {
@@ -49,11 +51,15 @@ public:
           x_(check_fused_linear(a)),
           ops_(linear_ops(isa_level())),
           in_pairs_(ops_.dot_pairs && a.x.dtype == MC_BF16 && a.weight.dtype == MC_BF16),
+          packed_(in_pairs_ && ops_.dot_packed && x_.rows == 1 && a.packed.data),
           padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
           ready_x_(in_pairs_ ? x_.rows * padded_ / 2 : x_.rows * padded_),
+          block_sums_(packed_ ? x_.inputs / kPackedBlock : 0),
           gain_(x_.norm ? x_.inputs : 0),
           bias_(x_.bias ? a.weight.size[0] : 0) {
-        const int64_t bytes = a.weight.size[0] * x_.inputs * dtype_bytes(a.weight.dtype);
+        const int64_t row =
+            packed_ ? packed_step() / kPackedRows : x_.inputs * dtype_bytes(a.weight.dtype);
+        const int64_t bytes = a.weight.size[0] * row;
         threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(bytes / kThreadBytes, 1));
     }
 
@@ -92,6 +98,7 @@ private:
             const char* x = x_.x + r * x_.x_step;
             if (in_pairs_) {
                 ops_.narrow({x, x_.inputs, padded_, gain, eps, pairs(r)});
+                if (packed_) ops_.block_sums({pairs(r), x_.inputs, block_sums_.get()});
             } else {
                 const int even_first = a_.weight.dtype == MC_BF16;
                 ops_.widen[a_.x.dtype][even_first]({x, x_.inputs, padded_, gain, eps, ready_x_.get() + r * padded_});
@@ -99,6 +106,7 @@ private:
         }
     }
 
+    int64_t packed_step() const { return x_.inputs / kPackedBlock * packed_block_bytes(a_.packed.bits); }
     int64_t pairs_step() const { return padded_ * 2; }
     char* pairs(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * pairs_step(); }
 
@@ -127,7 +135,11 @@ private:
 
     void dot(int64_t row, int64_t n, int64_t next, int64_t x_row, int64_t x_rows, float* out) {
         const char *w = x_.weight + row * x_.weight_step, *then = x_.weight + next * x_.weight_step;
-        if (in_pairs_) {
+        if (packed_) {
+            // Tasks, columns and the halves of swiglu begin at whole groups of rows.
+            const auto* packed = static_cast<const char*>(a_.packed.data) + row / kPackedRows * packed_step();
+            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, pairs(x_row), block_sums_.get(), out});
+        } else if (in_pairs_) {
             ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out});
         } else {
             ops_.dot[a_.weight.dtype]({w, then, x_.weight_step, n, x_.inputs, ready_x_.get() + x_row * padded_, x_rows,
@@ -139,8 +151,9 @@ private:
     const Linear x_;
     const LinearOps& ops_;
     const bool in_pairs_;
+    const bool packed_;  // is read in place of the weight
     const int64_t padded_;
-    Floats ready_x_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [E], [O]
+    Floats ready_x_, block_sums_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [E / 32], [E], [O]
     int64_t threads_;
 };
 

@@ -61,6 +61,23 @@ struct DotPairs {
     float* out;
 };
 
+// The same of one row of x by a packed W, see mc_packed_weight.
+struct DotPacked {
+    const char* w;  // of the first row, which is the first of a group
+    int bits;
+    int64_t w_rows, n;
+    const char* x;
+    const float* sums;  // as BlockSums leaves them
+    float* out;
+};
+
+// Sums of a row of x, as NarrowRow leaves it, by blocks of 32.
+struct BlockSums {
+    const char* x;
+    int64_t n;
+    float* sums;
+};
+
 // out [n] = act(y + bias) + residual; act(y) = y, or with up silu(y) * (up + up_bias). NULL: none.
 struct FinishRow {
     const float *y, *bias, *up, *up_bias;
@@ -77,6 +94,8 @@ struct LinearOps {
     // With bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
     void (*narrow)(const NarrowRow&);
     void (*dot_pairs)(const DotPairs&);
+    void (*block_sums)(const BlockSums&);
+    void (*dot_packed)(const DotPacked&);
 };
 
 // nullptr where the build has no such level.

@@ -5,6 +5,7 @@
 
 #include "vec_avx512.h"
 #include "pairs_impl.h"
+#include "packed_impl.h"
 
 namespace mc {
 
@@ -14,6 +15,8 @@ const LinearOps* linear_avx512bf16() {
         ops.name = "avx512bf16";
         ops.narrow = narrow;
         ops.dot_pairs = dot_pairs;
+        ops.block_sums = block_sums;
+        ops.dot_packed = dot_packed;
         return ops;
     }();
     return &table;

@@ -150,6 +150,8 @@ LinearOps linear_table(const char* name) {
             {dot<F32>, dot<F16>, dot<BF16>},
             {finish<F32>, finish<F16>, finish<BF16>},
             nullptr,
+            nullptr,
+            nullptr,
             nullptr};
 }
 

@@ -267,6 +267,20 @@ typedef struct mc_collapse_args {
 /* n_threads: as for mc_kv_splice_cpu. The result does not depend on it. n_blocks or n_segments may be 0, and L, B, Hkv. */
 MC_API int32_t mc_collapse_cpu(const mc_collapse_args* args, int32_t n_threads);
 
+/* A weight [O, E] once more, in fewer bytes: codes of 4 or 8 bits with a scale and an offset for each 32 elements of a row,
+ * as quantised files hold them,
+ *
+ *   weight[o, i] = scale[o, i / 32] * code[o, i] + offset[o, i / 32]      E % 32 = 0
+ *
+ * Codes begin at 0. Rows lie together in groups of 16, the last one filled up with anything. A group is E / 32 blocks of
+ * 384 bytes, or with 8 bits 640: of its 32 elements first 4 times 32 words of 16 bits, of which word 2 r + e of part q has
+ * in its bits 4 k to 4 k + 3 the code of row r and element 8 q + 2 k + e; with 8 bits these are the lower four, and as many
+ * words with the upper four follow; then scale [16] f32 and offset [16] f32 by row. */
+typedef struct mc_packed_weight {
+    const void* data; /* a multiple of 4, of 64 it is faster; NULL: absent */
+    int32_t bits;     /* 4 or 8 */
+} mc_packed_weight;
+
 /* A linear map of a few rows, with what a decoder layer does before and after it, in one read of the weight:
  *
  *   n[r] = x[r], or with a norm x[r] / sqrt(mean(x[r]^2) + eps) * norm      (RMS norm)
@@ -280,6 +294,7 @@ typedef struct mc_fused_linear_args {
 
     /* x [N, E] and weight [O, E], f32, f16 or bf16, each its own; last dimension contiguous. O is even with swiglu. */
     mc_tensor x, weight;
+    mc_packed_weight packed; /* absent, or bf16's weight before it was rounded, which is the caller's duty; see below */
 
     mc_tensor norm;     /* [E] gain, or absent: no norm. f32, f16 or bf16, contiguous */
     double eps;         /* finite, >= 0. Not read without norm */
@@ -292,7 +307,8 @@ typedef struct mc_fused_linear_args {
 } mc_fused_linear_args;
 
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
- * (and subnormal numbers are taken for zero).
+ * (and subnormal numbers are taken for zero). There one row of x is
+ * multiplied with `packed`, whose numbers are not rounded to bf16; in all other cases the weight is read.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
@@ -308,6 +324,7 @@ typedef struct mc_decoder_layer {
     mc_tensor ffn_norm;       /* [E] gain */
     mc_tensor gate_up;        /* [2F, E]: the gate's rows, then the up projection's */
     mc_tensor down;           /* [E, F] */
+    mc_packed_weight qkv_packed, out_packed, gate_up_packed, down_packed; /* each absent or as for mc_fused_linear_cpu */
 } mc_decoder_layer;
 
 /* A few entries run through L layers of a decoder over a cache of slots, layer by layer. With norm(x, g) =

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..packed_weight import packed_bits
 from ..registry import register
 
 
 def _supports(
-    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float, bias: Tensor | None,
+    swiglu: bool, residual: Tensor | None,
 ) -> str | None:  # fmt: skip
     if x.device.type != "cpu":
         return f"expected CPU tensors, got {x.device}"
@@ -25,8 +26,8 @@ def _supports(
 
 @register("fused_linear", "cpu", available=native.available, supports=_supports)
 def fused_linear_cpu(
-    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float, bias: Tensor | None,
+    swiglu: bool, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `ref.fused_linear_ref`."""
     *outer, inputs = x.shape
@@ -46,5 +47,6 @@ def fused_linear_cpu(
         None if residual is None else (residual.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
         (out.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
         torch.get_num_threads(),
+        None if packed is None else (packed.data_ptr(), packed_bits(packed)),
     )
     return out

@@ -17,22 +17,26 @@ from ..checks import (
     describe,
 )
 from ..library import define_op, register_autograd
+from ..packed_weight import check_packed
 from . import cpu as cpu
 from . import ref as ref
 
-_ARGS = "Tensor x, Tensor weight, Tensor? norm, float eps, Tensor? bias, bool swiglu, Tensor? residual, str? backend"
+_ARGS = (
+    "Tensor x, Tensor weight, Tensor? packed, Tensor? norm, float eps, Tensor? bias, bool swiglu, Tensor? residual,"
+    " str? backend"
+)
 
 
 def _fake(
-    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None, backend: str | None = None,
+    x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float, bias: Tensor | None,
+    swiglu: bool, residual: Tensor | None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if swiglu else weight.shape[0]))
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None, backend: str | None = None,
+    grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float,
+    bias: Tensor | None, swiglu: bool, residual: Tensor | None, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     optional = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (norm, bias, residual))
     return x.new_empty(x.shape), weight.new_empty(weight.shape), *optional
@@ -45,7 +49,7 @@ _op_backward = define_op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, norm, eps, bias, swiglu, residual, _ = inputs
+    x, weight, _, norm, eps, bias, swiglu, residual, _ = inputs
     ctx.save_for_backward(x, weight, norm, bias, residual)
     ctx.constants = (eps, swiglu)
 
@@ -54,10 +58,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, norm, bias, residual = ctx.saved_tensors
     eps, swiglu = ctx.constants
     # By the best that has one, whichever served the forward.
-    dx, dw, dn, db, dr = _op_backward(grad, x, weight, norm, eps, bias, swiglu, residual, "ref")
+    dx, dw, dn, db, dr = _op_backward(grad, x, weight, None, norm, eps, bias, swiglu, residual, "ref")
     absent = (None if t is None else g for t, g in ((norm, dn), (bias, db), (residual, dr)))
     dn_, db_, dr_ = absent
-    return dx, dw, dn_, None, db_, None, dr_, None
+    return dx, dw, None, dn_, None, db_, None, dr_, None
 
 
 register_autograd("fused_linear", _backward, _setup_context)
@@ -67,6 +71,7 @@ def fused_linear(
     x: Tensor,
     weight: Tensor,
     *,
+    packed: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 1e-5,
     bias: Tensor | None = None,
@@ -83,6 +88,9 @@ def fused_linear(
     Args:
         x: [..., E]; fp32, bf16 or fp16.
         weight: [O, E] as `torch.nn.Linear` holds it, contiguous last dimension; its dtype may differ from x's.
+        packed: the weight before it was rounded to bf16, in codes of 4 or 8 bits (`mc_kernels.packed_weight`), or None.
+            One row of bf16 x is multiplied with it where the processor multiplies bf16, and the weight is not read.
+            That the values agree is the caller's duty.
         norm: [E] gain of an RMS norm of x, or None for no norm. eps: added to the mean square.
         bias: [O], added to the product.
         swiglu: the O rows are the gate's, then the up projection's: silu(gate) * up.
@@ -107,6 +115,8 @@ def fused_linear(
     inputs, outputs = x.shape[-1], weight.shape[0] if weight.dim() else 0
     check_shape("weight", weight, (None, inputs), {})
     check_contiguous_rows("weight", weight)
+    if packed is not None:
+        check_packed(packed, weight, swiglu=swiglu)
     if norm is not None:
         check_tensor("norm", norm, ORACLE_DTYPES)
         check_shape("norm", norm, (inputs,), {})
@@ -124,4 +134,4 @@ def fused_linear(
         check_shape("residual", residual, (*x.shape[:-1], outputs), {})
         check_same_dtype(("x", x), residual=residual)
     check_same_device(("x", x), weight=weight, norm=norm, bias=bias, residual=residual)
-    return _op(x, weight, norm, eps, bias, swiglu, residual, backend)
+    return _op(x, weight, packed, norm, eps, bias, swiglu, residual, backend)

@@ -6,7 +6,8 @@
 
 x [..., E], weight [O, E], norm [E], bias [O], residual [..., M] -> [..., M] with M = O, or O/2 with swiglu, in x's
 dtype. Accumulates in fp32 (fp64 if x or the weight are) and rounds once. Empty sizes give empty outputs; with E = 0 the
-map gives its bias. Nothing aliases the inputs. RMS norm: Zhang and Sennrich 2019; SwiGLU: Shazeer 2020.
+map gives its bias. Nothing aliases the inputs. `packed` is the weight once more (`mc_kernels.packed_weight`), which is
+not read here. RMS norm: Zhang and Sennrich 2019; SwiGLU: Shazeer 2020.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ..registry import register
 
 @register("fused_linear", "ref")
 def fused_linear_ref(
-    x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float, bias: Tensor | None,
+    swiglu: bool, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     acc = torch.promote_types(accumulate_dtype(x.dtype), accumulate_dtype(weight.dtype))
     n = x.to(acc)
@@ -40,8 +41,8 @@ def fused_linear_ref(
 
 @register("fused_linear_backward", "ref")
 def fused_linear_backward_ref(
-    grad: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, swiglu: bool,
-    residual: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Tensor, packed: Tensor | None, norm: Tensor | None, eps: float,
+    bias: Tensor | None, swiglu: bool, residual: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, weight, norm, bias and residual in their dtypes, [0] for those that are absent: recomputes the
     forward and differentiates it."""
@@ -51,7 +52,7 @@ def fused_linear_backward_ref(
     def forward(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
         values = iter(rest)
         norm_, bias_, residual_ = (None if t is None else next(values) for t in optional)
-        return fused_linear_ref(x, weight, norm_, eps, bias_, swiglu, residual_)
+        return fused_linear_ref(x, weight, None, norm_, eps, bias_, swiglu, residual_)
 
     dx, dw, *others = differentiate(forward, [x, weight, *given], [grad])
     left = iter(others)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mc_kernels import fused_linear, native
 from mc_kernels.checks import FLOAT_DTYPES
+from mc_kernels.packed_weight import PackedWeight
 from mc_runtime.errors import InputError
 from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer, like) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, like)
         self.head = self.embedding if config.tied_embeddings else like.parameter(config.vocab_size, config.embed_dim)
+        self.head_packed: PackedWeight | None = None  # from a quantised file
         # Who has put a hook on a part of a layer wants its calls.
         self._hookable = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
         self._few_entries = FewEntries()
@@ -159,7 +161,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> [..., vocab] in the model's dtype."""
-        return fused_linear(hidden, self.head) if fuses(hidden) else F.linear(hidden, self.head)
+        if not fuses(hidden):
+            return F.linear(hidden, self.head)
+        packed = None if self.head_packed is None else self.head_packed.of(self.head)
+        return fused_linear(hidden, self.head, packed=packed)
 
     def check_forward(self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None) -> int:
         """Raise what `forward` raises for its arguments; returns how many layers are run."""

@@ -139,4 +139,8 @@ def _weights(layer: nn.Module) -> LayerWeights:
         layer.ffn_norm.weight,
         ffn.gate_up.weight,
         ffn.down.weight,
+        attention.qkv.packed,
+        attention.out.packed,
+        ffn.gate_up.packed,
+        ffn.down.packed,
     )

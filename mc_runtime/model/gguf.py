@@ -1,13 +1,15 @@
-"""GGUF -> a Hugging Face directory (config.json, model.safetensors, tokenizer.json, chat template).
+"""GGUF -> a Hugging Face directory (config.json, model.safetensors, tokenizer.json, chat template), and packed weights.
 
 llama.cpp's files hold the weights quantised in blocks, the query and key rows of Llama models permuted for interleaved
 RoPE, and the tokenizer as lists. Values are stored in the narrowest of bf16, fp16 and fp32 that holds the dequantised
-ones exactly: a converted model computes what the quantised one does.
+ones exactly: a converted model computes what the quantised one does. Linear maps in 4 or 8 bits are kept as such
+too (`packing`), for decode steps.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from mc_runtime.errors import ModelError
 from mc_runtime.model.gguf_tokenizer import tokenizer_json
+from mc_runtime.model.packing import pack_rows, save_packed
 
-VERSION = 1
+VERSION = 2
 """Counted up when the conversion changes, so that folders of an older one are not used."""
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -57,9 +60,17 @@ def convert_gguf(source: Path, directory: Path) -> None:
         config = _config(meta, family, weights)
         tokenizer = tokenizer_json(meta)
         renamed = {_rename(name): _restored(name, array, config) for name, array in _wanted(weights).items()}
+        packed = {
+            _rename(t.name): pack_rows(
+                t.tensor_type.name, t.data, weights[t.name], partial(_restored, t.name, config=config)
+            )
+            for t in reader.tensors
+            if t.name.startswith(("blk.", "output." if "output.weight" in weights else "token_embd."))
+        }
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise ModelError(f"{source} cannot be converted: {type(error).__name__}: {error}") from error
     save_file({name: _narrowest(array) for name, array in renamed.items()}, directory / "model.safetensors")
+    save_packed(directory, {name: x for name, x in packed.items() if x is not None})
     _write_json(directory / "config.json", config)
     _write_json(directory / "tokenizer.json", tokenizer)
     _write_json(directory / "tokenizer_config.json", _special_tokens(meta))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mc_kernels import RopeSpec, context_attention, fused_linear
+from mc_kernels.packed_weight import PackedWeight
 from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
 from mc_runtime.model.stores import KVStore
@@ -33,6 +34,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = like.parameter(outputs, inputs)
         self.bias = like.parameter(outputs) if bias else None
+        self.packed: PackedWeight | None = None  # from a quantised file; to be set before the first forward
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -42,7 +44,10 @@ class Linear(nn.Module):
     ) -> Tensor:
         """With what a layer does before and after it, see `mc_kernels.fused_linear`."""
         gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return fused_linear(x, self.weight, norm=gain, eps=eps, bias=self.bias, swiglu=swiglu, residual=residual)
+        packed = None if self.packed is None else self.packed.of(self.weight)
+        return fused_linear(
+            x, self.weight, packed=packed, norm=gain, eps=eps, bias=self.bias, swiglu=swiglu, residual=residual
+        )
 
 
 class RMSNorm(nn.Module):

@@ -13,6 +13,7 @@ from mc_runtime.errors import ModelError
 from mc_runtime.model.chat import ChatTemplate
 from mc_runtime.model.config import ModelConfig
 from mc_runtime.model.decoder import Decoder
+from mc_runtime.model.packing import load_packed
 from mc_runtime.model.resolve import DEFAULT_MODEL, resolve_model
 from mc_runtime.model.tokenizer import Tokenizer
 from mc_runtime.model.weights import Checkpoint, load_weights
@@ -58,8 +59,10 @@ def load_model(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size} rows: "
             "they do not belong together"
         )
+    decoder = load_weights(checkpoint, config, dtype=dtype or best_dtype(place), device=place)
+    load_packed(directory, decoder)
     return LoadedModel(
-        decoder=load_weights(checkpoint, config, dtype=dtype or best_dtype(place), device=place),
+        decoder=decoder,
         tokenizer=tokenizer,
         chat=ChatTemplate.from_directory(directory, tokenizer),
         config=config,

@@ -296,6 +296,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         ({"q_norm": torch.ones(16)}, ValueError, "q_norm: expected q_norm and k_norm, or none of them"),
         ({"ffn_norm": torch.ones(EMBED + 1)}, ValueError, "norm: expected shape [40], got [41]"),
         ({"ffn_norm": torch.ones(EMBED).double()}, TypeError, "ffn_norm: expected dtype"),
+        ({"qkv_bias": [0.0]}, TypeError, "qkv_bias: expected a tensor"),
         ({"out": torch.ones(64, EMBED).T}, ValueError, "out: expected a contiguous last dimension"),
         ({"out_bias": torch.ones(EMBED + 1)}, ValueError, "bias: expected shape [40], got [41]"),
         ({"qkv": layers[0].qkv.to("meta")}, TypeError, "qkv: expected a CPU tensor, got meta"),

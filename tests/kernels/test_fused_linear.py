@@ -213,7 +213,7 @@ def test_gradients_by_any_forward(backend: str) -> None:
 def test_opcheck(case: Case, backend: str) -> None:
     args = case.make(torch.float32)
     tensors = {n: x.requires_grad_() if isinstance(x, Tensor) else x for n, x in args.items()}
-    flat = [tensors.get(n) for n in ("x", "weight", "norm")] + [1e-5, tensors.get("bias"), case.swiglu]
+    flat = [tensors.get(n) for n in ("x", "weight", "packed", "norm")] + [1e-5, tensors.get("bias"), case.swiglu]
     torch.library.opcheck(torch.ops.mc.fused_linear.default, (*flat, tensors.get("residual"), backend))
 
 

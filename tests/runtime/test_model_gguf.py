@@ -1,6 +1,7 @@
 """GGUF files: conversion, and the cache of converted models."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -23,8 +24,17 @@ def permuted(weight: torch.Tensor, heads: int) -> np.ndarray:
     return weight[order].numpy()
 
 
-def write_gguf(path: Path, model: PreTrainedModel, factors: np.ndarray | None = None, pre: str = "smollm") -> None:
-    """`model` as llama.cpp would store it, with the tokenizer of `write_tokenizer`."""
+Quantised = Callable[[str, np.ndarray], gguf.GGMLQuantizationType | None]
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    factors: np.ndarray | None = None,
+    pre: str = "smollm",
+    quantised: Quantised = lambda name, array: None,
+) -> None:
+    """`model` as llama.cpp would store it, with the tokenizer of `write_tokenizer`. quantised: a tensor's kind."""
     config = model.config
     family = config.model_type
     writer = gguf.GGUFWriter(path, family)
@@ -73,7 +83,11 @@ def write_gguf(path: Path, model: PreTrainedModel, factors: np.ndarray | None = 
             if family == "llama" and middle[-1] in ("q_proj", "k_proj"):
                 heads = config.num_attention_heads if middle[-1] == "q_proj" else config.num_key_value_heads
                 array = permuted(tensor, heads)
-        writer.add_tensor(names[name], np.ascontiguousarray(array))
+        kind, array = quantised(names[name], array), np.ascontiguousarray(array)
+        if kind is None:
+            writer.add_tensor(names[name], array)
+        else:
+            writer.add_tensor(names[name], gguf.quants.quantize(array, kind), raw_dtype=kind)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     writer.write_header_to_file()
