@@ -40,7 +40,7 @@ public:
     void run(int64_t first, int64_t end, double eps, const py::handle& x, uintptr_t positions, const py::handle& k,
              const py::handle& v, uintptr_t slots, int64_t used, uintptr_t kv_pos, uintptr_t kv_bias, uintptr_t inv_freq,
              int64_t half, bool interleaved, double attention_scaling, double scale, const py::handle& out,
-             uintptr_t mass, int32_t n_threads) const {
+             uintptr_t mass, int32_t n_threads, const py::handle& final_norm) const {
         if (first < 0 || first > end || end > static_cast<int64_t>(layers_.size())) {
             throw py::value_error("layers: expected a range within 0.." + std::to_string(layers_.size()) + ", got " +
                                   std::to_string(first) + ".." + std::to_string(end));
@@ -51,6 +51,7 @@ public:
         a.n_layers = end - first;
         a.layers = layers_.data() + first;
         a.eps = eps;
+        a.final_norm = tensor("final_norm", final_norm);
         a.x = tensor("x", x);
         a.positions = array<int64_t>(positions);
         a.k = tensor("k", k);
@@ -83,7 +84,7 @@ void define_decoder_layers(py::module_& m) {
         .def(py::init<const py::sequence&>(), "layers"_a)
         .def("run", &DecoderLayers::run, "first"_a, "end"_a, "eps"_a, "x"_a, "positions"_a, "k"_a, "v"_a, "slots"_a,
              "used"_a, "kv_pos"_a, "kv_bias"_a, "inv_freq"_a, "half"_a, "interleaved"_a, "attention_scaling"_a,
-             "scale"_a, "out"_a, "mass"_a, "n_threads"_a);
+             "scale"_a, "out"_a, "mass"_a, "n_threads"_a, "final_norm"_a);
 }
 
 }  // namespace

@@ -7,9 +7,11 @@ With norm(x, g) = x / sqrt(mean(x^2) + eps) * g, for each layer:
     x = x + out attention(q, slots of the cache) + out_bias
     x = x + down (silu(gate) * up),   gate, up = gate_up norm(x, ffn_norm)
 
+and at the end, if wanted, x = norm(x, final_norm).
+
 It is `fused_linear` and `context_attention` called one after the other (csrc/decoder_layers), with the same bits as
-these give on a CPU; a normed q or k is rounded once. From Python, the five calls of a layer spend much of a decode step
-outside their kernels: the stream of weights evicts the interpreter from the processor's caches.
+these give on a CPU; a normed q, k or result is rounded once. From Python, the five calls of a layer spend much of a
+decode step outside their kernels: the stream of weights evicts the interpreter from the processor's caches.
 """
 
 from __future__ import annotations
@@ -102,12 +104,17 @@ class DecoderLayers:
         # Together, so that a thread sees addresses with the tensors they are of.
         self._prepared = self._prepare()
 
+    @property
+    def eps(self) -> float:
+        """Of all norms."""
+        return self._eps
+
     def __len__(self) -> int:
         return len(self._layers)
 
     def __call__(
         self, x: Tensor, positions: Tensor, cache: CacheSlots, *, first: int = 0, end: int | None = None,
-        mass: Tensor | None = None,
+        mass: Tensor | None = None, final_norm: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run entries through layers [first, end).
 
@@ -115,6 +122,7 @@ class DecoderLayers:
         cache: of all layers, in x's dtype; see `CacheSlots`.
         mass: [end - first, B, used] fp32, contiguous, or None; gets the attention probability of each slot, summed over
             heads and entries.
+        final_norm: [E] gain of a norm of the result, or None.
 
         Returns [B, T, E] in x's dtype, contiguous, aliasing nothing. Meant for at most some tens of entries.
         Raises TypeError (dtype, device) or ValueError (shape, stride, slot) before anything is written.
@@ -147,6 +155,10 @@ class DecoderLayers:
             if not mass.is_contiguous():
                 raise ValueError(f"mass: expected a contiguous tensor, got strides {mass.stride()}")
             tensors["mass"] = mass
+        if final_norm is not None:
+            check_tensor("final_norm", final_norm, FLOAT_DTYPES)
+            check_shape("final_norm", final_norm, (x.shape[2],), {})
+            tensors["final_norm"] = final_norm = final_norm.contiguous()
         _check_on_cpu(tensors)
         # Held in names: the library gets addresses.
         x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
@@ -175,6 +187,7 @@ class DecoderLayers:
             (out.data_ptr(), dtype, sizes, strides),
             native.address(mass),
             torch.get_num_threads(),
+            None if final_norm is None else native.view(final_norm),
         )
         return out
 

@@ -52,6 +52,10 @@ DecoderShape shape_of(const mc_decoder_layers_args& a) {
     check_no_overlap("k", a.k);
     check_no_overlap("v", a.v);
     check_no_overlap("out", a.out);
+    if (a.final_norm.ndim) {
+        check_view("final_norm", a.final_norm, 1);
+        check_sizes("final_norm", a.final_norm, {s.embed});
+    }
     if (s.kv_heads < 1 || s.dims < 1) invalid("k: expected Hkv >= 1 and D >= 1, got shape " + shape_text(a.k));
     if (!is_empty(a.k) && a.k.data == a.v.data) invalid("v: expected memory apart from k, got the same address");
     if (!is_empty(a.out) && a.out.data == a.x.data) invalid("out: expected memory apart from x, got the same address");

@@ -19,11 +19,12 @@ public:
         : a_(a), call_(check_decoder_layers(a)), s_(call_.shape), n_threads_(n_threads), bytes_(dtype_bytes(a.x.dtype)),
           ops_(ops_of(isa_level(), "decoder_layers",
                       {linear_avx512bf16(), linear_avx512(), linear_avx2(), linear_scalar()})),
-          gain_(s_.dims), head_(s_.dims) {}
+          gain_(s_.dims), head_(s_.dims),
+          final_gain_(a.final_norm.ndim ? s_.embed : 0), final_row_(a.final_norm.ndim ? s_.embed : 0) {}
 
     void run() {
         if (s_.rows() == 0 || s_.embed == 0) return clear_mass();
-        if (!s_.layers) return pass_on();
+        if (!s_.layers) pass_on();
         for (int64_t l = 0; l < s_.layers; ++l) {
             const LayerCalls& layer = call_.layers[static_cast<size_t>(l)];
             must(mc_fused_linear_cpu(&layer.qkv, n_threads_));
@@ -36,6 +37,7 @@ public:
             must(mc_fused_linear_cpu(&layer.gate_up, n_threads_));
             must(mc_fused_linear_cpu(&layer.down, n_threads_));
         }
+        norm_out();
     }
 
 private:
@@ -63,19 +65,35 @@ private:
         return call_.between.qkv.get() + (row * s_.qkv_rows() + h * s_.dims) * bytes_;
     }
 
+    // A vector of n gains in fp32.
+    void widen(const mc_tensor& norm, int64_t n, float* gain) const {
+        ops_.widen[norm.dtype][0]({static_cast<const char*>(norm.data), n, n, nullptr, 0.0f, gain});
+    }
+
+    // x [n] in place; row [n]: scratch.
+    void norm_row(char* x, int64_t n, const float* gain, float* row) const {
+        ops_.widen[a_.x.dtype][0]({x, n, n, gain, static_cast<float>(a_.eps), row});
+        FinishRow rounded{};
+        rounded.y = row;
+        rounded.n = n;
+        rounded.out = x;
+        ops_.finish[a_.x.dtype](rounded);
+    }
+
     void norm_heads(const mc_tensor& norm, int64_t first, int64_t n) const {
         if (!norm.ndim) return;
-        ops_.widen[norm.dtype][0]({static_cast<const char*>(norm.data), s_.dims, s_.dims, nullptr, 0.0f, gain_.get()});
-        const float eps = static_cast<float>(a_.eps);
+        widen(norm, s_.dims, gain_.get());
         for (int64_t row = 0; row < s_.rows(); ++row) {
-            for (int64_t h = first; h < first + n; ++h) {
-                ops_.widen[a_.x.dtype][0]({head(row, h), s_.dims, s_.dims, gain_.get(), eps, head_.get()});
-                FinishRow rounded{};
-                rounded.y = head_.get();
-                rounded.n = s_.dims;
-                rounded.out = head(row, h);
-                ops_.finish[a_.x.dtype](rounded);
-            }
+            for (int64_t h = first; h < first + n; ++h) norm_row(head(row, h), s_.dims, gain_.get(), head_.get());
+        }
+    }
+
+    void norm_out() const {
+        if (!a_.final_norm.ndim) return;
+        widen(a_.final_norm, s_.embed, final_gain_.get());
+        for (int64_t row = 0; row < s_.rows(); ++row) {
+            char* out = static_cast<char*>(a_.out.data) + row * a_.out.stride[0] * bytes_;
+            norm_row(out, s_.embed, final_gain_.get(), final_row_.get());
         }
     }
 
@@ -97,7 +115,8 @@ private:
     const int32_t n_threads_;
     const int64_t bytes_;
     const LinearOps& ops_;
-    const Scratch<float> gain_, head_;  // [D]
+    const Scratch<float> gain_, head_;              // [D]
+    const Scratch<float> final_gain_, final_row_;  // [E] with a final norm
 };
 
 }  // namespace

@@ -336,7 +336,7 @@ typedef struct mc_decoder_layer {
  *   x = x + down (silu(gate) * up),  gate, up = gate_up norm(x, ffn_norm)
  *
  * It is what mc_fused_linear_cpu and mc_context_attention_cpu compute, called one after the other: results have the same
- * bits. What passes between them is rounded to x's dtype; so is a normed q or k, once. */
+ * bits. What passes between them is rounded to x's dtype; so is a normed q, k or result, once. */
 typedef struct mc_decoder_layers_args {
     size_t struct_size; /* sizeof(mc_decoder_layers_args) */
     size_t layer_size;  /* sizeof(mc_decoder_layer) */
@@ -344,6 +344,7 @@ typedef struct mc_decoder_layers_args {
     int64_t n_layers;               /* L >= 0 */
     const mc_decoder_layer* layers; /* [L], all of the same shapes */
     double eps;                     /* of all norms; finite, >= 0 */
+    mc_tensor final_norm;           /* [E] gain, or absent: out = norm(x after the last layer, final_norm) */
 
     /* [B T, E], row b T + t is entry t of sequence b; f32, f16 or bf16, last dimension contiguous. */
     mc_tensor x;

@@ -133,14 +133,14 @@ class Decoder(nn.Module):
         if begin is not None:
             begin(positions)
         few = fuses(x)
-        done = (
-            self._few_entries.run(self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass)
-            if few and n_layers
-            else None
-        )
-        if done is None:
-            done = self._run_layers(x, positions, context, n_layers, hidden_layer, return_mass, few)
-        x, mass, tapped = done
+        if few and n_layers:
+            norm = self.norm if stop_layer is None else None
+            done = self._few_entries.run(
+                self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass, norm
+            )
+            if done is not None:
+                return DecoderOutput(*done)
+        x, mass, tapped = self._run_layers(x, positions, context, n_layers, hidden_layer, return_mass, few)
         return DecoderOutput(self.norm(x) if stop_layer is None else x, mass, tapped)
 
     def _run_layers(

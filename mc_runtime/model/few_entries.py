@@ -1,8 +1,8 @@
 """A decoder's layers as one native call, for few entries over a cache of slots: which decoders and forwards it serves.
 
-It computes what `Layer` does with `fused=True`, with the same bits (but a normed query or key of Qwen3, which is
-rounded once, agrees within rounding); it does not call the modules. So it serves only modules that are exactly this
-package's, without hooks.
+It computes what `Layer` does with `fused=True`, with the same bits (but what is normed at the end, and a normed query
+or key of Qwen3, which are rounded once, agree within rounding); it does not call the modules. So it serves only modules
+that are exactly this package's, without hooks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,11 @@ class FewEntries:
 
     def run(
         self, layers: nn.ModuleList, x: Tensor, positions: Tensor, store: KVStore, rope: RopeSpec, n_layers: int,
-        hidden_layer: int | None, return_mass: bool,
+        hidden_layer: int | None, return_mass: bool, norm: nn.Module | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
-        """x after n_layers, the masses [n_layers, B, used] if wanted, and x after `hidden_layer` of them if that is
-        not None; or None where the layers have to be called one by one: nothing has been done then."""
+        """x after n_layers, normed with `norm` if that is not None; the masses [n_layers, B, used] if wanted; and x
+        after `hidden_layer` of them if that is not None. Or None where the layers have to be called one by one: nothing
+        has been done then."""
         cache = _cache(x, store)
         call = None if cache is None else self._call(layers, rope)
         if cache is None or call is None or len(call) != len(cache.k):
@@ -55,18 +56,26 @@ class FewEntries:
         tapped = x if hidden_layer == 0 else None
         stops = [n_layers] if hidden_layer in (None, 0, n_layers) else [hidden_layer, n_layers]
         first = 0
+        # In the same call, where it is this package's and what is before it is not asked for.
+        gain = norm.weight if hidden_layer != n_layers and _is_plain(norm, call.eps) else None
         for end in stops:
             part = None if mass is None else mass[first:end]
-            x = call(x, positions, cache, first=first, end=end, mass=part)
+            last = gain if end == n_layers else None
+            x = call(x, positions, cache, first=first, end=end, mass=part, final_norm=last)
             tapped = x if end == hidden_layer else tapped
             first = end
-        return x, mass, tapped
+        return (x if norm is None or gain is not None else norm(x)), mass, tapped
 
     def _call(self, layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
         prepared = self._prepared
         if prepared is None or not prepared[0].is_of(layers) or prepared[1] is not rope:
             self._prepared = prepared = _Tree(layers), rope, _prepare(layers, rope)
         return None if prepared[0].hooked() else prepared[2]
+
+
+def _is_plain(norm: nn.Module | None, eps: float) -> TypeGuard[RMSNorm]:
+    """Whether this is one of ours, with this eps and without hooks."""
+    return type(norm) is RMSNorm and norm.eps == eps and not (norm._forward_hooks or norm._forward_pre_hooks)
 
 
 def _cache(x: Tensor, store: KVStore) -> CacheSlots | None:

@@ -136,6 +136,24 @@ def test_bits_are_those_of_the_ops(
 
 @each_level
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [0, LAYERS])
+def test_the_result_is_normed(backend: str, dtype: torch.dtype, layers: int) -> None:
+    call, step, apart = DecoderLayers(weights(dtype, 16), eps=EPS, rope=None), Step(dtype), Step(dtype)
+    x = call(apart.x, apart.positions, apart.cache, end=layers)
+    gain = (1 + normal(7, EMBED, std=0.2)).to(dtype)
+    out = call(step.x, step.positions, step.cache, end=layers, final_norm=gain)
+    assert_within_error_rule(out, F.rms_norm(x.double(), (EMBED,), gain.double(), EPS), plain_norm(x, gain))
+    strided = torch.stack((gain, gain), 1)[:, 0]
+    again = Step(dtype)
+    assert torch.equal(call(again.x, again.positions, again.cache, end=layers, final_norm=strided), out)
+
+
+def plain_norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * gain
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_normed_heads_follow_the_error_rule(backend: str, dtype: torch.dtype) -> None:
     layers, spec = weights(dtype, 16, bias=True, qk_norm=True), rope(16, "half-split")
     steps = []
@@ -268,6 +286,10 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     ),
     "range": (replaced(end=lambda _: 4), ValueError, "layers: expected a range within 0..3, got 0..4"),
     "mass": (replaced(mass=lambda _: torch.zeros(2, 2, 90)), ValueError, "mass: expected shape [3, B, used]"),
+    "final_norm": (replaced(final_norm=lambda _: torch.ones(39)), ValueError, "final_norm: expected shape [40]"),
+    "final_norm dtype": (
+        replaced(final_norm=lambda _: torch.ones(EMBED).double()), TypeError, "final_norm: expected dtype"
+    ),
     "mass dtype": (replaced(mass=lambda _: torch.zeros(3, 2, 90).half()), TypeError, "mass: expected dtype float32"),
 }  # fmt: skip
 
@@ -277,7 +299,8 @@ def test_refused_before_anything_is_written(name: str) -> None:
     change, error, words = REFUSED[name]
     step = Step(torch.float32)
     before = step.k.view.clone(), step.v.view.clone()
-    call: dict[str, Any] = {"x": step.x, "positions": step.positions, "cache": step.cache, "end": None, "mass": None}
+    call: dict[str, Any] = {"x": step.x, "positions": step.positions, "cache": step.cache}
+    call |= {"end": None, "mass": None, "final_norm": None}
     change(call)
     layers = DecoderLayers(weights(torch.float32, 16), eps=EPS, rope=rope(16, "half-split"))
     with pytest.raises(error) as caught:
