@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc_kernels import fused_linear
+from mc_kernels.packed_weight import unpack_weight
 
 from .base import Check, Workload, error_rule
 
@@ -42,7 +43,11 @@ class FusedLinear(Workload):
         return plain_linear(inputs)
 
     def expect(self, inputs: Args) -> Callable[[Any], Check]:
-        wide: Args = {name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        given = dict(inputs)
+        packed = given.pop("packed", None)
+        if packed is not None:  # what it stands for is the weight before it was rounded
+            given["weight"] = unpack_weight(packed, *given["weight"].shape)
+        wide: Args = {name: x.double() if isinstance(x, Tensor) else x for name, x in given.items()}
         exact = fused_linear(**wide, backend="ref")
         plain = plain_linear(inputs)
         return lambda out: error_rule([out], [exact], [plain])

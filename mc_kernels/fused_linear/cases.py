@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..packed_weight import BLOCK, pack_weight, packed_shape, unpack_weight
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `rows` rows of `inputs` elements through a weight of `weight_rows` rows."""
+    """One call: `rows` rows of `inputs` elements through a weight of `weight_rows` rows. bits: in bf16 the weight is
+    given packed too, in codes of so many bits; 0: it is not."""
 
     name: str
     rows: int
@@ -21,6 +25,7 @@ class Case:
     bias: bool = False
     swiglu: bool = False
     residual: bool = False
+    bits: int = 0
 
     @property
     def outputs(self) -> int:
@@ -39,6 +44,8 @@ class Case:
             "weight": normal(self.weight_rows, self.inputs, std=max(self.inputs, 1) ** -0.5),
             "swiglu": self.swiglu,
         }
+        if self.bits and dtype == torch.bfloat16:
+            args |= self._packed(generator, device)
         if self.norm:
             args |= {"norm": normal(self.inputs, mean=1.0, std=0.2), "eps": 1e-5}
         if self.bias:
@@ -47,11 +54,21 @@ class Case:
             args["residual"] = normal(self.rows, self.outputs)
         return args
 
+    def _packed(self, generator: torch.Generator, device: torch.device | str) -> dict[str, Tensor]:
+        shape, blocks = (self.weight_rows, self.inputs), (self.weight_rows, self.inputs // BLOCK)
+        codes = torch.randint(0, 2**self.bits, shape, generator=generator, dtype=torch.uint8)
+        scale = 3.5 * 2.0**-self.bits * self.inputs**-0.5 * (0.5 + torch.rand(blocks, generator=generator))
+        packed = pack_weight(codes, scale, -0.5 * (2**self.bits - 1) * scale, bits=self.bits)
+        return {"packed": packed.to(device), "weight": unpack_weight(packed, *shape).to(device, torch.bfloat16)}
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Least traffic: every input read once, the output written once."""
         vectors = self.norm * self.inputs + self.bias * self.weight_rows
         rows = self.rows * (self.inputs + self.outputs * (2 if self.residual else 1))
-        return dtype.itemsize * (self.weight_rows * self.inputs + vectors + rows)
+        weight = dtype.itemsize * self.weight_rows * self.inputs
+        if self.bits and dtype == torch.bfloat16:
+            weight = math.prod(packed_shape(self.weight_rows, self.inputs, self.bits))
+        return weight + dtype.itemsize * (vectors + rows)
 
     def flops(self) -> int:
         """Of the product."""
@@ -78,7 +95,18 @@ def _of(model: str, rows: int) -> list[Case]:
     ]
 
 
+def _packed(model: str) -> list[Case]:
+    embed, _, _, ffn, vocabulary = _MODELS[model]
+    at = f"{model}/rows1"
+    return [
+        Case(f"{at}/gate-up-4-bit", 1, embed, 2 * ffn, norm=True, swiglu=True, bits=4),
+        Case(f"{at}/down-4-bit", 1, ffn, embed, residual=True, bits=4),
+        Case(f"{at}/head-8-bit", 1, embed, vocabulary, bits=8),
+    ]
+
+
 CASES = [case for model in _MODELS for rows in (1, 8) for case in _of(model, rows)]
+CASES += [case for model in _MODELS for case in _packed(model)]
 SMALL = [
     Case("small/plain", 1, 32, 16),
     Case("small/norm", 3, 64, 40, norm=True),
