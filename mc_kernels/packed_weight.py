@@ -3,8 +3,8 @@ quantised files hold them (GGUF's Q4_0, Q4_1, Q4_K and Q8_0 are of this form).
 
     weight[o, i] = scale[o, i // 32] * code[o, i] + offset[o, i // 32]
 
-A decode step is bound by reading weights. Where the processor multiplies bf16, a single row of x is multiplied with the
-packed weight, three or five eighths of the bytes: `fused_linear(..., packed=)` and `decoder_layers`. The layout:
+A decode step is bound by reading weights. Where the processor multiplies bf16, up to four rows of x are multiplied with
+the packed weight, three or five eighths of the bytes: `fused_linear(..., packed=)` and `decoder_layers`. The layout:
 `mc_packed_weight` in csrc/include/mc_kernels.h.
 """
 

@@ -5,8 +5,8 @@
 //   (fetch.h): reading rows side by side without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
 //   Rows of W that more rows of x need are read again from the first-level cache, not from memory. Where a level
-//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h. One row of x may then read the weight packed
-//   in codes of 4 or 8 bits, three or five eighths of the bytes: packed_impl.h.
+//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h. A few rows of x may then read the weight
+//   packed in codes of 4 or 8 bits, three or five eighths of the bytes: packed_impl.h.
 // - Sums across a register are done for a whole vector of outputs at a time.
 // - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
 //
@@ -51,10 +51,10 @@ public:
           x_(check_fused_linear(a)),
           ops_(linear_ops(isa_level())),
           in_pairs_(ops_.dot_pairs && a.x.dtype == MC_BF16 && a.weight.dtype == MC_BF16),
-          packed_(in_pairs_ && ops_.dot_packed && x_.rows == 1 && a.packed.data),
+          packed_(in_pairs_ && ops_.dot_packed && x_.rows <= kPackedX && a.packed.data),
           padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
           ready_x_(in_pairs_ ? x_.rows * padded_ / 2 : x_.rows * padded_),
-          block_sums_(packed_ ? x_.inputs / kPackedBlock : 0),
+          block_sums_(packed_ ? x_.rows * (x_.inputs / kPackedBlock) : 0),
           gain_(x_.norm ? x_.inputs : 0),
           bias_(x_.bias ? a.weight.size[0] : 0) {
         const int64_t row =
@@ -98,7 +98,7 @@ private:
             const char* x = x_.x + r * x_.x_step;
             if (in_pairs_) {
                 ops_.narrow({x, x_.inputs, padded_, gain, eps, pairs(r)});
-                if (packed_) ops_.block_sums({pairs(r), x_.inputs, block_sums_.get()});
+                if (packed_) ops_.block_sums({pairs(r), x_.inputs, block_sums_.get() + r * (x_.inputs / kPackedBlock)});
             } else {
                 const int even_first = a_.weight.dtype == MC_BF16;
                 ops_.widen[a_.x.dtype][even_first]({x, x_.inputs, padded_, gain, eps, ready_x_.get() + r * padded_});
@@ -138,7 +138,8 @@ private:
         if (packed_) {
             // Tasks, columns and the halves of swiglu begin at whole groups of rows.
             const auto* packed = static_cast<const char*>(a_.packed.data) + row / kPackedRows * packed_step();
-            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, pairs(x_row), block_sums_.get(), out});
+            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), block_sums_.get(),
+                             out});
         } else if (in_pairs_) {
             ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out});
         } else {
@@ -153,7 +154,7 @@ private:
     const bool in_pairs_;
     const bool packed_;  // is read in place of the weight
     const int64_t padded_;
-    Floats ready_x_, block_sums_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [E / 32], [E], [O]
+    Floats ready_x_, block_sums_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [N, E / 32], [E], [O]
     int64_t threads_;
 };
 

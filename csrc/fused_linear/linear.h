@@ -22,6 +22,7 @@ namespace mc {
 constexpr int64_t kSpan = 32;     // elements: two of the widest vectors
 constexpr int kTileX = 4;         // rows of x that share a read of W from a register
 constexpr int64_t kXRows = 32;    // rows of x that one dot takes, at most
+constexpr int64_t kPackedX = 4;   // rows of x up to which a packed W is read: more of them are bound by arithmetic
 constexpr int64_t kColumns = 64;  // rows of W that one dot takes, at most
 
 // x [n] -> out [padded]: x, or with gain [n] (fp32) x / sqrt(mean(x^2) + eps) * gain.
@@ -61,13 +62,14 @@ struct DotPairs {
     float* out;
 };
 
-// The same of one row of x by a packed W, see mc_packed_weight.
+// The same of at most kPackedX rows of x by a packed W, see mc_packed_weight.
 struct DotPacked {
     const char* w;  // of the first row, which is the first of a group
     int bits;
     int64_t w_rows, n;
     const char* x;
-    const float* sums;  // as BlockSums leaves them
+    int64_t x_rows, x_step;
+    const float* sums;  // [x_rows, n / 32], as BlockSums leaves them
     float* out;
 };
 

@@ -1,4 +1,4 @@
-// One row of x by a packed W (mc_packed_weight), with bf16 products.
+// A few rows of x by a packed W (mc_packed_weight), with bf16 products.
 //
 // Included by linear_avx512bf16.cpp after pairs_impl.h. With a block's scale s, offset m and codes c, its part of a sum is
 //
@@ -29,51 +29,73 @@ inline __m512i numbers(__m512i words) {
     return _mm512_ternarylogic_epi64(words, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
 }
 
-// sum of (128 + c) x for four bits of the codes of a block of 16 rows.
-inline Vec sum_of_products(const char* w, const char* x) {
-    Vec part[2] = {Vec::all(0.0f), Vec::all(0.0f)};
+// sums[j] = sum of (128 + c) x_j for four bits of the codes of a block of 16 rows.
+template <int kX>
+inline void sums_of_products(const char* w, const char* x, int64_t x_step, Vec* sums) {
+    Vec part[kX][2];
+    MC_UNROLL for (int j = 0; j < kX; ++j) part[j][0] = part[j][1] = Vec::all(0.0f);
     MC_UNROLL for (int q = 0; q < 4; ++q) {
-        const auto pair = [&](int k) {
-            int32_t bits;
-            __builtin_memcpy(&bits, x + 4 * (4 * q + k), sizeof bits);
-            return _mm512_set1_epi32(bits);
-        };
         const __m512i words = load_span(w + 64 * q);
-        part[0] = dot(part[0], numbers(words), pair(0));
-        part[1] = dot(part[1], numbers(_mm512_srli_epi16(words, 4)), pair(1));
-        part[0] = dot(part[0], numbers(_mm512_srli_epi16(words, 8)), pair(2));
-        part[1] = dot(part[1], numbers(_mm512_srli_epi16(words, 12)), pair(3));
+        const __m512i codes[4] = {numbers(words), numbers(_mm512_srli_epi16(words, 4)),
+                                  numbers(_mm512_srli_epi16(words, 8)), numbers(_mm512_srli_epi16(words, 12))};
+        MC_UNROLL for (int k = 0; k < 4; ++k) {
+            MC_UNROLL for (int j = 0; j < kX; ++j) {
+                int32_t pair;
+                __builtin_memcpy(&pair, x + j * x_step + 4 * (4 * q + k), sizeof pair);
+                part[j][k % 2] = dot(part[j][k % 2], codes[k], _mm512_set1_epi32(pair));
+            }
+        }
     }
-    return add(part[0], part[1]);
+    MC_UNROLL for (int j = 0; j < kX; ++j) sums[j] = add(part[j][0], part[j][1]);
 }
 
-// 16 rows, in one stream: two groups side by side are faster out of a cache and much slower out of memory.
-template <int kBits>
-void packed_rows(const DotPacked& a, const char* w, float* out) {
-    Vec total = Vec::all(0.0f);
+// 16 rows by kX rows of x, in one stream: two groups side by side are faster out of a cache and much slower out of memory.
+template <int kBits, int kX>
+inline void packed_rows(const DotPacked& a, const char* w, float* out) {
+    const int64_t blocks = a.n / kPackedBlock;
     const char* x = a.x;
-    for (int64_t b = 0; b < a.n / kPackedBlock; ++b, x += kStepBytes) {
-        const Vec less = Vec::all(-128.0f * a.sums[b]);
-        Vec codes = add(sum_of_products(w, x), less);
+    Vec total[kX];
+    MC_UNROLL for (int j = 0; j < kX; ++j) total[j] = Vec::all(0.0f);
+    for (int64_t b = 0; b < blocks; ++b, x += kStepBytes) {
+        Vec codes[kX], high[kX];
+        sums_of_products<kX>(w, x, a.x_step, codes);
         w += kPackedBits;
         if constexpr (kBits == 8) {
-            codes = fmadd(add(sum_of_products(w, x), less), Vec::all(16.0f), codes);
+            sums_of_products<kX>(w, x, a.x_step, high);
             w += kPackedBits;
         }
-        const float* scale = reinterpret_cast<const float*>(w);
-        total = fmadd(load(scale), codes, fmadd(load(scale + kPackedRows), Vec::all(a.sums[b]), total));
+        const Vec scale = load(reinterpret_cast<const float*>(w));
+        const Vec offset = load(reinterpret_cast<const float*>(w) + kPackedRows);
         w += kPackedRows * 8;
+        MC_UNROLL for (int j = 0; j < kX; ++j) {
+            const float of_x = a.sums[j * blocks + b];
+            const Vec less = Vec::all(-128.0f * of_x);
+            codes[j] = add(codes[j], less);
+            if constexpr (kBits == 8) codes[j] = fmadd(add(high[j], less), Vec::all(16.0f), codes[j]);
+            total[j] = fmadd(scale, codes[j], fmadd(offset, Vec::all(of_x), total[j]));
+        }
     }
-    store(out, total);
+    MC_UNROLL for (int j = 0; j < kX; ++j) store(out + j * kColumns, total[j]);
+}
+
+template <int kBits>
+void packed_columns(const DotPacked& a) {
+    const int64_t step = a.n / kPackedBlock * packed_block_bytes(kBits);
+    for (int64_t row = 0; row < a.w_rows; row += kPackedRows) {
+        const char* w = a.w + row / kPackedRows * step;
+        float* out = a.out + row;
+        switch (a.x_rows) {
+            case 1: packed_rows<kBits, 1>(a, w, out); break;
+            case 2: packed_rows<kBits, 2>(a, w, out); break;
+            case 3: packed_rows<kBits, 3>(a, w, out); break;
+            default: packed_rows<kBits, kPackedX>(a, w, out);
+        }
+    }
 }
 
 void dot_packed(const DotPacked& a) {
-    const int64_t step = a.n / kPackedBlock * packed_block_bytes(a.bits);
-    for (int64_t row = 0; row < a.w_rows; row += kPackedRows) {
-        const char* w = a.w + row / kPackedRows * step;
-        if (a.bits == 8) packed_rows<8>(a, w, a.out + row);
-        else packed_rows<4>(a, w, a.out + row);
-    }
+    if (a.bits == 8) packed_columns<8>(a);
+    else packed_columns<4>(a);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@ Keys leave a layer unrotated: `context_attention` rotates them while it reads th
 
 A few rows on a CPU without gradients, which is what a decode step is, go through `fused_linear`: a weight is read at
 the rate of memory, and norms, activation and residuals cost no calls of their own. Results agree within rounding. Where
-such rows run over a slot cache, one native call does all layers (`few_entries.py`). A single row reads weights that
-came quantised as they were (`packing.py`).
+such rows run over a slot cache, one native call does all layers (`few_entries.py`). Up to four rows read weights
+that came quantised as they were (`packing.py`).
 """
 
 from __future__ import annotations

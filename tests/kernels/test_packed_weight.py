@@ -107,12 +107,29 @@ def test_one_row_follows_the_error_rule(backend: str, bits: int, case: dict[str,
 
 
 @each_level
+@each_bits
+def test_rows_do_not_depend_on_each_other(backend: str, bits: int) -> None:
+    packed, exact_weight = weight_of(144, 96, bits)
+    weight, x = exact_weight.bfloat16(), normal(5, 4, 96, dtype=torch.bfloat16)
+    args: dict[str, Any] = {"norm": normal(6, 96).bfloat16(), "bias": normal(7, 144), "backend": backend}
+    one_by_one = [fused_linear(x[i : i + 1], weight, packed=packed, **args) for i in range(4)]
+    for n in (2, 3, 4):
+        with poisoned_empty():
+            together = fused_linear(x[:n], torch.full_like(weight, torch.nan) if native.multiplies_bf16() else weight,
+                                    packed=packed, **args)  # fmt: skip
+        assert torch.equal(together, torch.cat(one_by_one[:n]))
+    exact = fused_linear(x.double(), exact_weight.double(), norm=args["norm"].double(), bias=args["bias"].double())
+    rival = plain(x=x, weight=weight, norm=args["norm"], eps=1e-5, bias=args["bias"].bfloat16())
+    assert_within_error_rule(torch.cat(one_by_one), exact, rival)
+
+
+@each_level
 def test_other_calls_read_the_weight(backend: str) -> None:
-    """Several rows, other dtypes of x, other backends, gradients: as if there were no packed weight."""
+    """Many rows, other dtypes of x, other backends, gradients: as if there were no packed weight."""
     packed, exact_weight = weight_of(48, 64, 4)
     weight = exact_weight.bfloat16()
     wrong = torch.full_like(packed, 0xFF)  # NaN wherever it is read
-    for x in (normal(1, 2, 64, dtype=torch.bfloat16), normal(1, 1, 64), normal(1, 1, 64, dtype=torch.float16)):
+    for x in (normal(1, 5, 64, dtype=torch.bfloat16), normal(1, 1, 64), normal(1, 1, 64, dtype=torch.float16)):
         got = fused_linear(x, weight, packed=wrong, backend=backend)
         assert torch.equal(got, fused_linear(x, weight, backend=backend))
     x = normal(1, 1, 64, dtype=torch.bfloat16)
