@@ -86,7 +86,7 @@ def test_the_quickstart_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_kernels_page_runs_and_names_all_that_is_public(capsys: pytest.CaptureFixture[str]) -> None:
-    packed, available = blocks("kernels.md", "python")
+    available, packed = blocks("kernels.md", "python")
     run(available)
     assert "kv_splice_" in capsys.readouterr().out
     names = run(packed)
