@@ -138,6 +138,7 @@ class Turn:
             if ids:
                 self._append_in_parts(ids, want_mass=False)
             elif self.commit is not None:
+                self.focus.make_room(self.context, 0)  # what was broken off may have left the context empty
                 self.commit(self.context)
         except BaseException:
             self.context.drop_pending()
