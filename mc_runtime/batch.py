@@ -28,7 +28,7 @@ def answer_batch(
     """Token ids of the answers, end tokens excluded, and what each turn measured."""
     engine, cache = context.engine, context.cache.stacked(len(prompts))
     turns = [Turn(model, context.fork(cache.row(b)), focus.branch(), None) for b in range(len(prompts))]
-    samplers = [Sampler(params) for _ in prompts]
+    samplers = [Sampler(params, model.tokenizer.vocab_size) for _ in prompts]
     logits = [turn.read(model.chat.user_turn_ids(text), text) for turn, text in zip(turns, prompts, strict=True)]
     answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
