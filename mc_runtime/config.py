@@ -39,6 +39,8 @@ class MemoryConfig:
     archive_kv: collapsed token blocks whose exact K/V are kept in memory for the way back (0: recompute).
     policy: name of the focus policy: blend, retrieval, attention, recency, retrieval+recency or hindsight, or, with
         weights, lensnet or lensnet+retrieval (see `mc_runtime.focus`).
+    system_prompt: opens a memory that is new, and always stays at full detail; one that exists keeps its own.
+    focus: how the allocator decides (see `mc_runtime.focus.allocator`).
     """
 
     budget: int = 2048

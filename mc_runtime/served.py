@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .answers import TurnDocuments
+from .arguments import read_prompts
 from .config import MemoryConfig
 from .engines import Engine
 from .errors import BudgetError, InputError
@@ -164,9 +165,7 @@ class ServedSession:
         """Answer a prompt as the next turn; or several at once, each on its own, which are not remembered.
         sampling: fields of `SamplingParams`."""
         params = read_sampling(sampling)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise InputError("prompt: expected text, or a list of texts, that are not empty")
+        prompts = read_prompts(prompt)
         if isinstance(prompt, str):
             return "".join(self._answer(prompt, params))
         self._check_idle()

@@ -177,8 +177,8 @@ class FocusController:
                 return allocate(problem, self.config.focus)
             except BudgetError as error:
                 raise BudgetError(
-                    f"{error} ({reserve} of {self.config.budget} slots are reserved for coming tokens, "
-                    f"{self.config.recent_tokens} recent tokens and {len(self.pins)} pins are kept in full)"
+                    f"{error} ({reserve} of {self.config.budget} slots are reserved for coming tokens; {self.head} "
+                    f"first ones, {self.config.recent_tokens} recent ones and {len(self.pins)} pins are kept in full)"
                 ) from None
 
     @staticmethod

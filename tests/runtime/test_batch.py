@@ -13,6 +13,8 @@ from checks import bring_in, check_session, kv_by_rank, words
 
 from mc_runtime import Session
 from mc_runtime.errors import InputError
+from mc_runtime.kv_cache import KVCache
+from mc_runtime.session import BATCH_ROWS
 
 Memory = Callable[..., Session]
 PROMPTS = ["the dog?", "bread, rain", "the lamp", "keeper"]
@@ -51,6 +53,25 @@ def test_answers_are_those_of_single_sessions(memory: Memory, tmp_path: Path, se
     assert answers == singles
     assert edits > 0
     assert len(set(answers)) > 1
+
+
+def test_a_long_list_is_answered_in_parts(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt has a copy of the cache: as many at a time as memory is meant for, however long the list."""
+    session = memory()
+    session.ingest(words(500))
+    rows, plain = list[int](), KVCache.stacked
+    prompts = [f"{PROMPTS[i % len(PROMPTS)]} {i}" for i in range(BATCH_ROWS + 3)]
+    expected = [session.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    session.clear_stats()
+
+    def stacked(cache: KVCache, copies: int) -> KVCache:
+        rows.append(copies)
+        return plain(cache, copies)
+
+    monkeypatch.setattr(KVCache, "stacked", stacked)
+    assert session.generate(prompts, max_new_tokens=3) == expected
+    assert rows == [BATCH_ROWS, 3]
+    assert [turn.prompt for turn in session.stats().turns] == prompts
 
 
 def test_long_answers_within_the_budget_are_those_of_single_sessions(memory: Memory, tmp_path: Path) -> None:

@@ -78,10 +78,11 @@ def test_a_closed_session_says_so(memory: Memory) -> None:
 
 
 def test_a_refused_prompt_leaves_nothing(memory: Memory) -> None:
-    session = memory(system_prompt="x" * 250)
+    memory(system_prompt="x" * 250, budget=512).close()
+    session = memory()
     before = kinds(session)
     for _ in range(2):
-        with pytest.raises(BudgetError, match="raise the budget or pin less"):
+        with pytest.raises(BudgetError, match=r"raise the budget or pin less .* 260 first ones"):
             session.generate("hello", max_new_tokens=4)
     assert kinds(session) == before
     assert not session.context.pending
@@ -124,6 +125,20 @@ def test_spans_outside_the_history_are_refused(memory: Memory, span: tuple[int, 
     for call in (session.pin, session.focus_on, session.unpin):
         with pytest.raises(InputError, match="span: expected 0 <= start < stop"):
             call(span)
+
+
+def test_a_hit_stands_for_its_span(memory: Memory) -> None:
+    session = memory()
+    session.ingest(words(900))
+    hit = session.search("lamp")[0]
+    session.pin(hit)
+    assert session.focus.pins == [(hit.start, hit.stop)]
+    session.focus_on(hit)
+    assert session.focus_map().frames[-1].label == f"focus on {hit.start}-{hit.stop}"
+    entries = session.context.entries
+    assert set(range(hit.start, hit.stop)) <= set(entries.index[entries.levels == 0].tolist())
+    session.unpin(hit)
+    assert session.focus.pins == []
 
 
 def test_a_hint_brings_a_span_into_detail(memory: Memory) -> None:
