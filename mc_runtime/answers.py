@@ -44,7 +44,8 @@ class Answer:
         params, turn, chat = self.params, self._turn, self.model.chat
         text, end = self.model.tokenizer.stream_decoder(), chat.assistant_end_ids()
         try:
-            sampler, stops = Sampler(params), StopStrings(params.stop)
+            sampler = Sampler(params, self.model.tokenizer.vocab_size)
+            stops = StopStrings(params.stop)
             logits = turn.read(chat.user_turn_ids(self.prompt), self.prompt)
             self.frame = FocusFrame(self.prompt, self.context.entries, self.context.length)
             self._documents.kind = "assistant"

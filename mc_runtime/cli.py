@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +51,8 @@ Policy = Annotated[
 EngineName = Annotated[str, typer.Option("--engine", help="What runs the model: native or transformers.")]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
+# Exit code of a command that Ctrl-C ended, as shells have it.
+INTERRUPTED = 130
 SHIPPED_GISTS = Path(SHIPPED)
 Gistnet = Annotated[
     Path, typer.Option(help="Gists: a safetensors file, `shipped` (the package's, if it has some) or `untrained`.")
@@ -86,11 +90,14 @@ def ingest(
 
     Each file becomes one document, wholly or not at all. Example: [bold]mc ingest memory/ book.txt notes.md[/]
     """
+    from .sources import read_source, read_text
+
+    for source in sources:  # what is not there is said before the model is loaded
+        if str(source) != "-" and (source.is_dir() or not source.exists()):
+            read_text(source)
     with _open(memory, model, budget=budget, gistnet=gistnet) as session:
         for source in sources:
-            text: object = sys.stdin.read() if str(source) == "-" else source
-            from .sources import read_source
-
+            text = [_typed()] if str(source) == "-" else source  # pieces are text, also where they look like a path
             read = read_source(text, session.model.tokenizer, title=title)
             with Progress(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
@@ -130,9 +137,11 @@ def generate(
     settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
     settings |= {"gistnet": gistnet, "lensnet": lensnet, "engine": engine}
     with _open(memory, model, **settings) as session:
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _typed() if prompt == "-" else prompt
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or []}
-        _answer(session, text, stats, max_new_tokens=max_new_tokens, **sampling)
+        whole = _answer(session, text, stats, max_new_tokens=max_new_tokens, **sampling)
+    if not whole:
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -161,10 +170,12 @@ def chat(
     settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
     settings |= {"gistnet": gistnet, "lensnet": lensnet, "engine": engine}
     with _open(memory, model, **settings) as session:
+        with suppress(ImportError):  # some Pythons are built without it
+            import readline  # noqa: F401  (gives `input` a line that can be edited, and a history)
         out.print(f"{session.tree.length:,} tokens remembered. /map, /search words, /focus words, /quit")
         while True:
             try:
-                line = out.input("> ").strip()
+                line = input("> ").strip()
             except EOFError:
                 return
             command, _, rest = line.partition(" ")
@@ -186,25 +197,35 @@ def chat(
                 err.print(str(error), style="red", soft_wrap=True)
 
 
-def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> None:
+def _typed() -> str:
+    from .sources import decode_text
+
+    return decode_text(sys.stdin.buffer.read(), "standard input")
+
+
+def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> bool:
+    """Whether the answer came to its end."""
+    whole = True
     pieces = session.generate(prompt, stream=True, **sampling)
     try:
         for piece in pieces:
             out.file.write(piece)  # `print` would turn tabs into spaces
             out.file.flush()
     except KeyboardInterrupt:  # ends this answer, not the conversation
+        whole = False
         err.print(" (interrupted)", style="dim", end="")
     finally:
         pieces.close()
     out.print()
     if stats:
         err.print(inspection.turn_line(session.stats()))
+    return whole
 
 
 @app.command()
 def inspect(
     memory: Annotated[Path, typer.Argument(help="Directory of the memory.", show_default=False)],
-    columns: Annotated[int, typer.Option(help="Width of the focus map.")] = 96,
+    columns: Annotated[int, typer.Option(min=1, help="Width of the focus map.")] = 96,
 ) -> None:
     """Show the tree, its levels and documents, and where the memory looked last. Works while another process writes."""
     from .tree import Tree
@@ -230,6 +251,10 @@ app.add_typer(eval_app, name="eval")
 
 def main() -> None:
     """Entry point: errors that a user can act on are one line and exit code 2, as those of usage are."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a character shows another, and goes on
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are no text are refused like any that no model can read
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         app()
     except MegaContextError as error:

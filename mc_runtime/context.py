@@ -8,7 +8,8 @@ them, and the nodes that they complete, to the tree. Positions are packed: an en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -73,20 +74,30 @@ class WorkingContext(Layout):
         return branch
 
     def relayout(self, expanded: Expanded, *, mode: RefreshMode | None = None, newest: int = 0) -> Relayout:
-        """Edit the cache, in place, to the layout of `expanded`."""
+        """Edit the cache, in place, to the layout of `expanded`. Whatever ends it early (Ctrl-C too) leaves an empty
+        context, which is assembled anew when it is next needed: no entry stands there without its keys and values."""
         new = self.entries_of(expanded)
         diff = diff_entries(self.entries, new)
-        with timed("splice"):
-            to_run = self._splice(new, diff)
-        self.show(new, expanded)
-        earliest = diff.edits[0].start if diff.edits else None
-        ranks = entries_to_recompute(self, to_run, earliest, mode or self.config.refresh, newest)
-        hidden = None
-        if len(ranks):
-            with timed("recompute"):
-                output = self.run(ranks)
-            hidden = output.hidden[0, -1] if int(ranks[-1]) == len(new) - 1 else None
+        with self._all_or_nothing():
+            with timed("splice"):
+                to_run = self._splice(new, diff)
+            self.show(new, expanded)
+            earliest = diff.edits[0].start if diff.edits else None
+            ranks = entries_to_recompute(self, to_run, earliest, mode or self.config.refresh, newest)
+            hidden = None
+            if len(ranks):
+                with timed("recompute"):
+                    output = self.run(ranks)
+                hidden = output.hidden[0, -1] if int(ranks[-1]) == len(new) - 1 else None
         return Relayout(len(diff.inserted), len(diff.removed), len(ranks), hidden)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
 
     def _splice(self, new: Entries, diff: EntryDiff) -> NDArray[np.int64]:
         """Put `new` into the cache; returns the ranks of the entries that still have to be run."""
@@ -143,17 +154,19 @@ class WorkingContext(Layout):
     def append(self, ids: Sequence[int], *, return_mass: bool = False) -> DecoderOutput:
         """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N].
 
-        Raises BudgetError, before anything changes, if there are not enough free slots.
+        Raises BudgetError, before anything changes, if there are not enough free slots. Whatever else ends it early
+        leaves an empty context, as in `relayout`, and the tokens unread.
         """
         used = self.used + len(ids)
         if used > self.cache.capacity:
             raise BudgetError(f"budget: the new tokens need {used} slots, the cache has {self.cache.capacity}")
         device = self.decoder.device
         slots = torch.arange(self.used, used, device=device)  # the used slots are [0, N): new ones follow
-        self.cache.pos[0, slots] = slots
         x = self.engine.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
-        output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
-        self.extend(ids)
+        with self._all_or_nothing():
+            self.cache.pos[0, slots] = slots
+            output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
+            self.extend(ids)
         if output.mass is None:
             return output
         return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
@@ -163,13 +176,13 @@ class WorkingContext(Layout):
         slots = torch.arange(self.used, self.used + len(ids), device=self.slots.device)
         self.slots = torch.cat((self.slots, slots))
         self.entries = self.entries.with_tokens(len(ids))
-        self.pending.extend(int(i) for i in ids)
+        self.pending += [int(i) for i in ids]
 
     def drop_pending(self) -> None:
         """Forget the pending tokens: they leave the context, and the tree never saw them."""
-        count, used = len(self.pending), self.used
+        count, used = self.entries.stop - self.tree.length, self.used
         self.pending.clear()
-        if not count:
+        if count <= 0:  # none, or the context is empty
             return
         kept = used - count  # pending tokens are always the last entries
         nothing = self.cache.k[:, 0, :, :0]

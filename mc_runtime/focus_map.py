@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from .timeline import Entries
 
 # Finest first: tokens, blocks, blocks of blocks, ...
 SHADES = "█▓▒░·"
+# Longest label beside a line, in characters: a prompt may be a page of text.
+LABEL = 80
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class FocusMap:
 
     def text(self, columns: int = 96) -> str:
         """One line per frame, finest level per column as a shade."""
+        if columns < 1:
+            raise InputError(f"columns: expected at least 1, got {columns!r}")
         lines = []
         for frame in self.frames:
             levels = frame.levels(columns, max(f.length for f in self.frames))
             shades = (" " if np.isnan(x) else SHADES[min(int(x), len(SHADES) - 1)] for x in levels)
-            lines.append(f"{''.join(shades)}  {frame.label}")
+            lines.append(f"{''.join(shades)}  {shorten(frame.label, LABEL, placeholder=' ...')}")
         legend = "  ".join(f"{shade} level {level}" for level, shade in enumerate(SHADES[:-1]))
         return "\n".join([*lines, f"{legend}  {SHADES[-1]} coarser"])
 

@@ -131,7 +131,7 @@ class Layout(ABC):
         also: called inside the transaction with it and the tokens' span, to record what they are. If anything fails
         the tree stays as it was and the tokens stay pending.
         """
-        nodes = self._completed_blocks(builder)
+        nodes, before = self._completed_blocks(builder), self.tree.length
         try:
             with self.tree.begin() as transaction:
                 start, stop = transaction.append_tokens(np.asarray(self.pending, np.int64))
@@ -141,8 +141,10 @@ class Layout(ABC):
         except BaseException:
             builder.reload()
             raise
-        self.pending.clear()
-        self.expanded, self.counts_seen = self.synced_expanded(), self.counts
+        finally:
+            if self.tree.length > before:  # also where Ctrl-C came while the commit was being written
+                self.pending.clear()
+                self.expanded, self.counts_seen = self.synced_expanded(), self.counts
 
     @abstractmethod
     def _completed_blocks(self, builder: NodeBuilder) -> Nodes | None:

@@ -25,6 +25,8 @@ def message_parts(
         title = f"{kind}, turn {number}" if kind != "system" else "system message"
         parts.append((Source(np.asarray(ids, np.int64), title, None), kind))
 
+    if not isinstance(messages, Sequence):
+        raise InputError(f"messages: expected a list of mappings, got {type(messages).__name__}")
     chat, end = model.chat, model.chat.assistant_end_ids()
     for at, message in enumerate(messages):
         role, text = _read(message, at)

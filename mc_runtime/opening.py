@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import MemoryConfig
 from .engines import CacheEngine, make_engine
-from .errors import InputError
+from .errors import BudgetError, InputError
 from .focus import LENSNET_POLICIES, make_policy
 from .gistnet import GistNet
 from .lensnet import LensNet
@@ -86,3 +86,14 @@ def load_parts(
         gistnet=net.fingerprint,
     )
     return Parts(loaded, make_engine(engine, decoder), net, lens, spec)
+
+
+def check_room(head: int, config: MemoryConfig) -> None:
+    """Refuse a system prompt, of `head` tokens, that the budget cannot hold beside what else has to stand in it."""
+    blocks = -(-head // config.block_size)
+    least = config.recent_tokens + (blocks + 2) * config.block_size
+    if config.budget < least:
+        raise BudgetError(
+            f"system_prompt: its {head} tokens always stay at full detail, beside {config.recent_tokens} recent tokens "
+            f"and two blocks, and the budget is {config.budget}; give a shorter one, or a budget of at least {least}"
+        )

@@ -36,7 +36,8 @@ class RecentWindow:
         ids = [*self.head, *recent, *turn]
         stats = TurnStats(prompt=prompt, prompt_tokens=len(turn))
         self.turns.append(stats)
-        sampler, text = Sampler(params), self.model.tokenizer.stream_decoder()
+        tokenizer = self.model.tokenizer
+        sampler, text = Sampler(params, tokenizer.vocab_size), tokenizer.stream_decoder()
         self._cache.pos.fill_(-1)
         logits = self._run(ids, 0)
         answer: list[int] = []

@@ -31,7 +31,8 @@ TURN_KINDS = frozenset({"user", "assistant"})
 
 @dataclass(frozen=True)
 class Hit:
-    """A span of the history that matches a query. start, stop: tokens; score: BM25."""
+    """A span of the history that matches a query. start, stop: tokens; score: BM25; source: title of the document
+    that has most of it."""
 
     start: int
     stop: int
@@ -167,6 +168,16 @@ class BlockIndex:
         size = self.tree.spec.block_size
         return frozenset(_stems([query], self._stemmer)[0]) & self._told.of(first * size, stop * size)
 
+    def _source(self, start: int, stop: int) -> str | None:
+        """Title of the document that has most of a span; of equal ones the first."""
+        most, title = 0, None
+        while start < stop and (document := self.tree.document_at(start)) is not None:
+            end = min(document.stop, stop)
+            if end - start > most:
+                most, title = end - start, document.title
+            start = end
+        return title
+
     def search(self, query: str, top: int = 8) -> list[Hit]:
         """The best blocks, best first; blocks that match nothing are left out."""
         self.update()
@@ -174,9 +185,7 @@ class BlockIndex:
         hits = []
         for block in best_first(scores, top):
             start, stop = int(block) * size, (int(block) + 1) * size
-            document = self.tree.document_at(start)
-            title = document.title if document is not None else None
-            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), title))
+            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), self._source(start, stop)))
         return hits
 
 

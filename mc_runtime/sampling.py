@@ -55,8 +55,9 @@ def read_sampling(sampling: dict[str, Any]) -> SamplingParams:
 class Sampler:
     """Draws token ids from logits; holds the random state of one answer."""
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    def __init__(self, params: SamplingParams, vocab_size: int | None = None) -> None:
+        """vocab_size: tokens that the tokenizer has. Models may have more rows, which stand for nothing."""
+        self.params, self.vocab_size = params, vocab_size
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -64,11 +65,13 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """logits [vocab] -> token id. Ties of the greedy choice go to the lowest id."""
-        p = self.params
+        """logits [rows of the model] -> token id. Ties of the greedy choice go to the lowest id."""
+        p, logits = self.params, logits[: self.vocab_size]
         if p.temperature == 0:
             return int(logits.argmax())
-        scores = logits.float().cpu() / p.temperature
+        scores = logits.float().cpu()
+        # Below the best one, and in fp64: at a temperature near 0 the others go to -inf, and nothing overflows.
+        scores = ((scores - scores.max()).double() / p.temperature).float()
         if not p.top_k and p.top_p == 1:  # nothing to leave out: no sort of the vocabulary
             return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         order = scores.argsort(descending=True, stable=True)
@@ -77,6 +80,7 @@ class Sampler:
         probabilities = scores[order].softmax(-1)
         # The smallest set of best tokens that reaches top_p, the one that crosses it included.
         keep = probabilities.cumsum(-1) - probabilities < p.top_p
+        keep[0] = True  # a top_p that rounds to 0
         chosen = torch.multinomial(probabilities[keep], 1, generator=self._generator)
         return int(order[keep][chosen])
 

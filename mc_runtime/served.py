@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .answers import TurnDocuments
+from .arguments import read_prompts
 from .config import MemoryConfig
 from .engines import Engine
 from .errors import BudgetError, InputError
@@ -161,12 +162,10 @@ class ServedSession:
     def generate(self, prompt: Sequence[str], **sampling: Any) -> list[str]: ...
 
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
-        """Answer a prompt as the next turn; or several at once, each on its own, which are not remembered.
-        sampling: fields of `SamplingParams`."""
+        """Answer a prompt as the next turn; or several at once, each on its own, which are not remembered: such an
+        answer ends where the budget is full. sampling: fields of `SamplingParams`."""
         params = read_sampling(sampling)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise InputError("prompt: expected text, or a list of texts, that are not empty")
+        prompts = read_prompts(prompt)
         if isinstance(prompt, str):
             return "".join(self._answer(prompt, params))
         self._check_idle()
@@ -215,7 +214,10 @@ class ServedSession:
         while active:
             answers, asked = ask(self.engine, active, params)
             for turn, tokens in zip(active, answers, strict=True):
-                turn.take(tokens, asked)
+                try:
+                    turn.take(tokens, asked)
+                except BudgetError:  # full: nothing of a list is remembered, and so nothing of it can be collapsed
+                    turn.ended = True
             active = [t for t in active if not t.ended and len(t.generated) < params.max_new_tokens]
         self.turns += [turn.stats for turn in turns]
         texts = []

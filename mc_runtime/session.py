@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 
 from .answers import Answer
+from .arguments import Span, read_prompts, read_span
 from .batch import answer_batch
-from .config import IngestMode, MemoryConfig
+from .config import DEFAULT_SYSTEM_PROMPT, IngestMode, MemoryConfig
 from .context import WorkingContext
 from .engines import CacheEngine
 from .errors import InputError
@@ -27,7 +29,7 @@ from .ingest import Progress, ingest_documents
 from .messages import message_parts
 from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
-from .opening import Parts, load_parts, read_settings
+from .opening import Parts, check_room, load_parts, read_settings
 from .retrieval import BlockIndex, Hit
 from .sampling import SamplingParams, StopStrings, read_sampling
 from .shipped import SHIPPED
@@ -35,6 +37,10 @@ from .snapshot import load_snapshot, save_snapshot
 from .sources import Source, read_evidence, read_source
 from .stats import SessionStats, TurnStats
 from .tree import Document, Tree
+
+logger = logging.getLogger("mc_runtime")
+# Prompts of a list that are answered together: each has a copy of the cache.
+BATCH_ROWS = 16
 
 
 class Session:
@@ -59,6 +65,8 @@ class Session:
         self._streams: weakref.WeakSet[Generator[str, None, None]] = weakref.WeakSet()
         if tree.length == 0:
             self._write_head()
+        else:
+            self._compare_head()
         head = tree.documents()[0].stop
         self.focus = FocusController(make_policy(config.policy, parts.lensnet), config, self.retrieval, head)
         load_snapshot(path, tree, self.context, self.focus)
@@ -108,7 +116,14 @@ class Session:
         ids = np.asarray(self.model.chat.system_ids(self.config.system_prompt), np.int64)
         if not len(ids):
             raise InputError("system_prompt: expected text that gives at least one token, got none")
+        check_room(len(ids), self.config)
         self._ingest([(Source(ids, "system prompt", None), "system")], fast=False)
+
+    def _compare_head(self) -> None:
+        head, given = self.tree.documents()[0], self.config.system_prompt
+        ids = [] if given == DEFAULT_SYSTEM_PROMPT else self.model.chat.system_ids(given)
+        if ids and self.tree.tokens(head.start, head.stop).tolist() != ids:
+            logger.warning("system_prompt: the memory keeps the one that it was made with, another was given")
 
     def close(self) -> None:
         """Save the Working Context and release the memory. An answer that is still streaming ends here and is kept.
@@ -215,16 +230,15 @@ class Session:
     def generate(
         self, prompt: str | Sequence[str], *, stream: bool = False, **sampling: Any
     ) -> str | Iterator[str] | list[str]:
-        """Answer a prompt as the next turn of the history; or several, each on its own, which are not remembered.
+        """Answer a prompt as the next turn of the history; or several, each on its own, which are not remembered: each
+        has to fit in the budget, and its answer ends where the budget is full (`finish_reason` "length").
 
         stream: yield text as it comes; the turn is part of the history once the iterator is exhausted or closed.
         sampling: fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop).
         """
         self._check_idle()
         params = read_sampling(sampling)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise InputError("prompt: expected text, or a list of texts, that are not empty")
+        prompts = read_prompts(prompt)
         if not isinstance(prompt, str):
             if stream:
                 raise InputError("stream: expected one prompt when streaming, got a list")
@@ -236,7 +250,11 @@ class Session:
     def _generate_batch(self, prompts: list[str], params: SamplingParams) -> list[str]:
         with torch.inference_mode():
             self.focus.make_room(self.context, 0)  # brings in what was ingested, once for all branches
-        answers, stats = answer_batch(self.model, self.context, self.focus, prompts, params)
+        answers, stats = list[list[int]](), list[TurnStats]()
+        for first in range(0, len(prompts), BATCH_ROWS):
+            part = prompts[first : first + BATCH_ROWS]
+            said, measured = answer_batch(self.model, self.context, self.focus, part, params)
+            answers, stats = answers + said, stats + measured
         self._turns += stats
         texts = []
         for ids, turn in zip(answers, stats, strict=True):
@@ -260,31 +278,35 @@ class Session:
 
     def search(self, text: str, top: int = 8) -> list[Hit]:
         """The blocks of the history that match a text best (BM25), best first."""
-        if not text.strip():
-            raise InputError("text: expected words to search for, got none")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text: expected words to search for, got {text!r}")
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+            raise InputError(f"top: expected an integer of at least 1, got {top!r}")
         return self.retrieval.search(text, top)
 
     # -- focus ------------------------------------------------------------------------------------------------------
 
-    def focus_on(self, target: str | tuple[int, int] | Document | None) -> None:
+    def focus_on(self, target: str | Span | None) -> None:
         """A hint: bring what matches a text, or a span of tokens, into detail now. A span keeps a claim on the budget
-        until the next hint; None takes it back."""
+        until the next hint; None takes it back. A document or a hit of `search` stands for its span."""
         self._check_idle()
         if target is None:
             self.focus.hints = {}
             return
         query = target if isinstance(target, str) else ""
+        label = query
         if not isinstance(target, str):
-            self.focus.hint_span(*self._span(target))
+            start, stop = read_span(target, self.tree.length)
+            self.focus.hint_span(start, stop)
+            label = f"focus on {start}-{stop}"
         with torch.inference_mode():
             self.focus.refocus(self.context, query=query, reserve=self.config.block_size, new_turn=True)
-        label = query or "focus on {}-{}".format(*self._span(target)) if not isinstance(target, str) else query
         self._frames.append(FocusFrame(label, self.context.entries, self.context.length))
 
-    def pin(self, target: tuple[int, int] | Document) -> None:
+    def pin(self, target: Span) -> None:
         """Keep a span at full detail from now on. Raises BudgetError, and pins nothing, if the budget is too small."""
         self._check_idle()
-        self.focus.pins.append(self._span(target))
+        self.focus.pins.append(read_span(target, self.tree.length))
         try:
             with torch.inference_mode():
                 self.focus.refocus(self.context, query="", reserve=self.config.block_size)
@@ -292,19 +314,13 @@ class Session:
             self.focus.pins.pop()
             raise
 
-    def unpin(self, target: tuple[int, int] | Document) -> None:
+    def unpin(self, target: Span) -> None:
         """Take back a pin."""
         self._check_idle()
-        span = self._span(target)
+        span = read_span(target, self.tree.length)
         if span not in self.focus.pins:
             raise InputError(f"span: {span} is not pinned; pinned are {self.focus.pins}")
         self.focus.pins.remove(span)
-
-    def _span(self, target: tuple[int, int] | Document) -> tuple[int, int]:
-        start, stop = (target.start, target.stop) if isinstance(target, Document) else target
-        if not 0 <= start < stop <= self.tree.length:
-            raise InputError(f"span: expected 0 <= start < stop <= {self.tree.length}, got ({start}, {stop})")
-        return int(start), int(stop)
 
     def focus_map(self) -> FocusMap:
         """What stood in the context in what detail at each turn of this session; before the first, what was saved."""

@@ -64,6 +64,8 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
 def read_evidence(hits: Iterable[object], tokenizer: Tokenizer) -> list[tuple[Source, float | None]]:
     """Passages and their scores, from mappings with `text` and, where known, `source` and `score`, or from objects
     with such attributes. Raises InputError, before anything is used, naming the first that cannot be."""
+    if not isinstance(hits, Iterable) or isinstance(hits, str | bytes | Mapping):
+        raise InputError(f"hits: expected a list of mappings with a non-empty 'text', got {type(hits).__name__}")
     passages = []
     for number, hit in enumerate(hits):
         fields: Mapping[str, Any] = hit if isinstance(hit, Mapping) else getattr(hit, "__dict__", {})
@@ -86,12 +88,17 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    return decode_text(raw, str(path))
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """UTF-8 text, without a byte order mark. name: what the error names that is raised if it is not text."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8 text first") from error
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start}); convert it to UTF-8 text first") from error
     if "\x00" in text:
-        raise InputError(f"{path}: a binary file (it holds zero bytes); give a text file")
+        raise InputError(f"{name}: a binary file (it holds zero bytes); give a text file")
     return text
 
 

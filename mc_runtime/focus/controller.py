@@ -146,13 +146,14 @@ class FocusController:
             below = kept[level]
         return kept
 
-    def make_room(self, context: Layout, count: int) -> int:
+    def make_room(self, context: Layout, count: int, *, mode: RefreshMode | None = None) -> int:
         """Collapse the cheapest siblings, by the latest utilities, until `count` slots are free; returns the number of
-        nodes that changed. Nothing happens if they are free already."""
+        nodes that changed. Nothing happens if they are free already. mode: refresh mode, by default the
+        configuration's."""
         if context.used + count <= self.config.budget and context.entries.stop == context.length:
             return 0
         allocation = self._allocate(context, context.synced_expanded(), count)
-        context.relayout(allocation.expanded)
+        context.relayout(allocation.expanded, mode=mode)
         return len(allocation.expand) + len(allocation.collapse)
 
     def _allocate(self, context: Layout, expanded: Expanded, reserve: int) -> Allocation:
@@ -177,8 +178,8 @@ class FocusController:
                 return allocate(problem, self.config.focus)
             except BudgetError as error:
                 raise BudgetError(
-                    f"{error} ({reserve} of {self.config.budget} slots are reserved for coming tokens, "
-                    f"{self.config.recent_tokens} recent tokens and {len(self.pins)} pins are kept in full)"
+                    f"{error} ({reserve} of {self.config.budget} slots are reserved for coming tokens; {self.head} "
+                    f"first ones, {self.config.recent_tokens} recent ones and {len(self.pins)} pins are kept in full)"
                 ) from None
 
     @staticmethod

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 
 from mc_runtime import MegaContextError, MemoryConfig, Session
+from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.errors import BudgetError, InputError, ModelError, TreeError
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
@@ -65,7 +66,25 @@ def test_settings_override_a_config(tmp_path: Path, model: LoadedModel) -> None:
         (lambda s: s.generate("hi", temperature=-1), "temperature: expected"),
         (lambda s: s.generate("hi", stop="x"), "stop: expected a tuple"),
         (lambda s: s.ingest("text", mode="slow"), "mode: expected one of contextual, fast, got 'slow'"),
+        (lambda s: s.generate(None), "prompt: expected text, or a list of texts, .* got NoneType"),
+        (lambda s: s.generate(Path("question.txt")), "prompt: expected text, or a list of texts, .* got PosixPath"),
+        (lambda s: s.generate({"role": "user", "content": "hi"}), "prompt: expected text, .* got dict"),
+        (lambda s: s.generate([{"role": "user", "content": "hi"}]), "prompt: expected text, or a list of texts"),
         (lambda s: s.search("  "), "text: expected words to search for"),
+        (lambda s: s.search(None), "text: expected words to search for, got None"),
+        (lambda s: s.search("sea", 0), "top: expected an integer of at least 1, got 0"),
+        (lambda s: s.search("sea", "3"), "top: expected an integer of at least 1, got '3'"),
+        (lambda s: s.pin("the sea"), "span: expected two integers .start, stop., a document or a hit, got 'the sea'"),
+        (lambda s: s.pin((1, 2, 3)), "span: expected two integers"),
+        (lambda s: s.pin((1.5, 3)), "span: expected two integers"),
+        (lambda s: s.pin(None), "span: expected two integers .* got None"),
+        (lambda s: s.focus_on(4), "span: expected two integers .* got 4"),
+        (lambda s: s.focus_on((5, 3)), "span: expected 0 <= start < stop"),
+        (lambda s: s.unpin("sea"), "span: expected two integers"),
+        (lambda s: s.ingest_evidence(None), "hits: expected a list of mappings"),
+        (lambda s: s.ingest_evidence({"text": "a passage"}), "hits: expected a list of mappings .* got dict"),
+        (lambda s: s.ingest_messages(None), "messages: expected a list of mappings, got NoneType"),
+        (lambda s: s.focus_map().text(columns=0), "columns: expected at least 1, got 0"),
         (lambda s: s.generate("a\ud800"), "valid Unicode"),
     ],
 )  # fmt: skip
@@ -128,6 +147,26 @@ def test_broken_gistnet_files(memory: Memory, model: LoadedModel, tmp_path: Path
     with refused(ModelError, "net.safetensors: not "):
         memory(gistnet=path)
     assert not (tmp_path / "memory").exists()
+
+
+def test_a_system_prompt_that_leaves_no_room(memory: Memory, tmp_path: Path) -> None:
+    """Said when the memory is made, and not at every question."""
+    with refused(
+        BudgetError, "system_prompt: its 1010 tokens always stay .* give a shorter one, or a budget of at least"
+    ):
+        memory(system_prompt="x" * 1000)
+    session = memory(system_prompt="x" * 100)  # and the folder can still be used
+    session.generate("hello", max_new_tokens=12)
+    check_session(session)
+
+
+def test_another_system_prompt_is_not_dropped_in_silence(memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    for given, said in (("be brief", 0), ("be brief", 0), (DEFAULT_SYSTEM_PROMPT, 0), ("be long", 1)):
+        caplog.clear()
+        session = memory(system_prompt=given)
+        assert len([r for r in caplog.records if "the memory keeps the one that it was made with" in r.message]) == said
+        assert "be brief" in session.model.tokenizer.decode(session.tree.tokens().tolist())
+        session.close()
 
 
 def test_a_model_that_breaks_while_decoding(memory: Memory) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checks import words
@@ -25,9 +26,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mod
     monkeypatch.setattr(mc_runtime.opening, "load_model", lambda name: model)
     monkeypatch.chdir(tmp_path)
 
-    def mc(*args: object, typed: str = "") -> tuple[int, str, str]:
+    def mc(*args: object, typed: str | bytes = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mc", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        raw = typed if isinstance(typed, bytes) else typed.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
         capsys.readouterr()
         code = 0
         try:
@@ -114,6 +116,74 @@ def test_chat_goes_on_after_a_restart(run: Run, model: LoadedModel, tmp_path: Pa
     assert kinds == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_standard_input_is_text(run: Run, tmp_path: Path, model: LoadedModel) -> None:
+    """Also where it looks like the name of a file."""
+    (tmp_path / "secret.txt").write_text("a secret")
+    for typed in ("secret.txt", "Hello.World", "\ufeffsea and wind"):
+        code, out, err = run("ingest", "m", "-", typed=typed)
+        assert (code, out.partition(":")[0]) == (0, typed.removeprefix("\ufeff")), err
+    with Session.open(tmp_path / "m", model) as session:
+        texts = [
+            model.tokenizer.decode(session.tree.tokens(d.start, d.stop).tolist()) for d in session.tree.documents()
+        ]
+    assert texts[1:] == ["secret.txt", "Hello.World", "sea and wind"]
+
+
+@pytest.mark.parametrize("command", [["ingest", "m", "-"], ["generate", "m", "-"]], ids=" ".join)
+def test_standard_input_that_is_no_text(run: Run, command: list[str]) -> None:
+    for typed, what in ((b"na\xefve", "not UTF-8 text (byte 2)"), (b"a\x00b", "a binary file")):
+        code, out, err = run(*command, typed=typed)
+        assert (code, out) == (2, "")
+        assert f"mc: standard input: {what}" in err
+    code, out, err = run("chat", "m", "-n", 2, typed=b"na\xefve\nhello\n")
+    assert code == 0
+    assert "valid Unicode" in err
+
+
+def test_an_answer_that_a_terminal_cannot_show(
+    run: Run, tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert run("generate", "m", "who is there?", "-n", 20)[0] == 0
+    sys.stdout.flush()
+    with Session.open(tmp_path / "m", model) as session:
+        answer = session.tree.documents()[-1]
+        said = model.tokenizer.decode(session.tree.tokens(answer.start, answer.stop).tolist()[:20])
+    assert not said.isascii()  # or this test could not fail
+    assert shown.getvalue().decode("ascii") == "".join(c if c.isascii() else "?" for c in said) + "\n"
+
+
+def test_an_interrupted_answer_is_kept_and_said_to_be_one(run: Run, tmp_path: Path, model: LoadedModel) -> None:
+    plain = Session.generate
+
+    def generate(session: Session, *args: Any, **kw: Any) -> Iterator[str]:
+        pieces = plain(session, *args, **kw)
+        try:
+            for _ in range(3):
+                yield next(pieces)
+            raise KeyboardInterrupt
+        finally:
+            pieces.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "generate", generate)
+        code, out, err = run("generate", "m", "who is there?", "-n", 40)
+        assert (code, "(interrupted)" in err) == (130, True)
+        assert run("chat", "m", "-n", 40, typed="hello\n/quit\n")[0] == 0  # a conversation goes on
+    with Session.open(tmp_path / "m", model) as session:
+        assert [d.kind for d in session.tree.documents()] == ["system", *["user", "assistant"] * 2]
+    assert out.strip()
+
+
+def test_a_file_that_is_not_there_makes_no_memory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "there.txt").write_text("hello")
+    for bad in ("missing.txt", "."):
+        assert run("ingest", "m", "there.txt", bad)[0] == 2
+    assert not (tmp_path / "m").exists()
+    assert run("inspect", "m", "--columns", 0)[0] == 2
+
+
 def test_an_empty_memory_can_be_inspected(run: Run) -> None:
     (code, out, _) = (run("chat", "m", typed=""), run("inspect", "m"))[1]
     assert code == 0
@@ -183,8 +253,9 @@ def test_anything_else_is_a_bug_and_keeps_its_traceback(run: Run, monkeypatch: p
 
 
 def test_the_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mc_runtime.cli", "ingest", tmp_path / "m", "README.md"]
     done = subprocess.run(
-        [sys.executable, "-m", "mc_runtime.cli", "ingest", tmp_path / "m", "x.txt", "--model", tmp_path / "none.gguf"],
+        [*command, "--model", tmp_path / "none.gguf"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 2

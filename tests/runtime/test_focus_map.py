@@ -51,6 +51,17 @@ def test_text() -> None:
     assert deep.text(columns=3).startswith("···")
 
 
+def test_a_label_is_one_short_line() -> None:
+    """A prompt may be a page of text."""
+    long = frame("Read this:\n\n" + "the sea and the wind\n" * 50, [0] * 33, list(range(33)))
+    lines = FocusMap([long, FRAME]).text(columns=12).splitlines()
+    assert len(lines) == 3
+    label = lines[0][14:]
+    assert label.startswith("Read this: the sea and the wind the sea")
+    assert label.endswith(" ...")
+    assert len(label) <= 80
+
+
 def test_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = FocusMap([frame("first [x] $y$", [0] * 33, list(range(33))), FRAME]).save_png(

@@ -40,6 +40,16 @@ def test_a_planted_fact_is_found_first(memory: Memory) -> None:
     assert session.search("zebra quagga") == []
 
 
+def test_a_block_of_several_texts_is_of_the_one_that_has_most_of_it(memory: Memory) -> None:
+    session = memory(block_size=32, budget=256)
+    session.ingest("quagga " + words(35 - session.tree.length), title="before")
+    start = session.tree.length
+    assert start % 32 < 16
+    session.ingest("zebra " + words(200), title="after")
+    (hit,) = session.search("zebra", top=1)
+    assert (hit.start, hit.source) == (start - start % 32, "after")
+
+
 def test_the_index_follows_the_tree(memory: Memory) -> None:
     session = memory(block_size=32, budget=256)
     index = session.retrieval

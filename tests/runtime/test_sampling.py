@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checks import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 from mc_runtime import SamplingParams, Session
 from mc_runtime.errors import InputError
+from mc_runtime.model import Decoder
 from mc_runtime.sampling import Sampler, StopStrings
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 2.0, -3.0])
@@ -63,6 +68,33 @@ def test_top_p_keeps_the_token_that_crosses(top_p: float, tokens: list[int]) -> 
 def test_top_k_comes_before_top_p() -> None:
     """Of the two best, each has half of what is left: 0.45 is reached by one."""
     assert_drawn_from(frequencies(temperature=1.0, top_k=2, top_p=0.45), kept(softmax(), [1]))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    """Logits over it are beyond what fp32 holds."""
+    assert frequencies(temperature=temperature)[[1, 4]].sum() == 1
+    assert frequencies(temperature=temperature, top_k=3, top_p=0.9)[[1, 4]].sum() == 1
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-50, 5e-324])
+def test_a_top_p_near_zero_keeps_the_best(top_p: float) -> None:
+    assert frequencies(temperature=1.0, top_p=top_p)[1] == 1
+
+
+def test_rows_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
+    """Models pad their vocabulary (Qwen2 by some hundred rows); a memory cannot keep what is no token."""
+    small = tiny_model()
+    config = replace(small.config, vocab_size=small.config.vocab_size + 300)
+    padded = replace(small, config=config, decoder=Decoder.random(config, seed=0, std=0.3))
+    with Session.open(tmp_path, padded, **SMALL) as session:
+        for seed in range(4):
+            session.generate("and the sea?", max_new_tokens=20, temperature=2.0, seed=seed)
+        session.generate("and the sea?", max_new_tokens=20)
+        session.generate(["and the sea?"], max_new_tokens=20, temperature=2.0, seed=1)
+        turns = session.stats().turns
+    assert [turn.new_tokens for turn in turns if turn.finish_reason == "length"]
+    assert all(turn.finish_reason in ("length", "stop") for turn in turns)
 
 
 def test_seeds() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ from checks import SMALL, refused
 from live_server import MODEL, Live, live
 
 from mc_runtime import Session, cli
-from mc_runtime.errors import InputError
+from mc_runtime.errors import InputError, MegaContextError
 from mc_runtime.model import LoadedModel
 from mc_runtime.serve.errors import ApiError
 from mc_runtime.serve.names import folder_of
+from mc_runtime.serve.server import Server
 from mc_runtime.serve.settings import ServeSettings
 
 HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -77,8 +80,9 @@ def say(*messages: tuple[str, Any]) -> dict[str, Any]:
         (change(messages=[]), "messages"),
         (change(messages="hello"), "messages"),
         (say(("tool", "x")), "role"),
-        (say(("user", 3)), "content"),
-        (say(("user", [{"type": "image_url", "image_url": {"url": "x"}}])), "content"),
+        (say(("user", 3)), "messages.0.content: Input should be a valid string"),
+        (say(("user", [{"type": "image_url"}])), "messages.0.content.0.type: Input should be 'text'"),
+        (change(stop=["a", 1]), "stop.1: Input should be a valid string"),
         (say(("user", "  ")), "messages: expected the last one to be the user's, with text"),
         (say(("user", "hello"), ("assistant", "hi")), "messages: expected the last one to be the user's"),
         (say(("user", "\ud800")), ""),
@@ -116,8 +120,30 @@ def test_other_errors_have_the_same_shape(server: Live) -> None:
     check_error(post(server, HELLO, path="/v1/embeddings"), 404, "Not Found")
     check_error(post(server, HELLO, path="/health"), 405, "Method Not Allowed")
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what a foreign web page could send
-        check_error(post(server, HELLO, content_type=kind), 400, "")
+        check_error(post(server, HELLO, content_type=kind), 400, "the header `Content-Type: application/json`, got")
     check_error(post(server, HELLO, host="memory.example:80"), 403, "127.0.0.1 and localhost")
+
+
+@contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """What a logger is told inside the block."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
+def test_what_is_refused_is_no_error_of_the_servers(server: Live) -> None:
+    """No traceback in its log, whichever way a request is refused: a client could fill a disk with them."""
+    with logged("uvicorn.error") as said, logged("mc_runtime.serve") as also_said:
+        for body in (change(model="gpt-5"), change(seed=-1), change(user=" "), say(("user", "\ud800")), b"{"):
+            assert 400 <= post(server, body)[0] < 500
+        check_error(post(server, say(("system", "be brief " * 9), ("user", "hello"))), 400, "the system message has")
+    assert said == also_said == []
 
 
 def test_a_request_that_is_too_large(server: Live) -> None:
@@ -175,6 +201,39 @@ def test_without_a_token_only_loopback(
         cli.main()
     assert "no token is set" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("session", "message"),
+    [
+        ({"policy": "best"}, "policy: expected one of"),
+        ({"budget": 10}, "budget: 10 slots cannot hold"),
+        ({"budget": 100_000}, "give a smaller budget"),
+        ({"gistnet": "nowhere.safetensors"}, "nowhere.safetensors: not a readable safetensors file"),
+        ({"bugdet": 512}, "bugdet: expected fields of MemoryConfig"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_memory_opens_with(
+    tmp_path: Path, model: LoadedModel, session: dict[str, Any], message: str
+) -> None:
+    """The server does not start, instead of answering every request with an error."""
+    with refused(MegaContextError, message):
+        Server(ServeSettings(root=tmp_path / "root", model_name=MODEL, session=SMALL | session), model)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_root_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, before the model is looked for."""
+    (tmp_path / "file").write_text("x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mc", "serve", str(tmp_path / "file" / "memories"), "--model", "nowhere"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "root: " in error
+    assert "cannot be made (Not a directory); check the path" in error
 
 
 def test_the_extra_that_is_missing_is_named(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import bring_in, check_session, kv_by_rank, watched, words
+from checks import bring_in, check_session, counted_forwards, kv_by_rank, relative_error, watched, words
 
 from mc_runtime import Session
 from mc_runtime.errors import BudgetError, InputError
@@ -66,6 +66,21 @@ def test_a_prompt_longer_than_the_budget_is_read_in_parts(memory: Memory, monkey
     assert session.tree.documents()[-2].stop - session.tree.documents()[-2].start > 400
 
 
+def test_a_prompt_longer_than_the_budget_costs_what_it_is_long(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making room for its next part runs little again, and after the last part all is recomputed once."""
+    session = memory()
+    session.ingest(words(600))
+    with counted_forwards(monkeypatch) as entries:
+        session.generate(words(1500, seed=7), max_new_tokens=1)
+    assert sum(entries) < 1.6 * 1500
+    context = session.context
+    with torch.inference_mode():
+        twin = context.fork(context.cache.stacked(1))
+        twin.assemble(context.expanded)
+    for got, expected in zip(kv_by_rank(context), kv_by_rank(twin), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
 def test_a_closed_session_says_so(memory: Memory) -> None:
     session = memory()
     waiting = session.generate("later", stream=True)
@@ -78,10 +93,11 @@ def test_a_closed_session_says_so(memory: Memory) -> None:
 
 
 def test_a_refused_prompt_leaves_nothing(memory: Memory) -> None:
-    session = memory(system_prompt="x" * 250)
+    memory(system_prompt="x" * 250, budget=512).close()
+    session = memory()
     before = kinds(session)
     for _ in range(2):
-        with pytest.raises(BudgetError, match="raise the budget or pin less"):
+        with pytest.raises(BudgetError, match=r"raise the budget or pin less .* 260 first ones"):
             session.generate("hello", max_new_tokens=4)
     assert kinds(session) == before
     assert not session.context.pending
@@ -124,6 +140,20 @@ def test_spans_outside_the_history_are_refused(memory: Memory, span: tuple[int, 
     for call in (session.pin, session.focus_on, session.unpin):
         with pytest.raises(InputError, match="span: expected 0 <= start < stop"):
             call(span)
+
+
+def test_a_hit_stands_for_its_span(memory: Memory) -> None:
+    session = memory()
+    session.ingest(words(900))
+    hit = session.search("lamp")[0]
+    session.pin(hit)
+    assert session.focus.pins == [(hit.start, hit.stop)]
+    session.focus_on(hit)
+    assert session.focus_map().frames[-1].label == f"focus on {hit.start}-{hit.stop}"
+    entries = session.context.entries
+    assert set(range(hit.start, hit.stop)) <= set(entries.index[entries.levels == 0].tolist())
+    session.unpin(hit)
+    assert session.focus.pins == []
 
 
 def test_a_hint_brings_a_span_into_detail(memory: Memory) -> None:
