@@ -132,7 +132,7 @@ class DecoderLayers:
         x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
         bias = native.array(cache.kv_bias, torch.float32)
         freq = None if self._rope is None else native.array(self._rope.inv_freq_on(x.device), torch.float64)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
         dtype = native.dtype_code(x.dtype)
         self._current().run(

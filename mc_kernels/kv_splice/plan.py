@@ -91,12 +91,12 @@ class SplicePlan:
     @cached_property
     def slots(self) -> Tensor:
         """[length] slot of each entry by rank, before."""
-        return torch.arange(self.length) if self._slots is None else self._slots
+        return torch.arange(self.length, device="cpu") if self._slots is None else self._slots
 
     @cached_property
     def new_slots(self) -> Tensor:
         """[new_length] slot of each entry by rank, after."""
-        return torch.arange(self.new_length) if self._new_slots is None else self._new_slots
+        return torch.arange(self.new_length, device="cpu") if self._new_slots is None else self._new_slots
 
     @cached_property
     def moves(self) -> Tensor:
