@@ -65,7 +65,8 @@ class DecoderLayers:
 
     Holds references to the weights and looks at every call where they lie: values changed in place count from the next
     call on, and so do other storages, shapes and dtypes (`tensor.data = ...`). Several threads may call it at once,
-    over caches of their own; weights must not be replaced meanwhile. No gradients.
+    over caches of their own; weights must not be replaced meanwhile. No gradients: with gradients enabled, tensors that
+    require them are refused. A copy, pickled or not, is prepared anew, from the weights that are copied with it.
 
     layers: their weights, of the same shapes. eps: of all norms. rope: how queries and, while they are read, keys turn;
         None: not at all. Logits are scaled by D ** -0.5.
@@ -81,6 +82,9 @@ class DecoderLayers:
         self._tensors = tuple(x for layer in self._layers for x in layer if x is not None)
         # Together, so that a thread sees addresses with the tensors they are of.
         self._prepared = self._prepare()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _with, (self._layers, self._eps, self._rope)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -128,10 +132,16 @@ class DecoderLayers:
                 raise ValueError(f"mass: expected a contiguous tensor, got strides {mass.stride()}")
             tensors["mass"] = mass
         _check_on_cpu(tensors)
+        if torch.is_grad_enabled():
+            _check_no_gradient({"x": x, "k": cache.k, "v": cache.v}, self._tensors)
         # Held in names: the library gets addresses.
         x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
         bias = native.array(cache.kv_bias, torch.float32)
-        freq = None if self._rope is None else native.array(self._rope.inv_freq_on(x.device), torch.float64)
+        freq, scale = None, dims["D"] ** -0.5
+        if self._rope is not None and self._rope.rotary_dim:
+            freq = native.array(self._rope.inv_freq_on(x.device), torch.float64)
+        elif self._rope is not None:  # nothing turns
+            scale *= self._rope.attention_scaling**2
         out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
         dtype = native.dtype_code(x.dtype)
@@ -151,11 +161,13 @@ class DecoderLayers:
             0 if freq is None else len(freq),
             False if self._rope is None else self._rope.interleaved,
             1.0 if self._rope is None else self._rope.attention_scaling,
-            dims["D"] ** -0.5,
+            scale,
             (out.data_ptr(), dtype, sizes, strides),
             native.address(mass),
             torch.get_num_threads(),
         )
+        if not cache.k.is_inference():
+            torch.autograd.graph.increment_version((cache.k, cache.v))
         return out
 
     def _current(self) -> Any:
@@ -181,6 +193,18 @@ class DecoderLayers:
         where = self._where()
         views = [tuple(None if t is None else native.view(t) for t in layer) for layer in self._layers]
         return where, native.library().DecoderLayers(views)
+
+
+def _with(layers: Sequence[LayerWeights], eps: float, rope: RopeSpec | None) -> DecoderLayers:
+    return DecoderLayers(layers, eps=eps, rope=rope)
+
+
+def _check_no_gradient(tensors: dict[str, Tensor], weights: Sequence[Tensor]) -> None:
+    name = next((name for name, t in tensors.items() if t.requires_grad), None)
+    if name is None and any(t.requires_grad for t in weights):
+        name = "layers"
+    if name is not None:
+        raise ValueError(f"{name}: expected no gradient to be required (there is no backward; see torch.no_grad)")
 
 
 def _check_on_cpu(tensors: dict[str, Tensor]) -> None:
