@@ -39,7 +39,7 @@ def goes_direct(args: Iterable[Any]) -> bool:
             continue
         if type(x) not in _PLAIN or (grad and x.requires_grad):
             return False
-        if x.is_meta:  # has a shape alone
+        if x.is_meta or x.is_neg():  # has a shape alone; is minus what its memory holds
             return False
         if not inference and x.is_inference():  # written outside of the mode it is an error, which torch raises
             return False

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import FP8, accumulate_dtype
+from ..checks import FP8, accumulate_dtype, describe
 from ..cuda_backend import refuse_device as refuse_cuda_device
 from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
@@ -178,6 +178,8 @@ def context_attention(
     inv_freq, interleaved, scaling = None, False, 1.0
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if rope is not None:
+        if not isinstance(rope, RopeSpec):
+            raise TypeError(f"rope: expected a RopeSpec or None, got {describe(rope)}")
         rope.check_head_dim(q.shape[-1])
         if rope.inv_freq.dim() != 1:
             raise ValueError("rope: expected inv_freq [D_rot/2] (one layer at a time), got one row per layer")

@@ -58,7 +58,7 @@ def _check_cache(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor
     for name, x in (("k", k), ("v", v)):
         check_contiguous_rows(name, x)
     if torch.is_grad_enabled():
-        for name, x in (("k", k), ("v", v), ("weights", weights.w)):
+        for name, x in (("k", k), ("v", v), *(("weights", x) for x in weights.tensors())):
             if x.requires_grad:
                 raise ValueError(f"{name}: expected no gradient to be required (the op has no backward)")
     if can_look_at(k, v):

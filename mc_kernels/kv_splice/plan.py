@@ -134,6 +134,8 @@ class PageTable:
         check_tensor("table", self.table, INDEX_DTYPES)
         if self.table.dim() != 2:
             raise ValueError(f"table: expected shape [B, max_pages], got {describe(self.table)}")
+        if isinstance(self.page_size, bool) or not isinstance(self.page_size, int):
+            raise TypeError(f"page_size: expected an int, got {describe(self.page_size)}")
         if self.page_size < 1:
             raise ValueError(f"page_size: expected at least 1, got {self.page_size!r}")
 

@@ -129,6 +129,14 @@ def test_forward_mode_is_refused(op: str) -> None:
             torch.func.jvp(lambda at, backend=backend: call(at, backend), (x,), (x,))
 
 
+@EACH_OP
+def test_tensors_that_are_minus_their_memory(op: str) -> None:
+    """As the imaginary part of a conjugate is."""
+    call, x = OPS[op]()
+    for backend in serving(op):
+        assert same_bits(call(torch._neg_view(x), backend), call(-x, backend))
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
