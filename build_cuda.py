@@ -19,7 +19,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from build_native import CXXFLAGS, ROOT, SOURCES, BuildError, compiler, escape, install, python_flags, run_ninja
+from build_native import (
+    CXXFLAGS,
+    HEADERS,
+    ROOT,
+    SOURCES,
+    BuildError,
+    alone_in,
+    compiler,
+    escape,
+    install,
+    python_flags,
+    quote,
+    run_ninja,
+)
 
 ARCHITECTURES = ("80", "90a", "100")
 WORK = ROOT / "build" / "cuda"
@@ -28,7 +41,6 @@ EMULATED_LIBRARY = "libmc_kernels_cuda_emulated.so"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 EXTENSION, EMULATED_EXTENSION = "_cuda" + SUFFIX, "_cuda_emulated" + SUFFIX
 REASON = "cuda_not_built.txt"
-INCLUDE = f"-I{SOURCES / 'include'} -I{SOURCES / 'common'}"
 # Checks run on the host and are those of the CPU library.
 CHECKED_BY = sorted(p for p in SOURCES.glob("*/check.cpp") if (p.parent / "cuda.cu").exists())
 DEVICE_SOURCES = sorted(SOURCES.glob("*/*.cu"))
@@ -50,7 +62,10 @@ def architectures(nvcc: Path) -> list[str]:
     """As "90a": those that are asked for, by default those that this nvcc knows."""
     asked = os.environ.get("MC_CUDA_ARCHS")
     if asked is not None:
-        return [a for a in re.split(r"[;, ]+", asked) if a]
+        named = list(dict.fromkeys(a for a in re.split(r"[;, ]+", asked) if a))
+        if odd := [a for a in named if not re.fullmatch(r"[0-9]{2,3}[af]?", a)]:
+            raise BuildError(f"MC_CUDA_ARCHS: expected names as in 80;90a;100, got {odd[0]!r}")
+        return named
     known = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True)
     names = set(known.stdout.split())
     # The list has no "90a" of its own in some releases.
@@ -75,16 +90,16 @@ def _ninja_file(nvcc: Path, archs: list[str]) -> str:
     device, device_objects = _objects("cuda", DEVICE_SOURCES)
     host, host_objects = _objects("compile", CHECKED_BY)
     return "\n".join([
-        f"nvcc = {nvcc}",
+        f"nvcc = {quote(nvcc)}",
         f"cxx = {compiler()}",
         "rule cuda",
         # Ninja shows what a command says even where it succeeds; the log keeps it.
-        f"  command = $nvcc {NVCC_FLAGS} {codes} {defined} {INCLUDE} -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
+        f"  command = $nvcc {NVCC_FLAGS} {codes} {defined} {HEADERS} -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
         " || (cat $out.log; false)",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule compile",
-        f"  command = $cxx {CXXFLAGS} {INCLUDE} $more -MMD -MF $out.d -c $in -o $out",
+        f"  command = $cxx {CXXFLAGS} {HEADERS} $more -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link_cuda",
@@ -106,7 +121,7 @@ def _emulated_ninja_file() -> str:
     device, device_objects = _objects("device", DEVICE_SOURCES)
     host, host_objects = _objects("compile", [*CHECKED_BY, *sorted((SOURCES / "common" / "emulate").glob("*.cpp"))])
     # -O1: the build has to be short, and what it runs is small.
-    flags = f"{CXXFLAGS} -O1 -Wno-unknown-pragmas {INCLUDE}"
+    flags = f"{CXXFLAGS} -O1 -Wno-unknown-pragmas {HEADERS}"
     return "\n".join([
         f"cxx = {compiler()}",
         "rule device",
@@ -139,15 +154,17 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
     archs = architectures(nvcc)
     if not archs:
         raise BuildError("MC_CUDA_ARCHS is empty" if "MC_CUDA_ARCHS" in os.environ else f"{nvcc} is too old")
-    run_ninja(_ninja_file(nvcc, archs), work)
-    return install(destination, REASON, (work / LIBRARY, work / EXTENSION))
+    with alone_in(work):
+        run_ninja(_ninja_file(nvcc, archs), work)
+        return install(destination, REASON, (work / LIBRARY, work / EXTENSION))
 
 
 def build_emulated(destination: Path) -> list[Path]:
     """Build the emulation for tests; objects stay beside it for the next time."""
     work = destination / "work"
-    run_ninja(_emulated_ninja_file(), work)
-    return install(destination, REASON, (work / EMULATED_LIBRARY, work / EMULATED_EXTENSION))
+    with alone_in(work):
+        run_ninja(_emulated_ninja_file(), work)
+        return install(destination, REASON, (work / EMULATED_LIBRARY, work / EMULATED_EXTENSION))
 
 
 def build_or_explain(destination: Path, work: Path = WORK) -> list[Path]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -99,12 +102,25 @@ def python_flags() -> str:
         import pybind11
     except ImportError as e:
         raise BuildError("pybind11 not found (pip install pybind11)") from e
-    return f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+    return include(sysconfig.get_path("include"), pybind11.get_include())
 
 
 def escape(path: Path) -> str:
-    """A path as Ninja writes it."""
+    """A path as Ninja writes it where it names a file."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def quote(path: Path | str) -> str:
+    """A path as Ninja writes it within a command, which a shell runs."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def include(*folders: Path | str) -> str:
+    """Flags that find the headers in `folders`."""
+    return " ".join(f"-I{quote(folder)}" for folder in folders)
+
+
+HEADERS = include(SOURCES / "include", SOURCES / "common")
 
 
 def _ninja_file(cxx: str) -> str:
@@ -116,7 +132,7 @@ def _ninja_file(cxx: str) -> str:
 
     lines = [
         f"cxx = {cxx}",
-        f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')} -I{SOURCES / 'include'} -I{SOURCES / 'common'}",
+        f"cxxflags = {CXXFLAGS} {os.environ.get('CXXFLAGS', '')} {HEADERS}",
         f"ldflags = {os.environ.get('LDFLAGS', '')}",
         "rule compile",
         "  command = $cxx $cxxflags $more -MMD -MF $out.d -c $in -o $out",
@@ -156,9 +172,10 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
 
     work: where objects stay for the next build.
     """
-    run_ninja(_ninja_file(compiler()), work)
     header = SOURCES / "include" / "mc_kernels.h"
-    made = install(destination, REASON, (work / LIBRARY, work / EXTENSION, header))
+    with alone_in(work):
+        run_ninja(_ninja_file(compiler()), work)
+        made = install(destination, REASON, (work / LIBRARY, work / EXTENSION, header))
     version = header.read_text().partition('#define MC_VERSION "')[2].partition('"')[0]
     made.append(destination / PKG_CONFIG)
     made[-1].parent.mkdir(exist_ok=True)
@@ -166,12 +183,22 @@ def build(destination: Path, work: Path = WORK) -> list[Path]:
     return made
 
 
-def run_ninja(text: str, work: Path) -> None:
-    """Make what the Ninja file `text` says, in the folder `work`."""
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """The folder `work`, made if it is not there, for one build at a time: another process that builds in it waits."""
     if os.name != "posix":
         raise BuildError(f"the native code needs a POSIX system, this is {sys.platform}")
-    command = ninja()
+    import fcntl
+
     work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run_ninja(text: str, work: Path) -> None:
+    """Make what the Ninja file `text` says, in the folder `work` (see `alone_in`)."""
+    command = ninja()
     (work / "build.ninja").write_text(text)
     jobs = [f"-j{n}"] if (n := os.environ.get("MAX_JOBS")) else []
     done = subprocess.run(
@@ -180,7 +207,8 @@ def run_ninja(text: str, work: Path) -> None:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         lines = done.stdout.strip().splitlines() or ["no output"]
-        raise BuildError(f"compiling failed: {next((x for x in lines if 'error' in x), lines[-1]).strip()}")
+        said = (x for x in lines if re.search(r"\b(error|fatal)\b.*:", x) and not x.startswith("["))
+        raise BuildError(f"compiling failed: {next(said, lines[-1]).strip()}")
     if "warning" in done.stdout:
         print(done.stdout, file=sys.stderr)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from build_cuda import WORK, _ninja_file, architectures, toolkit
-from build_native import BuildError, run_ninja
+from build_native import BuildError, alone_in, run_ninja
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -102,7 +102,8 @@ def report(out: Path) -> int:
         print(f"SKIPPED: the table of CUDA resources: {e}", file=sys.stderr)
         return 0
     try:
-        run_ninja(_ninja_file(nvcc, archs), WORK)
+        with alone_in(WORK):
+            run_ninja(_ninja_file(nvcc, archs), WORK)
     except BuildError as e:
         print(f"the CUDA kernels were not built: {e}", file=sys.stderr)
         return 1

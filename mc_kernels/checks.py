@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .contracts import check_contiguous_rows, check_same_device, check_same_dtype, check_shape, describe
+from .contracts import check_contiguous_rows, check_same_device, check_same_dtype, check_shape, describe, is_finite
 
 __all__ = [
     "CACHE_DTYPES",
@@ -20,12 +21,14 @@ __all__ = [
     "INDEX_DTYPES",
     "ORACLE_DTYPES",
     "accumulate_dtype",
+    "can_look_at",
     "check_contiguous_rows",
     "check_same_device",
     "check_same_dtype",
     "check_shape",
     "check_tensor",
     "describe",
+    "is_finite",
 ]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +51,14 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype]) -> Non
     if value.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {wanted}, got {describe(value)}")
+
+
+def can_look_at(*tensors: Tensor) -> bool:
+    """Whether values and addresses of tensors can be checked: not while torch compiles, and not where tensors have a
+    shape alone (fake ones, those on `meta`)."""
+    if torch.compiler.is_compiling():
+        return False
+    return not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

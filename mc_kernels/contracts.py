@@ -7,6 +7,7 @@ Nothing here imports torch. A value is anything with the few methods of `Strided
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -33,6 +34,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def is_finite(value: float) -> bool:
+    """math.isfinite, in words that torch can trace where a number is a compiled call's input."""
+    return -math.inf < value < math.inf
+
+
 def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -43,7 +49,7 @@ def check_shape(name: str, value: Strided, shape: Sequence[int | str | None], di
     before = len(dims)
     if value.dim() == len(shape):
         for size, want in zip(value.shape, shape, strict=True):
-            if want is not None and size != (want if isinstance(want, int) else dims.setdefault(want, size)):
+            if want is not None and size != (dims.setdefault(want, size) if isinstance(want, str) else want):
                 break
         else:
             return

@@ -86,7 +86,8 @@ class DecoderLayers:
 
     Holds references to the weights and looks at every call where they lie: values changed in place count from the next
     call on, and so do other storages, shapes and dtypes (`tensor.data = ...`). Several threads may call it at once,
-    over caches of their own; weights must not be replaced meanwhile. No gradients.
+    over caches of their own; weights must not be replaced meanwhile. No gradients: with gradients enabled, tensors that
+    require them are refused. A copy, pickled or not, is prepared anew, from the weights that are copied with it.
 
     layers: their weights, of the same shapes. eps: of all norms. rope: how queries and, while they are read, keys turn;
         None: not at all. Logits are scaled by D ** -0.5.
@@ -108,6 +109,9 @@ class DecoderLayers:
     def eps(self) -> float:
         """Of all norms."""
         return self._eps
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _with, (self._layers, self._eps, self._rope)
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -160,11 +164,17 @@ class DecoderLayers:
             check_shape("final_norm", final_norm, (x.shape[2],), {})
             tensors["final_norm"] = final_norm = final_norm.contiguous()
         _check_on_cpu(tensors)
+        if torch.is_grad_enabled():
+            _check_no_gradient({"x": x, "k": cache.k, "v": cache.v}, self._tensors)
         # Held in names: the library gets addresses.
         x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
         bias = native.array(cache.kv_bias, torch.float32)
-        freq = None if self._rope is None else native.array(self._rope.inv_freq_on(x.device), torch.float64)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        freq, scale = None, dims["D"] ** -0.5
+        if self._rope is not None and self._rope.rotary_dim:
+            freq = native.array(self._rope.inv_freq_on(x.device), torch.float64)
+        elif self._rope is not None:  # nothing turns
+            scale *= self._rope.attention_scaling**2
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
         dtype = native.dtype_code(x.dtype)
         self._current().run(
@@ -183,12 +193,14 @@ class DecoderLayers:
             0 if freq is None else len(freq),
             False if self._rope is None else self._rope.interleaved,
             1.0 if self._rope is None else self._rope.attention_scaling,
-            dims["D"] ** -0.5,
+            scale,
             (out.data_ptr(), dtype, sizes, strides),
             native.address(mass),
             torch.get_num_threads(),
             None if final_norm is None else native.view(final_norm),
         )
+        if not cache.k.is_inference():
+            torch.autograd.graph.increment_version((cache.k, cache.v))
         return out
 
     def _current(self) -> Any:
@@ -228,6 +240,18 @@ def _views(layer: LayerWeights) -> tuple[Any, ...]:
             check_packed(data, weight, swiglu=name == "gate_up")
         packed.append(None if data is None else (data.data_ptr(), packed_bits(data)))
     return *views, *packed
+
+
+def _with(layers: Sequence[LayerWeights], eps: float, rope: RopeSpec | None) -> DecoderLayers:
+    return DecoderLayers(layers, eps=eps, rope=rope)
+
+
+def _check_no_gradient(tensors: dict[str, Tensor], weights: Sequence[Tensor]) -> None:
+    name = next((name for name, t in tensors.items() if t.requires_grad), None)
+    if name is None and any(t.requires_grad for t in weights):
+        name = "layers"
+    if name is not None:
+        raise ValueError(f"{name}: expected no gradient to be required (there is no backward; see torch.no_grad)")
 
 
 def _check_on_cpu(tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
@@ -30,12 +31,28 @@ def goes_direct(args: Iterable[Any]) -> bool:
         return False
     if torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False
+    if forward_ad._current_level >= 0:
+        return False
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     for x in args:
         if not isinstance(x, Tensor):
             continue
         if type(x) not in _PLAIN or (grad and x.requires_grad):
             return False
+        if x.is_meta or x.is_neg():  # has a shape alone; is minus what its memory holds
+            return False
         if not inference and x.is_inference():  # written outside of the mode it is an error, which torch raises
             return False
     return True
+
+
+def refuse_tangents(name: str, args: Iterable[Any]) -> None:
+    """No op has a forward-mode derivative, and the dispatcher would drop tangents without a word: NotImplementedError.
+
+    Not to be asked while torch compiles.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"mc::{name}: expected no forward-mode tangents (the op has no jvp), got some")

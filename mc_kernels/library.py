@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import goes_direct
+from .dispatch import goes_direct, refuse_tangents
 from .registry import select
 
 NAMESPACE = "mc"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# An op works in the dtypes of its arguments and adds in fp32, under autocast too.
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def define_op(name: str, schema: str, fake: Callable[..., Any], *, tags: tuple[torch.Tag, ...] = ()) -> Any:
@@ -32,23 +36,36 @@ def define_op(name: str, schema: str, fake: Callable[..., Any], *, tags: tuple[t
         *rest, backend = args
         first = rest[0]
         device = first.device.type if isinstance(first, Tensor) else "cpu"
-        return select(name, backend, device, tuple(rest))(*rest)
+        implementation = select(name, backend, device, tuple(rest))
+        if not torch._C._is_any_autocast_enabled():
+            return implementation(*rest)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return implementation(*rest)
 
     _LIBRARY.impl(name, route, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not goes_direct(args):
+        if torch.compiler.is_compiling():
             return overload(*args)
-        return route(*args)
+        if goes_direct(args):
+            return route(*args)
+        refuse_tangents(name, args)
+        return overload(*args)
 
     return call
 
 
 def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give `mc::name` a backward (see `torch.library.register_autograd`)."""
+    """Give `mc::name` a backward (see `torch.library.register_autograd`), which calls `mc::<name>_backward`. That one
+    has none: a second derivative is refused, which torch would leave out with no more than a warning."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"mc::{name}: expected to be differentiated once (its gradient has no backward)")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_LIBRARY)
 
 
 @contextmanager

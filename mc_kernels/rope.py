@@ -47,6 +47,8 @@ class RopeSpec:
         """The plain schedule inv_freq[b] = theta ** (-2b / D_rot)."""
         if rotary_dim <= 0 or rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected a positive even number, got {rotary_dim!r}")
+        if not (theta > 0 and math.isfinite(theta)):
+            raise ValueError(f"theta: expected a positive number, got {theta!r}")
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
         return cls((1.0 / theta**exponent).float(), interleaved)
 

@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from .contracts import describe
 
 Ints = npt.NDArray[np.int64]
 DISCIPLINES = ("ordered", "slots")
@@ -37,6 +40,13 @@ def expand_ranges(starts: Ints, counts: Ints) -> Ints:
     """starts[i], starts[i]+1, ..., starts[i]+counts[i]-1 for each i, concatenated."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()), dtype=np.int64)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}") from None
 
 
 def _edit_array(edits: Sequence[Edit]) -> Ints:
@@ -159,6 +169,7 @@ class SplicePlan:
         """
         if discipline not in DISCIPLINES:
             raise ValueError(f"discipline: expected one of {', '.join(DISCIPLINES)}, got {discipline!r}")
+        length, capacity = _integer("length", length), _integer("capacity", capacity)
         if not 0 <= length <= capacity:
             raise ValueError(f"length: expected 0 <= length <= capacity = {capacity}, got {length}")
         if slots is not None and discipline == "ordered":
@@ -166,13 +177,16 @@ class SplicePlan:
         table = _edit_array(edits)
         _check_edits(length, table)
         start, remove, insert = table.T
-        grown = length + np.cumsum(insert - remove)
+        # An edit that inserts more than fits is beyond it whatever follows, and a sum of such ones may wrap around.
+        too_many = insert > capacity
+        grown = length + np.cumsum(np.where(too_many, capacity + 1, insert) - remove)
         new_length = int(grown[-1]) if len(table) else length
         if new_length > capacity:
-            i = int((grown > capacity).argmax())
+            i = int((too_many if too_many.any() else grown > capacity).argmax())
             edit = Edit(*(int(x) for x in table[i]))
+            total = length + sum(more - less for _, less, more in table.tolist())
             raise ValueError(
-                f"edits[{i}]: expected at most capacity = {capacity} entries after the splice, got {new_length}; "
+                f"edits[{i}]: expected at most capacity = {capacity} entries after the splice, got {total}; "
                 f"{edit} is the first beyond it"
             )
         insert_ranks = expand_ranges(start + np.cumsum(insert - remove) - (insert - remove), insert)

@@ -34,6 +34,8 @@ class PageTable:
         table = integers("table", self.table)
         if table.ndim != 2:
             raise ValueError(f"table: expected shape [B, max_pages], got shape {list(table.shape)}")
+        if isinstance(self.page_size, bool) or not isinstance(self.page_size, int):
+            raise TypeError(f"page_size: expected an int, got {describe(self.page_size)}")
         if self.page_size < 1:
             raise ValueError(f"page_size: expected at least 1, got {self.page_size!r}")
         object.__setattr__(self, "table", table)

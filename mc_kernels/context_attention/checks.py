@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from ..checks import (
     check_same_dtype,
     check_shape,
     check_tensor,
+    is_finite,
 )
 
 
@@ -116,5 +115,5 @@ def check_attention(
         raise ValueError(f"k: expected a number of heads that divides Hq={hq}, got Hkv={hkv}")
     if d == 0:
         raise ValueError("q: expected D >= 1, got D=0")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")

@@ -225,13 +225,13 @@ def context_attention_cpu(
     if q.numel() == 0 or k.numel() == 0:
         return context_attention_ref(q, k, v, q_pos, kv_pos, None, False, 1.0, None, kv_bias, scale, return_mass)
     call = _Call(q, k, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale)
-    out, lse = torch.zeros(q.shape, dtype=q.dtype), torch.full(q.shape[:3], float("-inf"))
-    mass = torch.zeros((q.shape[0], k.shape[2]) if return_mass else (0,))
+    out, lse = torch.zeros(q.shape, dtype=q.dtype), torch.full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    mass = torch.zeros((q.shape[0], k.shape[2]) if return_mass else (0,), dtype=torch.float32)
     outs, lses = (_by_kv_head(x, k.shape[1], 1) for x in (out, lse))
-    scratch = torch.empty(call.largest_tile(q.shape[1]))
+    scratch = torch.empty(call.largest_tile(q.shape[1]), dtype=torch.float32)
     for i, row in enumerate(call.rows):
         values = row.ordered(v[i], 1).to(call.dtype).contiguous()
-        row_mass = torch.zeros(len(row.kv_pos) if return_mass else 0)
+        row_mass = torch.zeros(len(row.kv_pos) if return_mass else 0, dtype=torch.float32)
         _forward_row(
             call.queries(q, i), call.keys(k, i), values, q_pos[i], row, call.row_bias(i), outs[i], lses[i], row_mass,
             scratch,
@@ -281,7 +281,7 @@ def context_attention_backward_cpu(
     call = _Call(q, k, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale)
     hkv = k.shape[1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=q.dtype) for x in (q, k, v))
-    dbias = torch.zeros(kv_bias.shape if kv_bias is not None else (0,))
+    dbias = torch.zeros(kv_bias.shape if kv_bias is not None else (0,), dtype=torch.float32)
     # Terms of a product: log2 p = q k + bias - lse, and dp - delta = do v - delta.
     minus_lse = _by_kv_head(_split((lse * -LOG2_E).masked_fill_(lse == float("-inf"), HIDDEN), call.dtype), hkv, 1)
     scratch = torch.empty(2, call.largest_tile(q.shape[1]), dtype=call.dtype)

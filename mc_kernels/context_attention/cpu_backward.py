@@ -36,8 +36,8 @@ def backward_row(
     hkv, t, g, _ = q.shape
     d = do.shape[-1] - 3
     dq = torch.zeros(hkv, t, g, d, dtype=q.dtype)
-    dk, dv = torch.zeros(hkv, k.shape[1], d), torch.zeros(hkv, k.shape[1], d)
-    dbias = torch.zeros(k.shape[1] if with_bias else 0)
+    dk, dv = torch.zeros(2, hkv, k.shape[1], d, dtype=torch.float32)
+    dbias = torch.zeros(k.shape[1] if with_bias else 0, dtype=torch.float32)
     at = q_pos.repeat_interleave(g)
     for i, j, clear, seen in tiles:
         q_tile, do_tile, keys = q[:, i:j].flatten(1, 2), do[:, i:j].flatten(1, 2), k[:, :seen]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import FP8, accumulate_dtype
+from ..checks import FP8, accumulate_dtype, describe
 from ..cuda_backend import refuse_device as refuse_cuda_device
 from ..cuda_backend import register_backward, register_cuda
 from ..library import define_op, register_autograd
@@ -176,16 +176,22 @@ def context_attention(
     """
     check_attention(q, k, v, q_pos, kv_pos, sigma, kv_bias, k_scale, v_scale, scale)
     inv_freq, interleaved, scaling = None, False, 1.0
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if rope is not None:
+        if not isinstance(rope, RopeSpec):
+            raise TypeError(f"rope: expected a RopeSpec or None, got {describe(rope)}")
         rope.check_head_dim(q.shape[-1])
         if rope.inv_freq.dim() != 1:
             raise ValueError("rope: expected inv_freq [D_rot/2] (one layer at a time), got one row per layer")
-        inv_freq, interleaved, scaling = rope.inv_freq_on(q.device), rope.interleaved, rope.attention_scaling
+        if rope.rotary_dim:
+            inv_freq, interleaved, scaling = rope.inv_freq_on(q.device), rope.interleaved, rope.attention_scaling
+        else:  # nothing turns, and there is no band to damp
+            scale, sigma = scale * rope.attention_scaling**2, None
     elif sigma is not None:
         raise ValueError("sigma: expected None without rope (it damps rotary bands), got a tensor")
     out, lse, mass = _op(
-        q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias,
-        q.shape[-1] ** -0.5 if scale is None else float(scale), return_mass, k_scale, v_scale, backend,
+        q, k, v, q_pos, kv_pos, inv_freq, interleaved, scaling, sigma, kv_bias, scale, return_mass, k_scale, v_scale,
+        backend,
     )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([mass] if return_mass else [])
     return (out, *extras) if extras else out

@@ -62,9 +62,13 @@ def _probabilities(q: Tensor, kt: Tensor, visible: Tensor, kv_bias: Tensor | Non
     if kv_bias is not None:
         logits += kv_bias.to(logits.dtype)[:, None, None, None, :]
     logits.masked_fill_(~visible[:, None, None], float("-inf"))
-    lse = torch.logsumexp(logits, dim=-1)
-    p = logits.sub_(lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_()
-    return p, lse
+    # Not by lse, whose last bit is large where logits are: probabilities sum to 1.
+    top = logits.amax(-1, keepdim=True)
+    top.masked_fill_(top == float("-inf"), 0.0)
+    p = logits.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1)
+    return p.div_(total.masked_fill_(total == 0.0, 1.0)), lse
 
 
 @register("context_attention", "ref")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     describe,
+    is_finite,
 )
 from ..library import define_op, register_autograd
 from ..packed_weight import check_packed
@@ -95,7 +95,7 @@ def fused_linear(
         bias: [O], added to the product.
         swiglu: the O rows are the gate's, then the up projection's: silu(gate) * up.
         residual: [..., M], added last, in x's dtype.
-        backend: `ref`, `cpu`, `triton`, `cuda`, or None for the best that can.
+        backend: `ref`, `cpu`, or None for the better that can.
 
     Returns:
         [..., M] in x's dtype, M = O, or O/2 with swiglu; contiguous, aliasing nothing. fp32 in between, rounded once;
@@ -120,7 +120,7 @@ def fused_linear(
     if norm is not None:
         check_tensor("norm", norm, ORACLE_DTYPES)
         check_shape("norm", norm, (inputs,), {})
-        if not (math.isfinite(eps) and eps >= 0):
+        if not (is_finite(eps) and eps >= 0):
             raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if bias is not None:
         check_tensor("bias", bias, ORACLE_DTYPES)

@@ -86,7 +86,7 @@ class GistEncodeWeights:
         """
 
         def normal(*shape: int, std: float) -> Tensor:
-            return torch.randn(shape, generator=generator) * std
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * std
 
         if mu is not None:
             check_tensor("mu", mu, ORACLE_DTYPES)
@@ -107,6 +107,7 @@ class GistEncodeWeights:
             torch.zeros(embed_dim, width),
             torch.ones(1),
         )
+        device = torch.get_default_device() if device is None else device
         named: dict[str, Any] = {
             name: x.to(device=device, dtype=dtype) for name, x in zip(SHAPES, tensors, strict=True)
         }

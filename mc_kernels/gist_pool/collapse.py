@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import (
     INDEX_DTYPES,
     ORACLE_DTYPES,
+    can_look_at,
     check_contiguous_rows,
     check_same_device,
     check_same_dtype,
@@ -57,10 +58,10 @@ def _check_cache(k: Tensor, v: Tensor, weights: GistPoolWeights) -> tuple[Tensor
     for name, x in (("k", k), ("v", v)):
         check_contiguous_rows(name, x)
     if torch.is_grad_enabled():
-        for name, x in (("k", k), ("v", v), ("weights", weights.w)):
+        for name, x in (("k", k), ("v", v), *(("weights", x) for x in weights.tensors())):
             if x.requires_grad:
                 raise ValueError(f"{name}: expected no gradient to be required (the op has no backward)")
-    if not torch.compiler.is_compiling():
+    if can_look_at(k, v):
         for name, x in (("k", k), ("v", v)):
             if overlaps_itself(x):
                 strides = list(x.stride())
@@ -79,7 +80,7 @@ def _check_slots(name: str, given: Tensor, shape: tuple[str, int], dims: dict[st
     check_tensor(name, given, INDEX_DTYPES)
     check_shape(name, given, shape, dims)
     given = given.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and given.numel():
+    if given.numel() and can_look_at(given):
         low, high = (int(x) for x in given.aminmax())
         if low < 0 or high >= n_slots:
             raise ValueError(f"{name}: expected slots in 0..{n_slots - 1}, got {low}..{high}")
@@ -88,11 +89,11 @@ def _check_slots(name: str, given: Tensor, shape: tuple[str, int], dims: dict[st
 
 def _check_moves(moves: Tensor | None, n_slots: int) -> Tensor:
     if moves is None:
-        return torch.empty((0, 3), dtype=torch.int64)
+        return torch.empty((0, 3), dtype=torch.int64, device="cpu")
     check_tensor("moves", moves, INDEX_DTYPES)
     check_shape("moves", moves, (None, 3), {})
     moves = moves.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling():
+    if can_look_at(moves):
         for i, (source, destination, count) in enumerate(moves.tolist()):
             if min(source, destination, count) < 0 or max(source, destination) + count > n_slots:
                 raise ValueError(
@@ -151,7 +152,7 @@ def collapse_(
     dims: dict[str, int] = {}
     children = _check_slots("children", children, ("n", weights.block_size), dims, n_slots)
     slots = _check_slots("slots", slots, ("n", weights.n_gists), dims, n_slots)
-    if not torch.compiler.is_compiling() and len(set(flat := slots.flatten().tolist())) < len(flat):
+    if can_look_at(slots) and len(set(flat := slots.flatten().tolist())) < len(flat):
         twice = next(x for i, x in enumerate(flat) if x in flat[:i])
         raise ValueError(f"slots: expected each slot once, got {twice} twice")
     moves = _check_moves(moves, n_slots)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import splice_checks
-from ..checks import CACHE_DTYPES, FP8, INDEX_DTYPES, check_same_device, check_shape, check_tensor, describe
+from ..checks import (
+    CACHE_DTYPES,
+    FP8,
+    INDEX_DTYPES,
+    can_look_at,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    describe,
+)
 from ..rope import RopeSpec
 from .plan import PageTable, SplicePlan
 
@@ -62,7 +71,7 @@ def check_cache(
     for name, x in given.items():
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name}: expected a tensor that requires no gradient (the op has no backward)")
-    if not torch.compiler.is_compiling():
+    if can_look_at(*given.values()):
         splice_checks.check_aliasing(given)
     k, v = (k[None], v[None]) if k.dim() == 4 else (k, v)
     return k, v, n_rows, n_slots
@@ -92,12 +101,12 @@ def check_plans(
         if len(plans) > 1:
             raise ValueError(f"rows: expected the plan of each of R={n_rows} rows with {len(plans)} plans, got None")
         return None
-    given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64)
+    given = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64, device="cpu")
     check_tensor("rows", given, INDEX_DTYPES)
     if given.shape != (n_rows,):
         raise ValueError(f"rows: expected shape [R] with R={n_rows}, got {describe(given)}")
     given = given.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and n_rows:
+    if n_rows and can_look_at(given):
         splice_checks.check_row_range(int(given.min()), int(given.max()), len(plans))
     return given
 
@@ -122,7 +131,7 @@ def check_positions(
         check_shape(label, x, (length,), {})
         if x.device.type != "cpu" and x.device != device:
             raise TypeError(f"{label}: expected device cpu or {device}, got {describe(x)}")
-        if not torch.compiler.is_compiling() and length and int(x.min()) < 0:
+        if length and can_look_at(x) and int(x.min()) < 0:
             raise ValueError(f"{label}: expected positions >= 0, got {int(x.min())}")
 
 
@@ -150,7 +159,7 @@ def check_pages(
     after: Tensor | None,
 ) -> None:
     """Page ids in range, and no written page used by another sequence or twice by its own."""
-    if torch.compiler.is_compiling():
+    if not can_look_at(k, pages.table):
         return
     table = pages.table.cpu().numpy()
     by_layer = (k.shape[0], table.shape[0])

@@ -81,7 +81,7 @@ def _by_slot(given: Tensor | Sequence[Tensor] | None, maps: Sequence[Tensor]) ->
     parts = []
     for slots in maps:
         ranks = torch.empty_like(slots)
-        ranks[slots] = torch.arange(slots.shape[0])
+        ranks[slots] = torch.arange(slots.shape[0], device=slots.device)
         parts.append(ranks)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -91,12 +91,12 @@ class SplicePlan:
     @cached_property
     def slots(self) -> Tensor:
         """[length] slot of each entry by rank, before."""
-        return torch.arange(self.length) if self._slots is None else self._slots
+        return torch.arange(self.length, device="cpu") if self._slots is None else self._slots
 
     @cached_property
     def new_slots(self) -> Tensor:
         """[new_length] slot of each entry by rank, after."""
-        return torch.arange(self.new_length) if self._new_slots is None else self._new_slots
+        return torch.arange(self.new_length, device="cpu") if self._new_slots is None else self._new_slots
 
     @cached_property
     def moves(self) -> Tensor:
@@ -134,6 +134,8 @@ class PageTable:
         check_tensor("table", self.table, INDEX_DTYPES)
         if self.table.dim() != 2:
             raise ValueError(f"table: expected shape [B, max_pages], got {describe(self.table)}")
+        if isinstance(self.page_size, bool) or not isinstance(self.page_size, int):
+            raise TypeError(f"page_size: expected an int, got {describe(self.page_size)}")
         if self.page_size < 1:
             raise ValueError(f"page_size: expected at least 1, got {self.page_size!r}")
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..registry import register
+from .ref import lens_score_backward_ref
 
 
 def _supports(entries: Tensor, features: Tensor, queries: Tensor, w_in: Tensor, *_: object) -> str | None:
@@ -50,3 +51,7 @@ def lens_score_cpu(
         torch.get_num_threads(),
     )
     return out
+
+
+# It recomputes the forward from the inputs.
+register("lens_score_backward", "cpu")(lens_score_backward_ref)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..checks import (
     check_shape,
     check_tensor,
     describe,
+    is_finite,
 )
 from ..cuda_backend import refuse as refuse_cuda
 from ..cuda_backend import register_backward, register_cuda
@@ -163,7 +163,7 @@ def signed_score(scores: Tensor, legal: Tensor | None = None, *, price: float = 
     check_tensor("scores", scores, ORACLE_DTYPES)
     dims: dict[str, int] = {}
     check_shape("scores", scores, ("N", 2), dims)
-    if not math.isfinite(price):
+    if not is_finite(price):
         raise ValueError(f"price: expected a finite number, got {price!r}")
     worth = torch.stack((scores[:, 0] - price, price - scores[:, 1]), dim=-1).clamp(min=0)
     if legal is not None:

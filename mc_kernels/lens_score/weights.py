@@ -85,7 +85,8 @@ class LensScoreWeights:
         x = hv + n_heads + n_direct + n_features
 
         def linear(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(shape, generator=generator) * (scale * max(shape[-1], 1) ** -0.5)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return drawn * (scale * max(shape[-1], 1) ** -0.5)
 
         deep = (2 * max(p, 1)) ** -0.5  # keeps the residual stream's size independent of the number of passes
         tensors = (
@@ -108,6 +109,7 @@ class LensScoreWeights:
             torch.zeros(2, head_dim),
             torch.zeros(2),
         )
+        device = torch.get_default_device() if device is None else device
         named: dict[str, Any] = {n: t.to(device=device, dtype=dtype) for n, t in zip(SHAPES, tensors, strict=True)}
         return cls(**named, n_heads=n_heads)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import (
     ORACLE_DTYPES,
+    can_look_at,
     check_contiguous_rows,
     check_same_device,
     check_same_dtype,
@@ -68,10 +69,11 @@ def _check_cache(k: Tensor, v: Tensor, store: GistStore, weights: Sequence[GistP
             want = f"L={dims['L']}, Hkv={dims['Hkv']}, G=1, K={block_size}, D={dims['D']}"
             raise ValueError(f"weights[{i}]: expected {want}, got L, Hkv, G, K, D = {got}")
     if torch.is_grad_enabled():
-        for name, x in (("k", k), ("v", v), ("store.k", store.k), ("store.v", store.v), ("weights", weights[0].w)):
+        given = [("k", k), ("v", v), ("store.k", store.k), ("store.v", store.v)]
+        for name, x in given + [(f"weights[{i}]", x) for i, w in enumerate(weights) for x in w.tensors()]:
             if x.requires_grad:
                 raise ValueError(f"{name}: expected no gradient to be required (the op has no backward)")
-    if not torch.compiler.is_compiling():
+    if can_look_at(k, v):
         for name, x in (("k", k), ("v", v)):
             if overlaps_itself(x):
                 strides = list(x.stride())

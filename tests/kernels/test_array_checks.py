@@ -192,6 +192,8 @@ def test_a_collapse_is_refused_before_anything_is_written(
         (lambda: RopeSpec(numbers(2), attention_scaling=0.0), ValueError, "attention_scaling: expected a positive"),
         (lambda: RopeSpec.from_theta(1e4, 3), ValueError, "rotary_dim: expected a positive even number, got 3"),
         (lambda: PageTable([0], 4), ValueError, "table: expected shape [B, max_pages], got shape [1]"),
+        (lambda: RopeSpec.from_theta(-1.0, 4), ValueError, "theta: expected a positive number, got -1.0"),
+        (lambda: PageTable([[0]], 2.0), TypeError, "page_size: expected an int, got float 2.0"),
         (lambda: PageTable([[0]], 0), ValueError, "page_size: expected at least 1, got 0"),
         (lambda: PageTable([[0.5]], 1), TypeError, "table: expected integers, got dtype float64"),
         (lambda: GistPoolWeights(*([numbers(2, 1, 1, 8)] * 4)), ValueError, "weights.m: expected shape"),

@@ -198,6 +198,7 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
     k, v, w, children, slots = (args[n] for n in ("k", "v", "weights", "children", "slots"))
     old = k.clone(), v.clone()
     flat, same = (k[:1].flatten(0, 1), v[:1].flatten(0, 1)), k[:, :, :1].expand(k.shape)
+    trained = GistPoolWeights(w.w, w.b, w.m, w.c.clone().requires_grad_())
     far, twice = torch.tensor([[40]]), torch.tensor([[3], [3]])
     bad: list[tuple[type[Exception], str, Any]] = [
         (TypeError, "weights: expected GistPoolWeights", lambda: collapse_(k, v, w.w, children, slots)),  # type: ignore[arg-type]
@@ -211,6 +212,7 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
         (ValueError, "v: expected memory apart", lambda: collapse_(k, k, w, children, slots)),
         (ValueError, "k: expected a view without", lambda: collapse_(same, v, w, children, slots)),
         (ValueError, "k: expected a contiguous", lambda: collapse_(k.mT.contiguous().mT, v, w, children, slots)),
+        (ValueError, "weights: expected no gradient", lambda: collapse_(k, v, trained, children, slots)),
         (ValueError, "k: expected no gradient", lambda: collapse_(k.clone().requires_grad_(), v, w, children, slots)),
         (TypeError, "children: expected dtype", lambda: collapse_(k, v, w, children.float(), slots)),
         (ValueError, "children: expected shape", lambda: collapse_(k, v, w, children[:, :5], slots)),

@@ -77,6 +77,25 @@ def test_torch_attention_on_rotated_keys(case: Case, backend: str) -> None:
     torch.testing.assert_close(out, peer, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [-1e4, 1e5, -1e9])
+def test_probabilities_sum_to_one_where_logits_are_large(bias: float, backend: str) -> None:
+    """The last bit of a logit, and so of lse, is far above a probability there."""
+    args = small(PREFILL, torch.float32, holes=False)
+    args |= {"v": torch.ones_like(args["v"]), "kv_bias": torch.full(args["kv_pos"].shape, bias)}
+    out, _, mass = context_attention(**args, **EXTRAS, backend=backend)
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(mass.sum(1), torch.full((2,), 6.0 * PREFILL.queries), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_a_rotation_of_no_dimensions_has_a_magnitude(queries: int, backend: str) -> None:
+    args = Case("x", 4, 2, 8, 80, queries).make(torch.float32)
+    want = context_attention(**{**args, "rope": None}, scale=0.3 * 1.5**2, **EXTRAS, backend=backend)
+    args["rope"] = RopeSpec(torch.empty(0), attention_scaling=1.5)
+    got = context_attention(**args, scale=0.3, sigma=torch.ones(1, 80), **EXTRAS, backend=backend)
+    assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_visibility_is_by_position(backend: str) -> None:
     """Slots: empty, past, the query's own position, future. Only past and own count, wherever they lie."""
     q, k, v = normal(1, 2, 1, 8), normal(1, 1, 4, 8, seed=1), normal(1, 1, 4, 8, seed=2)

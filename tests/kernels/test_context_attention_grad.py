@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "strides": ({"v": torch.zeros(2, 2, 8, 5).transpose(2, 3)}, ValueError, "v: expected a contiguous last"),
     "scale": ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
     "sigma alone": ({"sigma": torch.zeros(2, 5), "rope": None}, ValueError, "sigma: expected None without rope"),
+    "rope kind": ({"rope": torch.ones(4)}, TypeError, "rope: expected a RopeSpec or None, got float32 tensor"),
     "rope rows": ({"rope": RopeSpec(torch.ones(2, 4))}, ValueError, "rope: expected inv_freq [D_rot/2]"),
     "rope size": ({"rope": RopeSpec.from_theta(1e4, 10)}, ValueError, "rope: expected at most D/2 = 4"),
     "backend": ({"backend": "gpu"}, BackendError, "backend: expected one of"),

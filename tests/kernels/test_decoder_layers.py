@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,6 +82,8 @@ class Step:
 def rope(dims: int, kind: str) -> RopeSpec | None:
     if kind == "none":
         return None
+    if kind == "magnitude":
+        return RopeSpec(torch.empty(0), attention_scaling=1.1)
     full = RopeSpec.from_theta(10_000.0, dims if kind == "half-split" else dims // 2, interleaved=kind == "pairs")
     return RopeSpec(full.inv_freq, full.interleaved, 1.0 if kind == "half-split" else 1.1)
 
@@ -116,8 +120,11 @@ def one_by_one(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("dims", "kind", "bias", "biased", "shape"),
-    [(64, "half-split", False, True, (1, 1)), (16, "pairs", True, False, (2, 3)), (9, "none", True, True, (3, 11))],
-)
+    [
+        (64, "half-split", False, True, (1, 1)), (16, "pairs", True, False, (2, 3)), (9, "none", True, True, (3, 11)),
+        (8, "magnitude", False, False, (1, 2)),
+    ],
+)  # fmt: skip
 def test_bits_are_those_of_the_ops(
     backend: str, dtype: torch.dtype, dims: int, kind: str, bias: bool, biased: bool, shape: tuple[int, int]
 ) -> None:
@@ -228,6 +235,30 @@ def test_weights_that_change_are_seen() -> None:
         agrees()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickled"])
+def test_copies_have_weights_of_their_own(copied: Callable[[Any], Any]) -> None:
+    layers, spec, step = weights(torch.float32, 16), rope(16, "half-split"), Step(torch.float32)
+    call = DecoderLayers(layers, eps=EPS, rope=spec)
+    want = call(step.x, step.positions, step.cache)
+    other = copied(call)
+    layers[0].out.zero_()
+    assert torch.equal(other(step.x, step.positions, step.cache), want)
+    assert not torch.equal(call(step.x, step.positions, step.cache), want)
+
+
+def test_autograd_sees_the_write_and_is_refused() -> None:
+    layers, step = weights(torch.float32, 16), Step(torch.float32)
+    call = DecoderLayers(layers, eps=EPS, rope=None)
+    before = step.k.view._version, step.v.view._version
+    call(step.x, step.positions, step.cache)
+    assert (step.k.view._version, step.v.view._version) == (before[0] + 1, before[1] + 1)
+    layers[1].gate_up.requires_grad_()
+    with pytest.raises(ValueError, match="layers: expected no gradient to be required"):
+        call(step.x, step.positions, step.cache)
+    with torch.no_grad():
+        call(step.x, step.positions, step.cache)
+
+
 @pytest.mark.parametrize(("batch", "length", "used"), [(0, 2, 5), (2, 0, 5), (1, 2, 0)])
 def test_empty_sizes(batch: int, length: int, used: int) -> None:
     call = DecoderLayers(weights(torch.float32, 16), eps=EPS, rope=None)
@@ -262,6 +293,7 @@ def replaced(**changes: Callable[[Any], Any]) -> Change:
 REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "x kind": (replaced(x=lambda t: None), TypeError, "x: expected a tensor"),
     "x dtype": (replaced(x=Tensor.double), TypeError, "x: expected dtype float32, bfloat16, float16"),
+    "x gradient": (replaced(x=lambda t: t.requires_grad_()), ValueError, "x: expected no gradient to be required"),
     "x shape": (replaced(x=lambda t: t[..., :39].contiguous()), ValueError, "qkv: expected shape [128, 39]"),
     "positions": (replaced(positions=lambda t: t[:1]), ValueError, "positions: expected shape [B, T]"),
     "positions dtype": (replaced(positions=Tensor.int), TypeError, "positions: expected dtype int64"),

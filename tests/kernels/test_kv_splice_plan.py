@@ -154,10 +154,13 @@ def test_from_scratch_at_final_positions() -> None:
         (10, [Edit(5, 1, 1), Edit(3, 1, 1)], {}, ValueError, "edits[1]: expected start >= 6"),
         (10, [Edit(2, 4, 1), Edit(5, 1, 1)], {}, ValueError, "edits[1]: expected start >= 6"),
         (10, [Edit(2, 0, 5), Edit(4, 1, 8)], {}, ValueError, "edits[1]: expected at most capacity = 16"),
+        (10, [Edit(0, 0, 17)], {}, ValueError, "entries after the splice, got 27"),
+        (10, [Edit(0, 0, 2**62)] * 4, {}, ValueError, f"after the splice, got {2**64 + 10}; Edit(start=0, remove=0, i"),
         (10, [(1, 2)], {}, TypeError, "edits: expected Edit"),
         (10, [(1.0, 2, 3)], {}, TypeError, "edits: expected Edit"),
         (17, [], {}, ValueError, "length: expected 0 <= length <= capacity = 16"),
         (-1, [], {}, ValueError, "length"),
+        (10.0, [], {}, TypeError, "length: expected an integer, got float 10.0"),
         (10, [], {"discipline": "heap"}, ValueError, "discipline: expected one of ordered, slots, got 'heap'"),
         (3, [], {"slots": [0, 1, 2]}, ValueError, "slots: expected None in the ordered"),
         (3, [], {"slots": [0, 1], "discipline": "slots"}, ValueError, "slots: expected shape [3]"),
@@ -189,6 +192,8 @@ def test_page_table_refusals() -> None:
         PageTable(torch.zeros(2, dtype=torch.int64), 4)
     with pytest.raises(ValueError, match="page_size: expected at least 1"):
         PageTable(torch.zeros(1, 2, dtype=torch.int64), 0)
+    with pytest.raises(TypeError, match=r"page_size: expected an int, got float 4\.0"):
+        PageTable(torch.zeros(1, 2, dtype=torch.int64), 4.0)  # type: ignore[arg-type]
 
 
 def test_a_large_plan_is_quick() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,10 @@ REFUSED = {
     "store": (
         ValueError, "store.v: expected memory apart from the cache",
         lambda args: args | {"store": GistStore(args["k"].clone(), args["k"], *list(vars(args["store"]).values())[2:])},
+    ),
+    "weights' gradient": (
+        ValueError, r"weights\[1\]: expected no gradient",
+        changed("weights", lambda w: [w[0], dataclasses.replace(w[1], c=w[1].c.clone().requires_grad_())]),
     ),
     "gradient": (ValueError, "k: expected no gradient", changed("k", lambda x: x.clone().requires_grad_())),
     "no weights": (ValueError, "weights: expected those of 1 to 4 levels, got 0", changed("weights", lambda x: [])),

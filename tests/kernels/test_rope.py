@@ -119,5 +119,7 @@ def test_refusals() -> None:
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="attention_scaling: expected a positive number"):
             RopeSpec(torch.ones(4), attention_scaling=bad)
+        with pytest.raises(ValueError, match="theta: expected a positive number"):
+            RopeSpec.from_theta(bad, 8)
     with pytest.raises(ValueError, match="rope: expected at most D/2 = 3 frequencies, got 4"):
         apply_rope(torch.zeros(2, 6), torch.arange(2), RopeSpec(torch.ones(4)))
