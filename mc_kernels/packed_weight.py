@@ -114,6 +114,8 @@ def pack_weight(codes: Tensor, scale: Tensor, offset: Tensor | None = None, *, b
 def unpack_weight(packed: Tensor, rows: int, inputs: int) -> Tensor:
     """The weight [rows, inputs] fp32 of a packed one, each number rounded once. Raises TypeError or ValueError."""
     check_tensor("packed", packed, (torch.uint8,))
+    if packed.dim() != 3:
+        raise ValueError(f"packed: expected 3 dimensions, got {describe(packed)}")
     bits = packed_bits(packed)
     check_shape("packed", packed, packed_shape(rows, inputs, bits), {})
     groups, blocks, _ = packed.shape

@@ -71,6 +71,11 @@ void check_apart(const mc_fused_linear_args& a) {
             invalid(std::string("out: expected memory apart from ") + names[i] + ", got an overlap");
         }
     }
+    if (!a.packed.data) return;
+    const int64_t groups = (a.weight.size[0] + kPackedRows - 1) / kPackedRows, blocks = a.weight.size[1] / kPackedBlock;
+    in = reinterpret_cast<uintptr_t>(a.packed.data);
+    in_end = in + static_cast<uintptr_t>(groups * blocks * packed_block_bytes(a.packed.bits));
+    if (in < out_end && out < in_end) invalid("out: expected memory apart from packed, got an overlap");
 }
 
 }  // namespace

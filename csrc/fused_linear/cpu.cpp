@@ -57,8 +57,7 @@ public:
           block_sums_(packed_ ? x_.rows * (x_.inputs / kPackedBlock) : 0),
           gain_(x_.norm ? x_.inputs : 0),
           bias_(x_.bias ? a.weight.size[0] : 0) {
-        const int64_t row =
-            packed_ ? packed_step() / kPackedRows : x_.inputs * dtype_bytes(a.weight.dtype);
+        const int64_t row = packed_ ? packed_step() / kPackedRows : x_.inputs * dtype_bytes(a.weight.dtype);
         const int64_t bytes = a.weight.size[0] * row;
         threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(bytes / kThreadBytes, 1));
     }

@@ -307,8 +307,8 @@ typedef struct mc_fused_linear_args {
 } mc_fused_linear_args;
 
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
- * (and subnormal numbers are taken for zero). There up to four rows of x are
- * multiplied with `packed`, whose numbers are not rounded to bf16; in all other cases the weight is read.
+ * (and subnormal numbers are taken for zero). There up to four rows of x are multiplied with `packed`, whose numbers are not
+ * rounded to bf16; in all other cases the weight is read.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 

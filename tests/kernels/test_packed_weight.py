@@ -175,6 +175,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: pack_weight(codes, scale[:, :1]), ValueError, "scale: expected shape [16, 2]"),
         (lambda: pack_weight(codes, scale, offset.double()), TypeError, "offset: expected dtype float32"),
         (lambda: pack_weight(codes, scale, bits=5), ValueError, "bits: expected 4 or 8, got 5"),
+        (lambda: unpack_weight(packed[0, 0], 48, 64), ValueError, "packed: expected 3 dimensions"),
         (lambda: unpack_weight(packed, 49, 64), ValueError, "packed: expected shape [4, 2, 384]"),
     ]:
         with pytest.raises(error) as caught:
@@ -280,6 +281,10 @@ def test_addresses_are_checked_by_the_library() -> None:
             call(given)
     with pytest.raises(TypeError, match="packed: expected a weight of bf16"):
         call((packed.data_ptr(), 4), exact)
+    inside = packed.view(-1)[384:448].view(torch.bfloat16)[None]
+    with pytest.raises(ValueError, match="out: expected memory apart from packed"):
+        library.fused_linear(native.view(x), native.view(weight), None, 0.0, None, False, None, native.view(inside), 1,
+                             (packed.data_ptr(), 4))  # fmt: skip
     assert not out.any()
 
 
