@@ -32,7 +32,7 @@ class MemoryConfig:
         draw attention from the passages that are open. None: what the gists' weights ask for (untrained: 0).
     ingest: `contextual` runs the text through the model, `fast` only through GistNet.
     refresh: what is recomputed after the edits of a user turn (see `mc_runtime.refresh`); refresh_decode: after those
-        of a refocus while decoding.
+        of a refocus while decoding, or between the parts of a prompt that is longer than the free slots.
     refresh_tail: entries recomputed by `tail`; share of later entries recomputed by `top`: `refresh_share`.
     recent_tokens: newest tokens, always at full detail.
     ingest_chunk, ingest_window: tokens per forward of contextual ingest, and how many it sees before them.

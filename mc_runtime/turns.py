@@ -57,27 +57,31 @@ class Turn:
         self.query = query
         self.focus.turn_start = self.context.length
         self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
-        hidden = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
-        newest = min(len(ids), self.focus.turn_tokens)
-        report = self._refocus(query, newest, self.focus.config.refresh, new_turn=True)
+        hidden, edited = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
+        mode, newest = self.focus.config.refresh, min(len(ids), self.focus.turn_tokens)
+        if edited and mode == "full":  # what was edited between the parts, too
+            newest = self.context.capacity
+        report = self._refocus(query, newest, mode, new_turn=True)
         return self._logits(hidden if report.last_hidden is None else report.last_hidden)
 
-    def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> Tensor:
-        hidden = None
+    def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> tuple[Tensor, bool]:
+        """The final hidden state [E] of the last token, and whether nodes were collapsed to make room. They are
+        refreshed as while decoding: a full refresh for every part would cost many times what the parts do."""
+        hidden, edited = None, False
         size = part_size(self.context, self.focus)
         for i in range(0, len(ids), size):
-            part = ids[i : i + size]
-            self.focus.make_room(self.context, len(part))
+            part, last = ids[i : i + size], i + size >= len(ids)
+            edited |= self.focus.make_room(self.context, len(part), mode=self.focus.config.refresh_decode) > 0
             with timed("prefill"):
-                output = self.context.append(part, return_mass=want_mass)
+                # Ranks move when room is made: only the last part's mass speaks of the entries as they are then.
+                output = self.context.append(part, return_mass=want_mass and last)
             hidden = output.hidden[0, -1]
-            # Ranks move when room is made: only the last part's mass speaks of the entries as they are now.
             self._mass = None
             self._add_mass(output.mass)
             if self.commit is not None:
                 self.commit(self.context)
         assert hidden is not None, "a prompt has at least one token"
-        return hidden
+        return hidden, edited
 
     def _add_mass(self, mass: Tensor | None) -> None:
         if mass is None:

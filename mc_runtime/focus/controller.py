@@ -146,13 +146,14 @@ class FocusController:
             below = kept[level]
         return kept
 
-    def make_room(self, context: Layout, count: int) -> int:
+    def make_room(self, context: Layout, count: int, *, mode: RefreshMode | None = None) -> int:
         """Collapse the cheapest siblings, by the latest utilities, until `count` slots are free; returns the number of
-        nodes that changed. Nothing happens if they are free already."""
+        nodes that changed. Nothing happens if they are free already. mode: refresh mode, by default the
+        configuration's."""
         if context.used + count <= self.config.budget and context.entries.stop == context.length:
             return 0
         allocation = self._allocate(context, context.synced_expanded(), count)
-        context.relayout(allocation.expanded)
+        context.relayout(allocation.expanded, mode=mode)
         return len(allocation.expand) + len(allocation.collapse)
 
     def _allocate(self, context: Layout, expanded: Expanded, reserve: int) -> Allocation:

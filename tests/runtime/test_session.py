@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import bring_in, check_session, kv_by_rank, watched, words
+from checks import bring_in, check_session, counted_forwards, kv_by_rank, relative_error, watched, words
 
 from mc_runtime import Session
 from mc_runtime.errors import BudgetError, InputError
@@ -64,6 +64,21 @@ def test_a_prompt_longer_than_the_budget_is_read_in_parts(memory: Memory, monkey
     with watched(monkeypatch, session):
         session.generate(words(400, seed=4), max_new_tokens=3)
     assert session.tree.documents()[-2].stop - session.tree.documents()[-2].start > 400
+
+
+def test_a_prompt_longer_than_the_budget_costs_what_it_is_long(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making room for its next part runs little again, and after the last part all is recomputed once."""
+    session = memory()
+    session.ingest(words(600))
+    with counted_forwards(monkeypatch) as entries:
+        session.generate(words(1500, seed=7), max_new_tokens=1)
+    assert sum(entries) < 1.6 * 1500
+    context = session.context
+    with torch.inference_mode():
+        twin = context.fork(context.cache.stacked(1))
+        twin.assemble(context.expanded)
+    for got, expected in zip(kv_by_rank(context), kv_by_rank(twin), strict=True):
+        assert relative_error(got, expected) < 1e-5
 
 
 def test_a_closed_session_says_so(memory: Memory) -> None:
