@@ -67,6 +67,7 @@ def serve(
         max_memories=max_memories, max_memory_tokens=max_memory_tokens, max_request_bytes=max_request_bytes,
         max_requests=max_requests, max_open=max_open,
     )  # fmt: skip
+    settings.make_root()  # before the model is loaded, which takes seconds
     try:
         Server(settings, load_model(model)).run()
     except KeyboardInterrupt:  # uvicorn has ended well by then

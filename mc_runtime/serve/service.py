@@ -58,7 +58,7 @@ class Service:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mc-model")
         self.memories = Memories(settings, model, self._work)
         self._tasks: set[asyncio.Task[None]] = set()
-        settings.root.mkdir(parents=True, exist_ok=True)
+        settings.make_root()
 
     async def _work(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

@@ -52,6 +52,15 @@ class ServeSettings:
                 "MC_SERVE_TOKEN in the environment, or keep to 127.0.0.1"
             )
 
+    def make_root(self) -> None:
+        """The directory of the memories, where it does not exist. Raises InputError if it cannot be made."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"root: {self.root} cannot be made ({error.strerror}); check the path and its permissions"
+            ) from error
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens there."""

@@ -20,10 +20,11 @@ from checks import SMALL, refused
 from live_server import MODEL, Live, live
 
 from mc_runtime import Session, cli
-from mc_runtime.errors import InputError
+from mc_runtime.errors import InputError, MegaContextError
 from mc_runtime.model import LoadedModel
 from mc_runtime.serve.errors import ApiError
 from mc_runtime.serve.names import folder_of
+from mc_runtime.serve.server import Server
 from mc_runtime.serve.settings import ServeSettings
 
 HELLO: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -200,6 +201,39 @@ def test_without_a_token_only_loopback(
         cli.main()
     assert "no token is set" in capsys.readouterr().err
     assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("session", "message"),
+    [
+        ({"policy": "best"}, "policy: expected one of"),
+        ({"budget": 10}, "budget: 10 slots cannot hold"),
+        ({"budget": 100_000}, "give a smaller budget"),
+        ({"gistnet": "nowhere.safetensors"}, "nowhere.safetensors: not a readable safetensors file"),
+        ({"bugdet": 512}, "bugdet: expected fields of MemoryConfig"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_memory_opens_with(
+    tmp_path: Path, model: LoadedModel, session: dict[str, Any], message: str
+) -> None:
+    """The server does not start, instead of answering every request with an error."""
+    with refused(MegaContextError, message):
+        Server(ServeSettings(root=tmp_path / "root", model_name=MODEL, session=SMALL | session), model)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_root_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, before the model is looked for."""
+    (tmp_path / "file").write_text("x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mc", "serve", str(tmp_path / "file" / "memories"), "--model", "nowhere"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "root: " in error
+    assert "cannot be made (Not a directory); check the path" in error
 
 
 def test_the_extra_that_is_missing_is_named(
