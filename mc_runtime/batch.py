@@ -1,20 +1,26 @@
 """Several prompts over one memory: each on its own branch of the Working Context, decoded together.
 
-A branch is refocused for its own prompt. Nothing of a batch is remembered.
+A branch is refocused for its own prompt. Nothing of a batch is remembered: what is read and said there has no gists to
+be collapsed to. A prompt has to fit in the budget as tokens, and an answer ends where the budget is full.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .context import WorkingContext
+from .errors import BudgetError
 from .focus.controller import FocusController
 from .model import LoadedModel
 from .sampling import Sampler, SamplingParams
 from .stats import TurnStats
 from .turns import Turn
+
+logger = logging.getLogger("mc_runtime")
 
 
 @torch.inference_mode()
@@ -25,13 +31,14 @@ def answer_batch(
     prompts: Sequence[str],
     params: SamplingParams,
 ) -> tuple[list[list[int]], list[TurnStats]]:
-    """Token ids of the answers, end tokens excluded, and what each turn measured."""
+    """Token ids of the answers, end tokens excluded, and what each turn measured. Raises BudgetError for a prompt that
+    does not fit, naming it."""
     engine, cache = context.engine, context.cache.stacked(len(prompts))
     turns = [Turn(model, context.fork(cache.row(b)), focus.branch(), None) for b in range(len(prompts))]
     samplers = [Sampler(params, model.tokenizer.vocab_size) for _ in prompts]
-    logits = [turn.read(model.chat.user_turn_ids(text), text) for turn, text in zip(turns, prompts, strict=True)]
+    logits = [_read(turn, model.chat.user_turn_ids(text), text) for turn, text in zip(turns, prompts, strict=True)]
     answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
+    active, full = list(range(len(prompts))), set[int]()
     while active:
         tokens = {}
         for b in active:
@@ -60,7 +67,25 @@ def answer_batch(
             turn = turns[b]
             turn.context.extend([tokens[b]])
             mass = None if output.mass is None else output.mass[:, b : b + 1, turn.context.slots]
-            logits[b] = turn.after_step(tokens[b], engine.logits(output.hidden[b, -1]), mass)
-    for turn, answer in zip(turns, answers, strict=True):
-        turn.stats.finish_reason = "length" if len(answer) == params.max_new_tokens else "stop"
+            try:
+                logits[b] = turn.after_step(tokens[b], engine.logits(output.hidden[b, -1]), mass)
+            except BudgetError:
+                full.add(b)
+        active = [b for b in active if b not in full]
+    if full:
+        logger.warning(
+            "%d answers of a list end early: the budget is full, and nothing of them is collapsed", len(full)
+        )
+    for b, (turn, answer) in enumerate(zip(turns, answers, strict=True)):
+        turn.stats.finish_reason = "length" if b in full or len(answer) == params.max_new_tokens else "stop"
     return answers, [turn.stats for turn in turns]
+
+
+def _read(turn: Turn, ids: Sequence[int], text: str) -> Tensor:
+    try:
+        return turn.read(ids, text)
+    except BudgetError as error:
+        raise BudgetError(
+            f"prompt: {text[:40]!r} of a list, {len(ids)} tokens, does not fit beside the history; a single prompt, "
+            f"which is remembered, may be of any length ({error})"
+        ) from None

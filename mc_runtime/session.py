@@ -230,7 +230,8 @@ class Session:
     def generate(
         self, prompt: str | Sequence[str], *, stream: bool = False, **sampling: Any
     ) -> str | Iterator[str] | list[str]:
-        """Answer a prompt as the next turn of the history; or several, each on its own, which are not remembered.
+        """Answer a prompt as the next turn of the history; or several, each on its own, which are not remembered: each
+        has to fit in the budget, and its answer ends where the budget is full (`finish_reason` "length").
 
         stream: yield text as it comes; the turn is part of the history once the iterator is exhausted or closed.
         sampling: fields of `SamplingParams` (max_new_tokens, temperature, top_p, top_k, seed, stop).

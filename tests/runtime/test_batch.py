@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checks import bring_in, check_session, kv_by_rank, words
+from checks import bring_in, check_session, kv_by_rank, refused, words
 
 from mc_runtime import Session
-from mc_runtime.errors import InputError
+from mc_runtime.errors import BudgetError, InputError
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.session import BATCH_ROWS
 
@@ -72,6 +72,34 @@ def test_a_long_list_is_answered_in_parts(memory: Memory, monkeypatch: pytest.Mo
     assert session.generate(prompts, max_new_tokens=3) == expected
     assert rows == [BATCH_ROWS, 3]
     assert [turn.prompt for turn in session.stats().turns] == prompts
+
+
+def test_answers_end_where_the_budget_is_full(memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that was said in the others is lost."""
+    session = memory(budget=128, recent_tokens=8)
+    session.ingest(words(500))
+    sampling: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    before = session.generate(["x", "the sea?"], max_new_tokens=10, **sampling)
+    session.clear_stats()
+    answers = session.generate(["x", "the sea?"], max_new_tokens=300, **sampling)
+    turns = session.stats().turns
+    assert [len(a) > len(b) and a.startswith(b[:-4]) for a, b in zip(answers, before, strict=True)] == [True, True]
+    assert [turn.finish_reason for turn in turns] == ["length", "length"]
+    assert all(turn.new_tokens < 300 for turn in turns)
+    assert "2 answers of a list end early" in caplog.text
+    check_session(session)
+    session.generate("go on", max_new_tokens=3)
+
+
+def test_a_prompt_of_a_list_that_does_not_fit_is_named(memory: Memory) -> None:
+    session = memory(budget=128, recent_tokens=8)
+    session.ingest(words(500))
+    length = session.tree.length
+    with refused(BudgetError, "prompt: 'the .*' of a list, .* does not fit beside the history; a single prompt"):
+        session.generate(["x", "the " + words(400)], max_new_tokens=10)
+    assert session.tree.length == length
+    check_session(session)
+    session.generate("the " + words(400), max_new_tokens=3)
 
 
 def test_long_answers_within_the_budget_are_those_of_single_sessions(memory: Memory, tmp_path: Path) -> None:
