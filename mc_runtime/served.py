@@ -162,8 +162,8 @@ class ServedSession:
     def generate(self, prompt: Sequence[str], **sampling: Any) -> list[str]: ...
 
     def generate(self, prompt: str | Sequence[str], **sampling: Any) -> str | list[str]:
-        """Answer a prompt as the next turn; or several at once, each on its own, which are not remembered.
-        sampling: fields of `SamplingParams`."""
+        """Answer a prompt as the next turn; or several at once, each on its own, which are not remembered: such an
+        answer ends where the budget is full. sampling: fields of `SamplingParams`."""
         params = read_sampling(sampling)
         prompts = read_prompts(prompt)
         if isinstance(prompt, str):
@@ -214,7 +214,10 @@ class ServedSession:
         while active:
             answers, asked = ask(self.engine, active, params)
             for turn, tokens in zip(active, answers, strict=True):
-                turn.take(tokens, asked)
+                try:
+                    turn.take(tokens, asked)
+                except BudgetError:  # full: nothing of a list is remembered, and so nothing of it can be collapsed
+                    turn.ended = True
             active = [t for t in active if not t.ended and len(t.generated) < params.max_new_tokens]
         self.turns += [turn.stats for turn in turns]
         texts = []

@@ -63,6 +63,21 @@ def test_it_says_and_keeps_what_the_native_engine_does(
     assert [d.title for d in other.tree.documents()] == [d.title for d in own.tree.documents()]
 
 
+def test_answers_end_where_the_budget_is_full(
+    memory: Callable[..., Session], served: Callable[..., ServedSession]
+) -> None:
+    """Where those of a session do, and none is lost."""
+    settings = {"budget": 128, "recent_tokens": 8}
+    own, other = memory("own", **EXACT | settings), served(**settings)
+    for session in (own, other):
+        fill(session)
+    prompts, sampling = ["x", "the sea?"], {"max_new_tokens": 200, "stop": ["never said"]}
+    answers = other.generate(prompts, **sampling)
+    assert answers == own.generate(prompts, **sampling)
+    assert all(0 < turn.new_tokens < 200 for turn in other.turns)
+    other.generate("go on", max_new_tokens=3)
+
+
 def test_the_engine_is_shown_tokens_and_gists_of_the_layout(served: Callable[..., ServedSession]) -> None:
     session = served()
     fill(session)
