@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 
@@ -99,7 +100,10 @@ def ask(engine: Engine, turns: Sequence[ServedTurn], params: SamplingParams) -> 
     part = replace(params, seed=None if params.seed is None else (params.seed + said) % 2**63)
     start = time.perf_counter()
     rows = [turn.context.rows() for turn in turns]
-    answers = engine.complete(rows, part, count=count, eos_ids=turns[0].model.tokenizer.eos_ids)
+    tokenizer = turns[0].model.tokenizer
+    said_now = engine.complete(rows, part, count=count, eos_ids=tokenizer.eos_ids)
+    # A row that pads the model's vocabulary is no token; nothing can follow what cannot be remembered.
+    answers = [list(takewhile(lambda token: token < tokenizer.vocab_size, tokens)) for tokens in said_now]
     seconds = (time.perf_counter() - start) / max(1, max(map(len, answers)))
     for turn, tokens in zip(turns, answers, strict=True):
         turn.stats.decode += [seconds] * len(tokens)

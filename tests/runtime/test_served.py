@@ -4,6 +4,7 @@ the engine the same vectors, and keeps the same memory."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import tiny_model
 from mc_runtime import Session
 from mc_runtime.engines import NativeEngine
 from mc_runtime.errors import BudgetError, InputError
-from mc_runtime.model import LoadedModel
+from mc_runtime.model import Decoder, LoadedModel
 from mc_runtime.sampling import SamplingParams
 from mc_runtime.served import DEFAULTS, ServedSession
 
@@ -76,6 +77,20 @@ def test_answers_end_where_the_budget_is_full(
     assert answers == own.generate(prompts, **sampling)
     assert all(0 < turn.new_tokens < 200 for turn in other.turns)
     other.generate("go on", max_new_tokens=3)
+
+
+def test_an_answer_ends_at_what_is_no_token(tmp_path: Path) -> None:
+    """A row that pads the model's vocabulary: what was said before it is kept."""
+    small = tiny_model()
+    config = replace(small.config, vocab_size=small.config.vocab_size + 300)
+    padded = replace(small, config=config, decoder=Decoder.random(config, seed=0, std=0.3))
+    engine = DecoderPrompts(padded.decoder)
+    with ServedSession.open(tmp_path / "m", engine, padded, gistnet="untrained", **SMALL) as session:
+        for seed in range(6):
+            session.generate("and the sea?", max_new_tokens=20, temperature=2.0, seed=seed)
+        session.generate(["and the sea?", "rain"], max_new_tokens=20, temperature=2.0, seed=1)
+        assert any(0 < turn.new_tokens < 20 for turn in session.turns)
+        assert [d.kind for d in session.tree.documents()].count("user") == 6
 
 
 def test_the_engine_is_shown_tokens_and_gists_of_the_layout(served: Callable[..., ServedSession]) -> None:
