@@ -27,6 +27,8 @@ static inline int64_t product_steps(int type, int64_t k) {
     return type == kBF16 ? (k + 2 * kTileSteps - 1) / (2 * kTileSteps) * kTileSteps : k;
 }
 static inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
+// What so many columns or rows fill: whole panels.
+static inline int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
 static inline int64_t panel_bytes(int type, int64_t k) { return product_steps(type, k) * kPanel * 4; }
 // From row to row of an A that is made for a product: whole cache lines, an odd number of them, since powers of two
 // would put the rows of a tile into few sets of the cache.

@@ -14,8 +14,6 @@ void fetch_rows(const char* base, int64_t step, const int64_t* slot, int64_t n, 
     }
 }
 
-int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
-
 // Two rows of at most kPanel 16-bit numbers, NULL for zeros, as one step of a panel.
 void pair_rows(const char* even, const char* odd, int64_t n, char* out) {
     uint16_t low[kPanel] = {}, high[kPanel] = {};

@@ -33,8 +33,6 @@ constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking
 constexpr double kLn2 = 0.693147180559945309417, kLog2E = 1.44269504088896340736;
 constexpr float kNothing = -__builtin_inff();
 
-int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
-
 class Tiles {
 public:
     Tiles(const mc_context_attention_args& a, const Attention& x, int n_threads)

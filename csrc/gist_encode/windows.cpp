@@ -17,8 +17,6 @@ const EncodeOps& encode_ops(const RowOps& rows) {
 // Floats from row to row: whole cache lines, an odd number of them (as product_row_bytes, and for its reason).
 int64_t odd_lines(int64_t floats) { return product_row_bytes(kF32, floats) / kFloat; }
 
-int64_t whole_panels(int64_t n) { return panels_of(n) * kPanel; }
-
 // Elements of a product's row, with the zeros that it ends in.
 int64_t padded(int type, int64_t n) { return product_steps(type, n) * 4 / dtype_bytes(type); }
 

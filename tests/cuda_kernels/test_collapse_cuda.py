@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from mc_kernels import collapse_, cuda_backend
 from mc_kernels.gist_pool import cuda
 from mc_kernels.gist_pool.collapse_cases import EMPTY, SMALL, Case
-from mc_kernels.gist_pool.collapse_ref import collapse_ref
-from mc_kernels.testing import Guarded, assert_within_error_rule, poisoned_empty
+from mc_kernels.testing import Guarded
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+import collapse_model
+from collapse_model import CHAINED, make
+from splice_model import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHAINED = torch.tensor([[30, 20, 8], [22, 24, 6], [0, 3, 5], [39, 30, 1]])
 # More gists than shared memory keeps: 20 * 2 * 512 floats.
 KEPT_FAR = Case("larger/kept-far", 1, 1, 512, 44, 20, block_size=2)
 
@@ -26,29 +30,7 @@ def _blocks(device: str) -> None:
         cuda_backend.library().emulate(1, 64, 1, 0)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
-    args = case.make(dtype, device, seed)
-    return {**args, "k": args["k"].clone(), "v": args["v"].clone()}
-
-
-def run_and_check(args: dict[str, Any]) -> None:
-    """k and v as the oracle leaves them: pooled slots by the error rule, the others to the bit."""
-    weights, children, slots = args["weights"], args["children"], args["slots"]
-    moves = torch.empty((0, 3), dtype=torch.int64) if args["moves"] is None else args["moves"]
-    exact, rival = ([args[x].to(dtype, copy=True) for x in "kv"] for dtype in (torch.float64, args["k"].dtype))
-    for x, w in ((exact, weights.to(dtype=torch.float64)), (rival, weights)):
-        collapse_ref(*x, *w.tensors(), children, slots, moves)
-    with poisoned_empty():
-        collapse_(args["k"], args["v"], weights, children, slots, moves=args["moves"], backend="cuda")
-    pooled = torch.zeros(args["k"].shape[3], dtype=torch.bool)
-    pooled[slots.flatten()] = True
-    for name, e, r in zip("kv", exact, rival, strict=True):
-        assert same_bits(args[name][..., ~pooled, :], r[..., ~pooled, :]), name
-        assert_within_error_rule(args[name][..., pooled, :], e[..., pooled, :], r[..., pooled, :], what=name)
+run_and_check = functools.partial(collapse_model.run_and_check, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor
 from mc_kernels import BackendError, RopeSpec, context_attention, cuda_backend
 from mc_kernels.context_attention import cuda
 from mc_kernels.context_attention.cases import SMALL, Case
-from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poison_, poisoned_empty
+from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poison_
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-from attention_model import DTYPES, model, small
+import attention_model
+from attention_model import DTYPES, model, on, small
 from splice_model import same_bits
 
-EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 DECODE, PREFILL, FEATURES, ONE = SMALL
 # In 16 bits on tensor cores: up to 8 rows, and tiles of 16; both widths of heads.
 FEW = Case("tensor-few", 4, 2, 64, 61, 1, features=True)
@@ -39,22 +40,8 @@ def emulate(device: str, **how: int) -> None:
         cuda_backend.library().emulate(**{"seed": 0, "threads": 32, "blocks": 3, "fault": 0} | how)
 
 
-def on(args: dict[str, Any], device: str) -> dict[str, Any]:
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
-
-
-def run(args: dict[str, Any], device: str, **kwargs: Any) -> tuple[Tensor, ...]:
-    """out, lse and mass, on the CPU."""
-    with poisoned_empty():
-        got = context_attention(**on(args, device), **EXTRAS, backend="cuda", **kwargs)
-    return tuple(x.cpu() for x in got)
-
-
-def assert_formula(args: dict[str, Any], device: str, **kwargs: Any) -> None:
-    exact, plain = model(**args, **kwargs), model(**args, exact=False, **kwargs)
-    for name, got, want, rival in zip(("out", "lse", "mass"), run(args, device, **kwargs), exact, plain, strict=True):
-        assert got.dtype == (args["q"].dtype if name == "out" else torch.float32)
-        assert_within_error_rule(got, want, rival, what=name)
+run = functools.partial(attention_model.run, "cuda")
+assert_formula = functools.partial(attention_model.assert_formula, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,9 +9,11 @@ import torch
 from splice_model import plain_turn, turn
 from torch import Tensor
 
-from mc_kernels import native
+from mc_kernels import context_attention, native
 from mc_kernels.context_attention.cases import Case
+from mc_kernels.testing import assert_within_error_rule, poisoned_empty
 
+EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Implementations that take CPU tensors here, `cpu` once without the native library and per instruction set level that
 # the library has on this machine once as few queries are attended and once as many are, which are matrix products.
@@ -68,3 +70,23 @@ def small(case: Case, dtype: torch.dtype, *, holes: bool = True) -> dict[str, An
         args["kv_pos"][:, ::3] = -1
         args["q_pos"] = args["q_pos"] - case.slots // 3
     return args
+
+
+def on(args: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
+
+
+def run(backend: str, args: dict[str, Any], device: str, **kwargs: Any) -> tuple[Tensor, ...]:
+    """out, lse and mass, on the CPU."""
+    with poisoned_empty():
+        got = context_attention(**on(args, device), **EXTRAS, backend=backend, **kwargs)
+    return tuple(x.cpu() for x in got)
+
+
+def assert_formula(backend: str, args: dict[str, Any], device: str, **kwargs: Any) -> None:
+    """By the error rule."""
+    exact, plain = model(**args, **kwargs), model(**args, exact=False, **kwargs)
+    outputs = zip(("out", "lse", "mass"), run(backend, args, device, **kwargs), exact, plain, strict=True)
+    for name, got, want, rival in outputs:
+        assert got.dtype == (args["q"].dtype if name == "out" else torch.float32)
+        assert_within_error_rule(got, want, rival, what=name)

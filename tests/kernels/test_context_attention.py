@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attention_model import DTYPES, EACH_BACKEND, model, small
+from attention_model import DTYPES, EACH_BACKEND, EXTRAS, model, small
 from splice_model import same_bits, turn
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from mc_kernels.rope import apply_rope
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poisoned_empty
 
 pytestmark = EACH_BACKEND
-EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 PREFILL = next(c for c in SMALL if c.name == "small-prefill")
 FEATURES = next(c for c in SMALL if c.name == "small-features")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_model import LEVELS, model
+from attention_model import EXTRAS, LEVELS, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splice_model import same_bits
@@ -22,7 +22,6 @@ from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poi
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")
 each_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
-EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 HALVES = (torch.bfloat16, torch.float16)
 
 

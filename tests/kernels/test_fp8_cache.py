@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_model import DTYPES, model, small
+from attention_model import DTYPES, EXTRAS, model, small
 from fp8_model import read, with_fp8
 from splice_model import same_bits, splice_list
 from torch import Tensor
@@ -18,7 +18,6 @@ from mc_kernels.context_attention.cases import SMALL, stored
 from mc_kernels.testing import assert_within_error_rule
 
 DECODE, PREFILL, FEATURES, _ = SMALL
-EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 EDITS = [Edit(2, 5, 1), Edit(10, 0, 3), Edit(20, 1, 2)]
 
 

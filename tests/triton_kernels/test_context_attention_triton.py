@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+import attention_model
 from allocations import NoAllocation
-from attention_model import DTYPES, model, small
+from attention_model import DTYPES, model, on, small
 from splice_model import same_bits
 
 from mc_kernels import BackendError, RopeSpec, context_attention
 from mc_kernels.context_attention.cases import SMALL, Case
 from mc_kernels.testing import Guarded, assert_within_error_rule, max_error, poison_, poisoned_empty
 
-EXTRAS: dict[str, Any] = {"return_lse": True, "return_mass": True}
 LEAVES = ("q", "k", "v", "kv_bias")
 DECODE, PREFILL, FEATURES = SMALL[0], SMALL[1], SMALL[2]
 # More than 64 rows (queries times heads of a group): q and k are rotated by a pass of their own.
@@ -55,22 +56,8 @@ def ids(case: Case) -> str:
     return case.name
 
 
-def on(args: dict[str, Any], device: str) -> dict[str, Any]:
-    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
-
-
-def run(args: dict[str, Any], device: str, **kwargs: Any) -> tuple[Tensor, ...]:
-    """out, lse and mass, on the CPU."""
-    with poisoned_empty():
-        got = context_attention(**on(args, device), **EXTRAS, backend="triton", **kwargs)
-    return tuple(x.cpu() for x in got)
-
-
-def assert_formula(args: dict[str, Any], device: str, **kwargs: Any) -> None:
-    exact, plain = model(**args, **kwargs), model(**args, exact=False, **kwargs)
-    for name, got, want, rival in zip(("out", "lse", "mass"), run(args, device, **kwargs), exact, plain, strict=True):
-        assert got.dtype == (args["q"].dtype if name == "out" else torch.float32)
-        assert_within_error_rule(got, want, rival, what=name)
+run = functools.partial(attention_model.run, "triton")
+assert_formula = functools.partial(attention_model.assert_formula, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
