@@ -37,14 +37,6 @@ mc_tensor tensor(const char* name, const py::handle& given) {
     return out;
 }
 
-// (address, bits), or None.
-mc_packed_weight packed_weight(const py::handle& given) {
-    if (given.is_none()) return {};
-    const auto parts = py::cast<py::tuple>(given);
-    if (parts.size() != 2) throw py::value_error("packed: expected (address, bits)");
-    return {reinterpret_cast<const void*>(py::cast<uintptr_t>(parts[0])), py::cast<int32_t>(parts[1])};
-}
-
 template <class T>
 const T* array(uintptr_t address) {
     return reinterpret_cast<const T*>(address);

@@ -1,4 +1,4 @@
-// decoder_layers for Python: an object that holds the views of a decoder's weights, and the call.
+// decoder_layers for Python: an object that holds the views of a decoder's weights, and the call; packed weights.
 #pragma once
 
 #include <iterator>
@@ -8,6 +8,14 @@
 #include "bindings.h"
 
 namespace {
+
+// (address, bits), or None.
+mc_packed_weight packed_weight(const py::handle& given) {
+    if (given.is_none()) return {};
+    const auto parts = py::cast<py::tuple>(given);
+    if (parts.size() != 2) throw py::value_error("packed: expected (address, bits)");
+    return {reinterpret_cast<const void*>(py::cast<uintptr_t>(parts[0])), py::cast<int32_t>(parts[1])};
+}
 
 // The views stay valid only as long as the tensors do: that is the caller's duty.
 class DecoderLayers {

@@ -11,6 +11,7 @@ from mc_runtime.errors import InputError
 
 from .attention import AttentionPolicy
 from .blend import BlendPolicy
+from .forest import base_slots
 from .recency import RecencyPolicy
 from .retrieval import RetrievalPolicy
 from .view import Floats, FocusPolicy, FocusView, Ints, Utilities
@@ -92,8 +93,6 @@ class HindsightPolicy:
     ) -> float:
         """Weighted mean NLL of the newest `count` tokens, the first aside, after one change of the layout."""
         size = context.config.block_size
-        room = context.tree.n_levels * (size - 1)
-        branch = context.fork(context.cache.widened(context.cache.capacity + room))
         layout = {level: nodes.copy() for level, nodes in expanded.items()}
         if change is not None:
             block, opens = change
@@ -104,6 +103,9 @@ class HindsightPolicy:
                         layout[level] = np.union1d(layout.get(level, np.zeros(0, np.int64)), [node])
             else:
                 layout[1] = np.setdiff1d(layout[1], [block])
+        # More than the budget where text has come in since the last layout: nothing has been closed for it yet.
+        slots = base_slots(size, context.counts) + (size - 1) * sum(map(len, layout.values()))
+        branch = context.fork(context.cache.widened(max(context.cache.capacity, slots)))
         branch.relayout(layout, mode="none")
         newest = np.arange(branch.used - count, branch.used)
         hidden = branch.run(newest).hidden[0, :-1]

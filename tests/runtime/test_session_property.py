@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from checks import SMALL, check_session, kv_by_rank, relative_error, watched, words
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
@@ -115,6 +115,14 @@ def scratch() -> Iterator[Path]:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS, config=CONFIGS)
+# Hindsight tries layouts of a history that has grown since the last one, and nothing has been closed for that yet.
+@example(
+    steps=[("long prompt", 288, 5), ("ingest", 19, 0), ("focus", 1, 0)],
+    config={
+        "gist_kind": "pooled", "refresh": "none", "refresh_decode": "none", "policy": "hindsight", "archive_kv": 0,
+        "budget": 242,
+    },
+)  # fmt: skip
 def test_every_sequence_of_calls_keeps_a_memory_sound(
     steps: list[tuple[str, int, int]], config: dict[str, Any]
 ) -> None:
