@@ -100,15 +100,23 @@ def pack_weight(codes: Tensor, scale: Tensor, offset: Tensor | None = None, *, b
         check_tensor(name, x, (torch.float32,))
         check_shape(name, x, (rows, blocks), {})
     check_same_device(("codes", codes), **numbers)
+    out = codes.new_empty(packed_shape(rows, inputs, bits))
+    if not codes.numel():
+        return out
     more = groups * ROWS - rows
-    # [groups, r, blocks, q, k, e] -> [groups, blocks, q, r, e, k]
-    parts = F.pad(codes, (0, 0, 0, more)).view(groups, ROWS, blocks, 4, 4, 2).permute(0, 2, 3, 1, 5, 4)
-    fours = [parts] if bits == 4 else [parts & 15, parts >> 4]
-    nibbles = [(x[..., 0::2] | x[..., 1::2] << 4).reshape(groups, blocks, _FOUR_BITS) for x in fours]
-    by_row = torch.empty(groups, blocks, 2, ROWS, device=codes.device)
+    # Two neighbours as one number of 16 bits: [groups, r, blocks, q, k / 2, k % 2].
+    padded = F.pad(codes, (0, 0, 0, more)).contiguous().view(torch.int16).view(groups, ROWS, blocks, 4, 2, 2)
+    fours = [padded] if bits == 4 else [padded & 0x0F0F, padded >> 4 & 0x0F0F]
+    for i, x in enumerate(fours):
+        # [groups, r, blocks, q, byte of a word, e] -> [groups, blocks, q, r, e, byte]
+        words = (x[..., 0] | x[..., 1] << 4).unsqueeze(-1).view(torch.uint8)
+        place = out[..., _FOUR_BITS * i : _FOUR_BITS * (i + 1)].unflatten(-1, (4, ROWS, 2, 2))
+        place.copy_(words.permute(0, 2, 3, 1, 5, 4))
+    by_row = torch.empty(groups, blocks, 2, ROWS, dtype=torch.float32, device=codes.device)
     for i, x in enumerate(numbers.values()):
         by_row[:, :, i] = F.pad(x, (0, 0, 0, more)).view(groups, ROWS, blocks).transpose(1, 2)
-    return torch.cat((*nibbles, by_row.view(torch.uint8).flatten(2)), 2)
+    out[..., -_NUMBERS:] = by_row.view(torch.uint8).flatten(2)
+    return out
 
 
 def unpack_weight(packed: Tensor, rows: int, inputs: int) -> Tensor:

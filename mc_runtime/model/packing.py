@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mc_kernels import native
-from mc_kernels.packed_weight import BLOCK, ROWS, PackedWeight, pack_weight, unpack_weight
+from mc_kernels.packed_weight import BLOCK, ROWS, PackedWeight, pack_weight
 from mc_runtime.errors import ModelError
 from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.layers import Layer
@@ -89,9 +89,14 @@ def pack_rows(kind: str, rows: Bytes, values: NDArray[np.float32], order: Callab
     if kind not in FORMATS or rows.ndim != 2 or len(rows) % ROWS or values.shape[1] % BLOCK:
         return None
     read, bits = FORMATS[kind]
-    packed = pack_weight(*(torch.from_numpy(np.ascontiguousarray(order(part))) for part in read(rows)), bits=bits)
-    wanted = torch.from_numpy(np.ascontiguousarray(order(values), np.float32))
-    return packed if torch.equal(unpack_weight(packed, *values.shape), wanted) else None
+    codes, scale, offset = (torch.from_numpy(np.ascontiguousarray(part)) for part in read(rows))
+    # In one rounding or two: the products of these formats are exact.
+    exact = (codes.view(len(rows), -1, BLOCK) * scale[..., None]).add_(offset[..., None])
+    if not torch.equal(exact.view(values.shape), torch.from_numpy(np.ascontiguousarray(values))):
+        return None
+    return pack_weight(
+        *(torch.from_numpy(np.ascontiguousarray(order(x.numpy()))) for x in (codes, scale, offset)), bits=bits
+    )
 
 
 def save_packed(directory: Path, packed: dict[str, Tensor]) -> None:
