@@ -11,7 +11,7 @@ from test_fused_linear import plain
 from torch import Tensor
 
 from mc_kernels import fused_linear, native
-from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
+from mc_kernels.decoder_layers import DecoderLayers, LayerWeights
 from mc_kernels.packed_weight import PackedWeight, pack_weight, packed_shape, unpack_weight
 from mc_kernels.testing import Guarded, assert_within_error_rule, poisoned_empty
 
@@ -288,14 +288,11 @@ def test_addresses_are_checked_by_the_library() -> None:
     assert not out.any()
 
 
-def test_slots_are_those_of_the_cache() -> None:
-    """The layers' cache is written as without packed weights: keys and values come from qkv alone."""
+@needs_library
+def test_keys_in_the_cache_are_of_the_packed_weight() -> None:
     layers, step = packed_layers(4), one_entry()
-    assert isinstance(step.cache, CacheSlots)
-    if native.available() is not None:
-        pytest.skip(f"no native library: {native.available()}")
-    DecoderLayers(layers[:1], eps=EPS, rope=None)(step.x, step.positions, step.cache._replace(
-        k=step.cache.k[:1], v=step.cache.v[:1]))  # fmt: skip
+    cache = step.cache._replace(k=step.cache.k[:1], v=step.cache.v[:1])
+    DecoderLayers(layers[:1], eps=EPS, rope=None)(step.x, step.positions, cache)
     w, p = layers[0].packed()["qkv"]
     assert p is not None
     qkv = fused_linear(step.x, w, packed=p.of(w), norm=layers[0].attention_norm, eps=EPS)
