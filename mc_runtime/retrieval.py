@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .model import Tokenizer
 from .profiling import timed
+from .ranking import AROUND_TOKENS, rank_blocks
 from .segments import SegmentedBM25
 from .told import OVERLAP, ToldWords
 from .tree import Tree
@@ -122,8 +123,11 @@ class BlockIndex:
 
     def _read(self, first: int, stop: int) -> list[list[str]]:
         """Stems of blocks [first, stop)."""
+        return self._stems_of(range(first, stop))
+
+    def _stems_of(self, blocks: Iterable[int]) -> list[list[str]]:
         size = self.tree.spec.block_size
-        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in range(first, stop)]
+        texts = [self.text(i * size - OVERLAP, (i + 1) * size + OVERLAP) for i in blocks]
         return _stems(texts, self._stemmer) if texts else []
 
     def update(self) -> None:
@@ -151,6 +155,21 @@ class BlockIndex:
         found = self._index.scores(stems)
         own[: len(found)] = found
         return _with_neighbours(own)
+
+    def rank(
+        self, query: str, blocks: NDArray[np.int64], weight: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """[n]: how well each of `blocks` [n], a few that `scores` found, in ascending order, matches a text, with what
+        stands around it and how near the words are to each other (see `mc_runtime.ranking`).
+
+        weight: [m] what the words of each of the first m blocks count around others; behind those nothing counts. None:
+        all alike.
+        """
+        size, stems = self.tree.spec.block_size, _stems([query], self._stemmer)[0]
+        indexed = self._length // size
+        weight = np.ones(indexed) if weight is None else weight[:indexed]
+        around = max(1, AROUND_TOKENS // size)
+        return rank_blocks(self._index, stems, blocks, self._stems_of(blocks.tolist()), weight, around)
 
     def turn_counts(self) -> NDArray[np.int64]:
         """[blocks] how many prompts and answers have a part in each block; not to be written to."""

@@ -58,22 +58,64 @@ class SegmentedBM25:
 
     def scores(self, words: Sequence[str]) -> NDArray[np.float64]:
         """[documents, loose ones included]: BM25 against a query; a word that is asked twice counts twice."""
-        parts = [*self.segments, *([self._loose] if self._loose is not None else [])]
-        sizes = [len(part) for part in parts]
-        result = np.zeros(sum(sizes))
-        asked = Counter(words)
-        keys, times = word_keys(asked), np.fromiter(asked.values(), np.float64, len(asked))
-        found = [part.find(keys) for part in parts]
-        frequency = sum((stop - start for start, stop in found), np.zeros(len(keys), np.int64))
-        total = sum(int(part.lengths.sum()) for part in parts)
-        if not frequency.any():
+        parts, asked = self._parts(), Counter(words)
+        found, weight = self._find(parts, list(asked))
+        result = np.zeros(sum(map(len, parts)))
+        if not weight.any():
             return result
-        weight = times * np.log1p((len(result) - frequency + 0.5) / (frequency + 0.5))
+        weight *= np.fromiter(asked.values(), np.float64, len(asked))
+        mean_length = self.mean_length()
         at = 0
         for part, (start, stop) in zip(parts, found, strict=True):
-            result[at : at + len(part)] = self._part_scores(part, start, stop, weight, total / len(result))
+            result[at : at + len(part)] = self._part_scores(part, start, stop, weight, mean_length)
             at += len(part)
         return result
+
+    def _parts(self) -> list[Segment]:
+        return [*self.segments, *([self._loose] if self._loose is not None else [])]
+
+    def _find(
+        self, parts: Sequence[Segment], words: Sequence[str]
+    ) -> tuple[list[tuple[NDArray[np.int64], NDArray[np.int64]]], NDArray[np.float64]]:
+        """Of each part, start and stop of the postings of each word; and the words' weights [q]."""
+        keys = word_keys(words)
+        found = [part.find(keys) for part in parts]
+        frequency = sum((stop - start for start, stop in found), np.zeros(len(keys), np.int64))
+        documents = sum(map(len, parts))
+        return found, np.where(frequency > 0, np.log1p((documents - frequency + 0.5) / (frequency + 0.5)), 0.0)
+
+    def mean_length(self) -> float:
+        """Words of a document, loose ones included; 0 if there is none."""
+        parts = self._parts()
+        return sum(int(part.lengths.sum()) for part in parts) / max(sum(map(len, parts)), 1)
+
+    def weights(self, words: Sequence[str]) -> NDArray[np.float64]:
+        """[q]: inverse document frequency of each word; 0 for one that no document has."""
+        return self._find(self._parts(), words)[1]
+
+    def counts(self, words: Sequence[str], documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[q, n]: how often each word stands in each of `documents` [n], which are numbered from the first one on, with
+        loose ones behind the others, and ascend."""
+        parts = self._parts()
+        found, _ = self._find(parts, words)
+        ends = np.cumsum([0, *map(len, parts)])
+        at = np.searchsorted(documents, ends)
+        result = np.zeros((len(words), len(documents)), np.int64)
+        for part, spans, first, a, b in zip(parts, found, ends[:-1], at[:-1], at[1:], strict=True):
+            if a == b:
+                continue
+            wanted = documents[a:b] - first
+            for word, (start, stop) in enumerate(zip(*spans, strict=True)):
+                docs = part.docs[start:stop]
+                place = np.searchsorted(docs, wanted)
+                known = place < len(docs)
+                known[known] = docs[place[known]] == wanted[known]
+                result[word, a:b][known] = part.counts[start:stop][place[known]]
+        return result
+
+    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n]: words of each of `documents`, as for `counts`."""
+        return np.concatenate([part.lengths for part in self._parts()])[documents].astype(np.int64)
 
     def _part_scores(
         self,

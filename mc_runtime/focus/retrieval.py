@@ -14,7 +14,9 @@ HALF_SCORE = 2.0
 # What was asked and answered in the conversation counts this share of what was told: earlier questions repeat the words
 # of this one without knowing the answer, and a small model that sees its earlier answers gives them again.
 TURN_SHARE = 0.5
-# Blocks, the best first, of which the words are looked at one by one.
+# Blocks that BM25 finds, of which the neighbours, and the order and the nearness of the words, are looked at.
+CANDIDATES = 64
+# Of those, the best first, that are asked what was told there.
 LOOKED_AT = 16
 # What is told later about the same may say it in fewer words: of the best score at least this share.
 LATER_SHARE = 0.4
@@ -48,14 +50,18 @@ class RetrievalPolicy:
             return {}
         # Recent text is shown anyway; above all the question itself, which nothing matches better.
         stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
-        scores = view.retrieval.scores(view.query)[:stop]
-        found = scores.nonzero()[0]
-        if not len(found):
-            return {}
+        found = view.retrieval.scores(view.query)[:stop]
         turns = view.retrieval.turn_counts()[:stop]
+        weight = TURN_SHARE ** turns.astype(np.float64)
+        best_ones = best_first(found * weight, CANDIDATES), best_first(found, LOOKED_AT)
+        looked_at = np.unique(np.concatenate(best_ones))
+        if not len(looked_at):
+            return {}
+        scores = np.zeros(stop)
+        scores[looked_at] = view.retrieval.rank(view.query, looked_at, weight)
         candidates = best_first(scores, LOOKED_AT)
         plain = scores[candidates]
-        scores[found] *= TURN_SHARE ** turns[found].astype(np.float64)
+        scores *= weight
         if turns.any():
             self._weigh_told(view, scores, candidates, plain, turns)
         blocks, best = self._passages(scores)

@@ -76,6 +76,28 @@ def test_scores_are_those_of_one_index(
         assert np.allclose(index.scores(query), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=60)
+@given(
+    documents, documents, documents, st.lists(st.sampled_from((*WORDS, "zebra")), max_size=4, unique=True), st.data()
+)
+def test_counts_weights_and_lengths_are_those_of_the_documents(
+    first: list[list[str]], second: list[list[str]], loose: list[list[str]], words: list[str], data: st.DataObject
+) -> None:
+    index = SegmentedBM25(1.5, 0.75)
+    index.add(first)
+    index.add(second, loose=loose)
+    docs = first + second + loose
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(docs) - 1))) if docs else [])
+    at = np.array(chosen, np.int64)
+    assert index.counts(words, at).tolist() == [[docs[i].count(word) for i in chosen] for word in words]
+    if docs:
+        assert index.lengths(at).tolist() == [len(docs[i]) for i in chosen]
+        assert index.mean_length() == pytest.approx(sum(map(len, docs)) / len(docs))
+    for word, weight in zip(words, index.weights(words).tolist(), strict=True):
+        having = sum(word in d for d in docs)
+        assert weight == pytest.approx(np.log1p((len(docs) - having + 0.5) / (having + 0.5)) if having else 0.0)
+
+
 def test_loose_documents_are_dropped_by_the_next_call() -> None:
     index = SegmentedBM25(1.5, 0.75)
     index.add([["sea"]], loose=[["dog"]])
