@@ -44,7 +44,7 @@ Budget = Annotated[int, typer.Option(help="Cache slots that the model attends to
 Policy = Annotated[
     str,
     typer.Option(
-        help="What decides where detail goes: blend, retrieval, attention, recency, retrieval+recency, hindsight, "
+        help="What decides where detail goes: retrieval, blend, attention, recency, retrieval+recency, hindsight, "
         "lensnet, lensnet+retrieval."
     ),
 ]
@@ -116,7 +116,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
     model: Model = "smollm2-135m",
     budget: Budget = 2048,
-    policy: Policy = "blend",
+    policy: Policy = "retrieval",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
     engine: EngineName = "native",
@@ -149,7 +149,7 @@ def chat(
     memory: Memory,
     model: Model = "smollm2-135m",
     budget: Budget = 2048,
-    policy: Policy = "blend",
+    policy: Policy = "retrieval",
     gist_kind: GistKind = "pooled",
     refresh: Refresh = "full",
     engine: EngineName = "native",

@@ -37,7 +37,7 @@ class MemoryConfig:
     recent_tokens: newest tokens, always at full detail.
     ingest_chunk, ingest_window: tokens per forward of contextual ingest, and how many it sees before them.
     archive_kv: collapsed token blocks whose exact K/V are kept in memory for the way back (0: recompute).
-    policy: name of the focus policy: blend, retrieval, attention, recency, retrieval+recency or hindsight, or, with
+    policy: name of the focus policy: retrieval, blend, attention, recency, retrieval+recency or hindsight, or, with
         weights, lensnet or lensnet+retrieval (see `mc_runtime.focus`).
     system_prompt: opens a memory that is new, and always stays at full detail; one that exists keeps its own.
     focus: how the allocator decides (see `mc_runtime.focus.allocator`).
@@ -49,14 +49,14 @@ class MemoryConfig:
     gist_bias: float | None = None
     ingest: IngestMode = "contextual"
     refresh: RefreshMode = "full"
-    refresh_decode: RefreshMode = "tail"
+    refresh_decode: RefreshMode = "none"
     refresh_tail: int = 64
     refresh_share: float = 0.15
     recent_tokens: int = 256
     ingest_chunk: int = 512
     ingest_window: int = 512
     archive_kv: int = 0
-    policy: str = "blend"
+    policy: str = "retrieval"
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     focus: FocusParams = field(default_factory=FocusParams)
 

@@ -130,7 +130,7 @@ def main(
     all_questions: Annotated[bool, typer.Option("--all", help="Also count right answers over all questions.")] = False,
     model: Annotated[str, typer.Option(help="Model name, directory or GGUF file.")] = DEFAULT_MODEL,
     budget: Annotated[int, typer.Option(help="Slots of the Working Context.")] = 2048,
-    policy: Annotated[str, typer.Option(help="Focus policy.")] = "blend",
+    policy: Annotated[str, typer.Option(help="Focus policy.")] = "retrieval",
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Use means of keys and values as gists, the baseline.")
     ] = False,

@@ -37,8 +37,8 @@ __all__ = [
 
 # Policies that need nothing but a name.
 POLICIES: dict[str, Callable[[], FocusPolicy]] = {
-    "blend": BlendPolicy.default,
     "retrieval": RetrievalPolicy,
+    "blend": BlendPolicy.default,
     "attention": AttentionPolicy,
     "recency": RecencyPolicy,
     "retrieval+recency": BlendPolicy.reading,

@@ -22,8 +22,8 @@ class BlendPolicy:
 
     @classmethod
     def default(cls) -> BlendPolicy:
-        """What is used until LensNet is trained: retrieval, and attention mass for the few gists that stand out. More
-        of the latter opens text that distracts (14 of the demo's 40 answers right with a weight of 0.2, 23 without)."""
+        """Retrieval, and attention mass for the few gists that stand out. What the latter opens distracts a small model
+        (docs/quality.md): it answers more when retrieval alone opens passages, which is the default."""
         return cls([(1.0, RetrievalPolicy()), (0.05, AttentionPolicy())])
 
     @classmethod

@@ -36,7 +36,7 @@ def serve(
     budget: Annotated[
         int, typer.Option(help="Cache slots that the model attends to, however long the history.")
     ] = 2048,
-    policy: Annotated[str, typer.Option(help="What decides where detail goes; see `mc chat --help`.")] = "blend",
+    policy: Annotated[str, typer.Option(help="What decides where detail goes; see `mc chat --help`.")] = "retrieval",
     gistnet: Annotated[
         Path, typer.Option(help="Gists: a safetensors file, `shipped` (the package's) or `untrained`.")
     ] = SHIPPED_GISTS,

@@ -17,7 +17,7 @@ from mc_runtime.kv_cache import KVCache
 from mc_runtime.session import BATCH_ROWS
 
 Memory = Callable[..., Session]
-PROMPTS = ["the dog?", "bread, rain", "the lamp", "keeper"]
+PROMPTS = ["the dog?", "bread, rain", "the lamp", "wind and stone"]
 
 
 def prepared(memory: Memory, tmp_path: Path, **settings: Any) -> Session:

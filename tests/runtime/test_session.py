@@ -53,8 +53,9 @@ def test_the_budget_holds_at_every_step(
     session = memory(gist_kind=kind, refresh=refresh, budget=128)
     with watched(monkeypatch, session):
         session.ingest(words(900))
-        session.generate("what of the dog?", max_new_tokens=120)
-    assert session.stats().turns[0].collapsed > 5  # 120 tokens and more cannot stay in 128 slots
+        while sum(turn.new_tokens for turn in session.stats().turns) < 120:  # a random model may stop at any token
+            session.generate("what of the dog?", max_new_tokens=120)
+    assert sum(turn.collapsed for turn in session.stats().turns) > 5  # what was said cannot stay in 128 slots
     assert max(session.stats().slots) >= 2
 
 
