@@ -163,14 +163,13 @@ def _history(
     return text[:room], len(left) + len(before)
 
 
-def article_span(
-    tokenizer: Tokenizer, article: Article, rng: random.Random, room: int
-) -> tuple[list[int], list[tuple[Question, int, int]]] | None:
-    """`room` tokens of an article from a paragraph on, and the questions that they answer, each with the answer's first
-    token and end. None where the article is too short from there on."""
+def article_tokens(
+    tokenizer: Tokenizer, article: Article, first: int = 0, room: int | None = None
+) -> tuple[list[int], list[tuple[Question, int, int]]]:
+    """An article's paragraphs from number `first` on, until they are `room` tokens or more, and the questions that they
+    answer, each with the answer's first token and end."""
     text: list[int] = []
     found: list[tuple[Question, int, int]] = []
-    first = rng.randrange(len(article.paragraphs))
     for number in range(first, len(article.paragraphs)):
         paragraph = article.paragraphs[number]
         for question in article.questions:
@@ -179,6 +178,15 @@ def article_span(
                 stop = len(tokenizer.encode(paragraph[: question.answer_start + len(question.answer)]))
                 found.append((question, len(text) + start, len(text) + max(stop, start + 1)))
         text += tokenizer.encode(paragraph + "\n\n")
-        if len(text) >= room:
-            return text[:room], [one for one in found if one[2] <= room]
-    return None
+        if room is not None and len(text) >= room:
+            break
+    return text, found
+
+
+def article_span(
+    tokenizer: Tokenizer, article: Article, rng: random.Random, room: int
+) -> tuple[list[int], list[tuple[Question, int, int]]] | None:
+    """`room` tokens of an article from a drawn paragraph on, and the questions that they answer, as `article_tokens`
+    gives them. None where the article is too short from there on."""
+    text, found = article_tokens(tokenizer, article, rng.randrange(len(article.paragraphs)), room)
+    return None if len(text) < room else (text[:room], [one for one in found if one[2] <= room])

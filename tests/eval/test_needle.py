@@ -27,6 +27,8 @@ from mc_runtime.eval.readers import MemoryStore, Question, Reply, Span, make_rea
 from mc_runtime.eval.readers.opening import parse_names, parse_size
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
+from mc_runtime.train.lens_questions import Article
+from mc_runtime.train.lens_questions import Question as ArticleQuestion
 
 
 @pytest.fixture
@@ -37,6 +39,23 @@ def corpus(model: LoadedModel, tmp_path: Path) -> Corpus:
     path = tmp_path / "text.txt"
     path.write_text("".join(lines))
     return Corpus.open(path, model.tokenizer, tmp_path / "tokens")
+
+
+@pytest.fixture
+def articles() -> list[Article]:
+    """Of 40 paragraphs each, every one of which answers a question."""
+    rng = random.Random(5)
+    found = []
+    for a in range(4):
+        names = [f"Keeper{a}x{i}" for i in range(40)]
+        lines = [" ".join(rng.choices(["sea", "wind", "night", "hill"], k=20)).capitalize() + "." for _ in names]
+        paragraphs = tuple(f"{line} Lamp {a}-{i} is kept by {names[i]}. {line}" for i, line in enumerate(lines))
+        asked = tuple(
+            ArticleQuestion(i, f"Who keeps lamp {a}-{i}?", name, paragraphs[i].index(name))
+            for i, name in enumerate(names)
+        )
+        found.append(Article(f"lamps {a}", paragraphs, asked))
+    return found
 
 
 def said(model: LoadedModel, case: Case, span: Span) -> str:
@@ -71,8 +90,8 @@ def test_prose_goes_on_with_the_next_text(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_tasks(name: str, model: LoadedModel, corpus: Corpus) -> None:
-    (task,) = make_tasks([name], model.tokenizer, [corpus], candidates=6, read_limit=1 << 17)
+def test_tasks(name: str, model: LoadedModel, corpus: Corpus, articles: list[Article]) -> None:
+    (task,) = make_tasks([name], model.tokenizer, [corpus], 6, 1 << 17, articles)
     size, count = 12_000, 5 if task.per_history is None else min(5, task.per_history)
     case = task.make(random.Random(1), size, count)
     assert len(case.questions) == count
@@ -185,6 +204,8 @@ def test_sizes_and_names() -> None:
         parse_names("tasks", "vt,quiz", TASKS)
     with pytest.raises(InputError, match="texts"):
         make_tasks(["prose"], None, [], 10, 10)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="questions: the task questions needs articles"):
+        make_tasks(["questions"], None, [], 10, 10, [Article("empty", ("text",), ())])  # type: ignore[arg-type]
 
 
 class _Tiny(Passkey):
@@ -258,3 +279,24 @@ def test_command(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "n = 2 questions" in table[0]
     with pytest.raises(InputError, match="readers"):
         CliRunner().invoke(cli.app, ["eval", "needle", "--tasks", "vt", "--readers", "x"], catch_exceptions=False)
+
+
+def test_articles_that_do_not_suffice_are_refused(model: LoadedModel, articles: list[Article]) -> None:
+    (task,) = make_tasks(["questions"], model.tokenizer, [], 10, 1 << 17, articles)
+    for size, count in ((1 << 20, 1), (4096, 100)):
+        with pytest.raises(
+            InputError, match=f"sizes: the articles give .* expected {size} tokens and {count} questions"
+        ):
+            task.make(random.Random(0), size, count)
+
+
+def test_wrong_answers_are_of_the_same_article_and_not_half_right(model: LoadedModel) -> None:
+    text = "Ada Lovelace, Ada, Babbage, Menabrea and Byron."
+    answers = ("Ada Lovelace", "Ada", "Babbage", "BABBAGE", "Menabrea", "Byron")
+    asked = tuple(ArticleQuestion(0, f"Question {i}?", a, text.lower().index(a.lower())) for i, a in enumerate(answers))
+    (task,) = make_tasks(["questions"], model.tokenizer, [], 4, 1 << 17, [Article("a", (text,) * 9, asked)])
+    for question in task.make(random.Random(0), 40, 3).questions:
+        right, *wrong = question.candidates
+        assert question.answers == (right,)
+        assert len({w.lower() for w in wrong}) == 3
+        assert all(w.lower() not in right.lower() and right.lower() not in w.lower() for w in wrong)

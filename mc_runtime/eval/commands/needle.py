@@ -27,10 +27,14 @@ def needle(
     tasks: Annotated[
         str,
         typer.Option(
-            help="With commas, or `all`: prose, passkey, and RULER's niah_single_1, niah_multikey_2, niah_multikey_3, "
-            "vt, cwe, fwe."
+            help="With commas, or `all`: prose, passkey, questions (people's, about articles), and RULER's "
+            "niah_single_1, niah_multikey_2, niah_multikey_3, vt, cwe, fwe."
         ),
     ] = "prose,passkey",
+    questions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Articles in SQuAD's format for the task questions; may be repeated.", show_default="none"),
+    ] = None,
     readers: Readers = "blend,retrieval,oracle,random,bm25,recency,none,full",
     gistnet: Gistnet = None,
     lensnet: Lensnet = None,
@@ -49,7 +53,8 @@ def needle(
     out: Out = None,
     plot: Plot = None,
 ) -> None:
-    """Facts that no model can know, planted at drawn depths of long histories: which does a reader find and read?
+    """Facts that no model can know, planted at drawn depths of long histories, or people's questions about articles:
+    which does a reader find and read?
 
     A reply is scored by what it says and by whether the right one of several candidates is the likeliest; shares come
     with 95% Wilson intervals. No question leaves a trace.
@@ -59,6 +64,7 @@ def needle(
     from mc_runtime.model import cache_dir, load_model
     from mc_runtime.train.command import parse_texts
     from mc_runtime.train.corpus import Corpus
+    from mc_runtime.train.lens_questions import read_articles
 
     from ..needle import report as reports
     from ..needle.run import Record, Setting, measure
@@ -72,7 +78,8 @@ def needle(
     loaded = load_model(model)
     files = [path for path, _ in parse_texts(texts or [])]
     corpora = [Corpus.open(path, loaded.tokenizer, cache_dir() / "tokens") for path in files]
-    chosen = make_tasks(names, loaded.tokenizer, corpora, candidates, parse_size(read_limit))
+    articles = [article for path in questions or [] for article in read_articles(path)]
+    chosen = make_tasks(names, loaded.tokenizer, corpora, candidates, parse_size(read_limit), articles)
     store, lineup = open_readers(loaded, readers, work, budget=budget, recent=recent, gistnet=gistnet, lensnet=lensnet)
     about: dict[str, object] = {
         "model": model,
@@ -80,7 +87,7 @@ def needle(
         "dtype": str(loaded.decoder.dtype).removeprefix("torch."),
         "gistnet": gistnet.name if gistnet is not None else None,
         "lensnet": lensnet.name if lensnet is not None else None,
-        "texts": [path.name for path in files],
+        "texts": [path.name for path in [*files, *(questions or [])]],
         "budget": budget,
         "recent": recent,
         "candidates": candidates,
