@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from .model import Tokenizer
 from .profiling import timed
 from .segments import SegmentedBM25
 from .told import OVERLAP, ToldWords
-from .tree import Tree
+from .tree import Document, Tree
+from .turn_weights import TurnCounts, TurnWeights
 
 K1, B = 1.5, 0.75
 # A fact often straddles two blocks, and a block alone names neither its subject nor its topic: a block also counts
@@ -25,20 +26,21 @@ K1, B = 1.5, 0.75
 NEIGHBOUR_SHARE = 0.5
 # Blocks read at once: bounds the memory that a long text takes on its way into the index.
 READ_BLOCKS = 4096
-# What a user and the model said, as `Document.kind` has it.
-TURN_KINDS = frozenset({"user", "assistant"})
+# Blocks, the best first, of which the words are looked at one by one: what of a conversation is told (`TurnWeights`).
+LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A span of the history that matches a query. start, stop: tokens; score: BM25; source: title of the document
-    that has most of it."""
+    """A span of the history that matches a query. start, stop: tokens; score: BM25, see `BlockIndex.search`; source,
+    kind: title and kind (`Document.kind`) of the document that has most of it."""
 
     start: int
     stop: int
     score: float
     text: str
     source: str | None
+    kind: str | None
 
 
 def best_first(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
@@ -90,7 +92,7 @@ class BlockIndex:
         self._stemmer = Stemmer.Stemmer("english")
         self._index = SegmentedBM25(K1, B)
         self._length = 0  # of the history that is indexed
-        self._turns = _TurnCounts(tree)
+        self._turns = TurnCounts(tree)
         self._told = ToldWords(tree, tokenizer, lambda texts: _stems(texts, self._stemmer))
         if directory is not None:
             self._index.load(directory, self._settled(tree.length), self._about)
@@ -168,48 +170,35 @@ class BlockIndex:
         size = self.tree.spec.block_size
         return frozenset(_stems([query], self._stemmer)[0]) & self._told.of(first * size, stop * size)
 
-    def _source(self, start: int, stop: int) -> str | None:
-        """Title of the document that has most of a span; of equal ones the first."""
-        most, title = 0, None
-        while start < stop and (document := self.tree.document_at(start)) is not None:
+    def _document(self, start: int, stop: int, kinds: Collection[str] | None, words: frozenset[str]) -> Document | None:
+        """The document that has most of a block [start, stop); of equal ones the first. kinds: one of these, that
+        holds one of `words` there or in the blocks beside it."""
+        most, result, size = 0, None, stop - start
+        at = start
+        while at < stop and (document := self.tree.document_at(at)) is not None:
             end = min(document.stop, stop)
-            if end - start > most:
-                most, title = end - start, document.title
-            start = end
-        return title
+            if end - at > most and (kinds is None or document.kind in kinds):
+                near = max(document.start, start - size), min(document.stop, stop + size)
+                if kinds is None or not words.isdisjoint(_stems([self.text(*near)], self._stemmer)[0]):
+                    most, result = end - at, document
+            at = end
+        return result
 
-    def search(self, query: str, top: int = 8) -> list[Hit]:
-        """The best blocks, best first; blocks that match nothing are left out."""
+    def search(self, query: str, top: int = 8, kinds: Collection[str] | None = None) -> list[Hit]:
+        """The best blocks, best first; blocks that match nothing are left out. What was asked and answered counts less
+        than what was told (`TurnWeights`). kinds: none but blocks in which documents of these kinds match."""
         self.update()
         size, scores = self.tree.spec.block_size, self.scores(query)
-        hits = []
-        for block in best_first(scores, top):
+        TurnWeights(self, query).weigh(scores, best_first(scores, max(top, LOOKED_AT)))
+        words = frozenset(_stems([query], self._stemmer)[0])
+        hits: list[Hit] = []
+        for block in best_first(scores, top if kinds is None else len(scores) + 1):
             start, stop = int(block) * size, (int(block) + 1) * size
-            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), self._source(start, stop)))
-        return hits
-
-
-class _TurnCounts:
-    """Counts, per block, the documents that are part of the conversation, reading only those that are new."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._counts = np.zeros(0, np.int64)
-        self._from = 0  # first token of the last document seen: the only one that can still have grown
-        self._last = (0, 0)  # blocks counted for it
-
-    def update(self) -> NDArray[np.int64]:
-        size = self._tree.spec.block_size
-        blocks = -(-self._tree.length // size)
-        if blocks > len(self._counts):  # grown by half, so that growing costs no more than counting
-            self._counts = np.concatenate((self._counts, np.zeros(max(blocks, len(self._counts) // 2), np.int64)))
-        self._counts[slice(*self._last)] -= 1
-        self._last = (0, 0)
-        for document in self._tree.documents(self._from):
-            if document.start == document.stop:
+            document = self._document(start, stop, kinds, words)
+            if document is None and kinds is not None:
                 continue
-            self._from, self._last = document.start, (0, 0)
-            if document.kind in TURN_KINDS:
-                self._last = (document.start // size, -(-document.stop // size))
-                self._counts[slice(*self._last)] += 1
-        return self._counts[: self._tree.length // size]
+            about = (None, None) if document is None else (document.title, document.kind)
+            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), *about))
+            if len(hits) == top:
+                break
+        return hits

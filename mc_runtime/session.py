@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .answers import Answer
-from .arguments import Span, read_prompts, read_span
+from .arguments import Span, read_prompts, read_search, read_span
 from .batch import answer_batch
 from .config import DEFAULT_SYSTEM_PROMPT, IngestMode, MemoryConfig
 from .context import WorkingContext
@@ -276,13 +276,15 @@ class Session:
             if answer.frame is not None:
                 self._frames.append(answer.frame)
 
-    def search(self, text: str, top: int = 8) -> list[Hit]:
-        """The blocks of the history that match a text best (BM25), best first."""
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"text: expected words to search for, got {text!r}")
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise InputError(f"top: expected an integer of at least 1, got {top!r}")
-        return self.retrieval.search(text, top)
+    def search(self, text: str, top: int = 8, *, kinds: Iterable[str] | None = None) -> list[Hit]:
+        """The blocks of the history that match a text best (BM25), best first.
+
+        What was asked and answered in the conversation counts less than what was told, by a text or by the user, as it
+        does where the memory decides what to look at: an earlier question has all words of this one, and no answer.
+        kinds: only what documents of these kinds hold (`document`, `evidence`, `user`, `assistant`, `system`):
+        `kinds=["document"]` leaves the conversation out, `kinds=["user"]` finds what was asked.
+        """
+        return self.retrieval.search(*read_search(text, top, kinds))
 
     # -- focus ------------------------------------------------------------------------------------------------------
 

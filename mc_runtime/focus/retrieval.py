@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from ..retrieval import best_first
+from ..retrieval import LOOKED_AT, best_first
+from ..turn_weights import TurnWeights
 from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
 HALF_SCORE = 2.0
-# What was asked and answered in the conversation counts this share of what was told: earlier questions repeat the words
-# of this one without knowing the answer, and a small model that sees its earlier answers gives them again.
-TURN_SHARE = 0.5
-# Blocks, the best first, of which the words are looked at one by one.
-LOOKED_AT = 16
 # What is told later about the same may say it in fewer words: of the best score at least this share.
 LATER_SHARE = 0.4
 
@@ -29,8 +23,9 @@ class RetrievalPolicy:
     beside the best one where they score nearly as well, about 5/6 of it. Text of the same pattern as the answer (the
     debts of a hundred people) distracts most; docs/quality.md has what other settings find.
 
-    What is told since the conversation began (see `mc_runtime.told`) may correct what was known before: the newest such
-    passage that holds all words of the question which the best one holds is opened with it.
+    What was asked and answered counts less than what was told (`TurnWeights`). What is told since the conversation
+    began (see `mc_runtime.told`) may correct what was known before: the newest such passage that holds all words of the
+    question which the best one holds is opened with it.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """
@@ -49,38 +44,27 @@ class RetrievalPolicy:
         # Recent text is shown anyway; above all the question itself, which nothing matches better.
         stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
         scores = view.retrieval.scores(view.query)[:stop]
-        found = scores.nonzero()[0]
-        if not len(found):
+        if not scores.any():
             return {}
-        turns = view.retrieval.turn_counts()[:stop]
         candidates = best_first(scores, LOOKED_AT)
-        plain = scores[candidates]
-        scores[found] *= TURN_SHARE ** turns[found].astype(np.float64)
+        weights = TurnWeights(view.retrieval, view.query, self.before, self.after)
+        weights.weigh(scores, candidates)
+        turns = view.retrieval.turn_counts()[:stop]
         if turns.any():
-            self._weigh_told(view, scores, candidates, plain, turns)
+            self._raise_correction(weights, scores, candidates, int(turns.nonzero()[0][0]))
         blocks, best = self._passages(scores)
         top = float(scores.max())
         nats = self.scale * top / (top + HALF_SCORE) * (best / top) ** self.sharpness
         return {1: (blocks, nats)}
 
-    def _weigh_told(self, view: FocusView, scores: Floats, candidates: Ints, plain: Floats, turns: Ints) -> None:
-        """Gives the candidates, in place, back what turns had taken from their scores as far as their words are told,
-        and the newest correction of the best one that one's score. plain: their scores before."""
-
-        @functools.cache
-        def told(block: int) -> frozenset[str]:
-            return view.retrieval.told_words(view.query, block - self.before, block + self.after + 1)
-
-        for block, score in zip(candidates.tolist(), plain, strict=True):
-            if turns[block]:
-                words = view.retrieval.words(view.query, block - self.before, block + self.after + 1)
-                share = len(told(block)) / max(len(words), 1)
-                scores[block] += (score - scores[block]) * min(share, 1.0)
+    def _raise_correction(self, weights: TurnWeights, scores: Floats, candidates: Ints, first_turn: int) -> None:
+        """Gives the newest correction of the best candidate, in place, that one's score. first_turn: the first block
+        that has a part in the conversation."""
         best = int(scores.argmax())
-        since = max(best + self.after + self.before, int(turns.nonzero()[0][0]) - 1)
-        wanted = told(best)
+        since = max(best + self.after + self.before, first_turn - 1)
+        wanted = weights.told(best)
         later = [b for b in candidates.tolist() if b > since and scores[b] >= LATER_SHARE * scores[best]]
-        correcting = [b for b in later if told(b) >= wanted] if wanted else []
+        correcting = [b for b in later if weights.told(b) >= wanted] if wanted else []
         if correcting:
             # Of neighbours, which hold the same words, the one that holds most of them itself.
             newest = [b for b in correcting if b >= max(correcting) - self.before - self.after]
