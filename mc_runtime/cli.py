@@ -16,6 +16,7 @@ from rich.table import Table
 from . import inspection
 from .errors import MegaContextError
 from .eval.command import app as eval_app
+from .printable import printable
 from .serve.command import serve
 from .shipped import SHIPPED
 from .train.command import app as train_app
@@ -51,6 +52,8 @@ Policy = Annotated[
 EngineName = Annotated[str, typer.Option("--engine", help="What runs the model: native or transformers.")]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
 Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
+# Documents, or turns, that are shown where there are more: the newest.
+SHOWN = 20
 # Exit code of a command that Ctrl-C ended, as shells have it.
 INTERRUPTED = 130
 SHIPPED_GISTS = Path(SHIPPED)
@@ -103,11 +106,11 @@ def ingest(
                 TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=err,
             ) as bar:  # fmt: skip
-                task = bar.add_task(read.title[:40], total=len(read.ids))
+                task = bar.add_task(printable(read.title[:40]), total=len(read.ids))
                 document = session.ingest_source(
                     read, mode="fast" if fast else "contextual", progress=lambda n, t=task: bar.update(t, completed=n)
                 )
-            out.print(f"{document.title}: tokens {document.start:,} to {document.stop:,}", soft_wrap=True)
+            out.print(f"{printable(document.title)}: tokens {document.start:,} to {document.stop:,}", soft_wrap=True)
 
 
 @app.command()
@@ -164,8 +167,8 @@ def chat(
 ) -> None:
     """Talk. The conversation is part of the memory and goes on where it stopped, also after a restart.
 
-    [bold]/map[/] shows where the memory looks, [bold]/search words[/] what matches, [bold]/focus words[/] brings
-    it into detail, [bold]/quit[/] ends.
+    [bold]/map[/] shows where the memory looks ([bold]/map all[/]: at every turn), [bold]/search words[/] what matches,
+    [bold]/focus words[/] brings it into detail, [bold]/quit[/] ends.
     """
     settings = {"budget": budget, "policy": policy, "gist_kind": gist_kind, "refresh": refresh}
     settings |= {"gistnet": gistnet, "lensnet": lensnet, "engine": engine}
@@ -183,18 +186,19 @@ def chat(
                 if command in ("/quit", "/exit"):
                     return
                 if command == "/map":
-                    out.print(session.focus_map().text(), soft_wrap=True)
+                    last = None if rest.strip() == "all" else SHOWN
+                    out.print(inspection.newest_frames(session.focus_map(), last), soft_wrap=True)
                 elif command == "/search":
                     inspection.print_hits(out, session.search(rest))
                 elif command == "/focus":
                     session.focus_on(rest or None)
                 elif command.startswith("/"):
-                    err.print(f"unknown command {command}; there are /map, /search, /focus, /quit")
+                    err.print(f"unknown command {printable(command)}; there are /map, /search, /focus, /quit")
                 elif line:
                     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
                     _answer(session, line, stats, max_new_tokens=max_new_tokens, **sampling)
             except MegaContextError as error:
-                err.print(str(error), style="red", soft_wrap=True)
+                err.print(printable(str(error)), style="red", soft_wrap=True)
 
 
 def _typed() -> str:
@@ -209,7 +213,8 @@ def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> bool:
     pieces = session.generate(prompt, stream=True, **sampling)
     try:
         for piece in pieces:
-            out.file.write(piece)  # `print` would turn tabs into spaces
+            # `print` would turn tabs into spaces. What is no terminal gets the answer as it is.
+            out.file.write(printable(piece, keep="\n\t") if out.file.isatty() else piece)
             out.file.flush()
     except KeyboardInterrupt:  # ends this answer, not the conversation
         whole = False
@@ -226,6 +231,8 @@ def _answer(session: Any, prompt: str, stats: bool, **sampling: Any) -> bool:
 def inspect(
     memory: Annotated[Path, typer.Argument(help="Directory of the memory.", show_default=False)],
     columns: Annotated[int, typer.Option(min=1, help="Width of the focus map.")] = 96,
+    last: Annotated[int, typer.Option(min=1, help="How many documents to list, the newest.")] = SHOWN,
+    everything: Annotated[bool, typer.Option("--all", help="List all documents.")] = False,
 ) -> None:
     """Show the tree, its levels and documents, and where the memory looked last. Works while another process writes."""
     from .tree import Tree
@@ -238,9 +245,12 @@ def inspect(
         out.print(table)
         columns_of = ("id", "kind", "title", "tokens", "from", "to", "ingest")
         documents = Table(*columns_of, title="documents", title_justify="left")
-        for row in inspection.document_rows(tree):
+        for row in inspection.document_rows(tree, None if everything else last):
             documents.add_row(*row)
         out.print(documents)
+        more = inspection.left_out(documents.row_count, tree.count_documents(), "documents", "--all")
+        if more:
+            out.print(more)
         out.print(inspection.saved_focus_map(tree, columns), soft_wrap=True)
 
 
@@ -258,7 +268,7 @@ def main() -> None:
     try:
         app()
     except MegaContextError as error:
-        err.print(f"mc: {error}", style="red", soft_wrap=True)
+        err.print(f"mc: {printable(str(error))}", style="red", soft_wrap=True)
         sys.exit(2)
 
 
