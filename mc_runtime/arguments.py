@@ -11,6 +11,8 @@ from .retrieval import Hit
 from .tree import Document
 
 Span = tuple[int, int] | Document | Hit
+# What `Document.kind` is in a memory.
+KINDS = ("document", "evidence", "user", "assistant", "system")
 
 
 def read_prompts(prompt: object) -> list[str]:
@@ -35,3 +37,17 @@ def read_span(target: Span, length: int) -> tuple[int, int]:
     if not 0 <= start < stop <= length:
         raise InputError(f"span: expected 0 <= start < stop <= {length}, got ({start}, {stop})")
     return start, stop
+
+
+def read_search(text: object, top: object, kinds: object) -> tuple[str, int, frozenset[str] | None]:
+    """What to search for, how many hits, and the kinds of documents to search in; None: all."""
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"text: expected words to search for, got {text!r}")
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise InputError(f"top: expected an integer of at least 1, got {top!r}")
+    if kinds is None:
+        return text, top, None
+    given = [*kinds] if isinstance(kinds, Iterable) and not isinstance(kinds, str | bytes) else []
+    if not given or not all(kind in KINDS for kind in given):
+        raise InputError(f"kinds: expected some of {', '.join(KINDS)}, in a list, got {kinds!r}")
+    return text, top, frozenset(given)

@@ -16,11 +16,33 @@ from .context import WorkingContext
 from .errors import BudgetError
 from .focus.controller import FocusController
 from .model import LoadedModel
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler, SamplingParams, StopStrings
 from .stats import TurnStats
 from .turns import Turn
 
 logger = logging.getLogger("mc_runtime")
+# Prompts of a list that are answered together: each has a copy of the cache.
+BATCH_ROWS = 16
+
+
+def answer_prompts(
+    model: LoadedModel, context: WorkingContext, focus: FocusController, prompts: Sequence[str], params: SamplingParams
+) -> tuple[list[str], list[TurnStats]]:
+    """The answers as text, stop strings heeded, and what each turn measured; `BATCH_ROWS` prompts at a time. Raises
+    BudgetError for a prompt that does not fit, naming it."""
+    with torch.inference_mode():
+        focus.make_room(context, 0)  # brings in what was ingested, once for all branches
+    answers, stats = list[list[int]](), list[TurnStats]()
+    for first in range(0, len(prompts), BATCH_ROWS):
+        said, measured = answer_batch(model, context, focus, prompts[first : first + BATCH_ROWS], params)
+        answers, stats = answers + said, stats + measured
+    texts = []
+    for ids, turn in zip(answers, stats, strict=True):
+        stops = StopStrings(params.stop)
+        texts.append(stops.push(model.tokenizer.decode(ids)) + stops.flush())
+        if stops.hit:
+            turn.finish_reason = "stop"
+    return texts, stats
 
 
 @torch.inference_mode()

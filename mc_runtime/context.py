@@ -8,8 +8,7 @@ them, and the nodes that they complete, to the tree. Positions are packed: an en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -90,14 +89,6 @@ class WorkingContext(Layout):
                     output = self.run(ranks)
                 hidden = output.hidden[0, -1] if int(ranks[-1]) == len(new) - 1 else None
         return Relayout(len(diff.inserted), len(diff.removed), len(ranks), hidden)
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.clear()
-            raise
 
     def _splice(self, new: Entries, diff: EntryDiff) -> NDArray[np.int64]:
         """Put `new` into the cache; returns the ranks of the entries that still have to be run."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .printable import printable
 from .timeline import Entries
 
 # Finest first: tokens, blocks, blocks of blocks, ...
@@ -55,7 +56,7 @@ class FocusMap:
         for frame in self.frames:
             levels = frame.levels(columns, max(f.length for f in self.frames))
             shades = (" " if np.isnan(x) else SHADES[min(int(x), len(SHADES) - 1)] for x in levels)
-            lines.append(f"{''.join(shades)}  {shorten(frame.label, LABEL, placeholder=' ...')}")
+            lines.append(f"{''.join(shades)}  {printable(shorten(frame.label, LABEL, placeholder=' ...'))}")
         legend = "  ".join(f"{shade} level {level}" for level, shade in enumerate(SHADES[:-1]))
         return "\n".join([*lines, f"{legend}  {SHADES[-1]} coarser"])
 

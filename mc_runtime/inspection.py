@@ -10,6 +10,7 @@ import numpy as np
 
 from .focus.forest import layout_entries
 from .focus_map import FocusFrame, FocusMap
+from .printable import printable
 from .stats import SessionStats
 from .timeline import Entries
 from .tree import NodeFlag, Tree
@@ -26,8 +27,8 @@ STATE = "session"
 def overview(tree: Tree) -> str:
     """One line on what the memory is made for."""
     spec = tree.spec
-    return (
-        f"{tree.length:,} tokens in blocks of {spec.block_size}, {len(tree.documents())} documents; "
+    return printable(
+        f"{tree.length:,} tokens in blocks of {spec.block_size}, {tree.count_documents():,} documents; "
         f"model {spec.model}, tokenizer {spec.tokenizer}, GistNet {spec.gistnet}, stored as {spec.dtype}"
     )
 
@@ -41,10 +42,24 @@ def level_rows(tree: Tree) -> Iterator[tuple[str, ...]]:
         yield str(level), f"{count:,}", f"{tree.spec.block_size**level:,}", f"{pooled:,}", f"{count - pooled:,}"
 
 
-def document_rows(tree: Tree) -> Iterator[tuple[str, ...]]:
-    """Id, kind, title, tokens, span, and how it was ingested."""
-    for d in tree.documents():
-        yield str(d.id), d.kind, d.title, f"{d.stop - d.start:,}", f"{d.start:,}", f"{d.stop:,}", d.ingest
+def document_rows(tree: Tree, last: int | None) -> Iterator[tuple[str, ...]]:
+    """Id, kind, title, tokens, span, and how it was ingested, of the newest `last` documents or of all."""
+    documents = tree.documents()
+    for d in documents if last is None else documents[-last:]:
+        tokens, start, stop = (f"{n:,}" for n in (d.stop - d.start, d.start, d.stop))
+        yield str(d.id), printable(d.kind), printable(d.title), tokens, start, stop, printable(d.ingest)
+
+
+def left_out(shown: int, total: int, what: str, how: str) -> str | None:
+    """The line that says that the newest `shown` of `total` are all there is to see, and how to see them all."""
+    return f"the newest {shown:,} of {total:,} {what}; {how} shows all" if shown < total else None
+
+
+def newest_frames(focus_map: FocusMap, last: int | None) -> str:
+    """A focus map of the newest `last` turns, or of all."""
+    frames = focus_map.frames if last is None else focus_map.frames[-last:]
+    more = left_out(len(frames), len(focus_map.frames), "turns", "/map all")
+    return "\n".join([*([more] if more else []), FocusMap(frames).text()])
 
 
 def saved_focus_map(tree: Tree, columns: int) -> str:
@@ -78,5 +93,5 @@ def turn_line(stats: SessionStats) -> str:
 def print_hits(console: Console, hits: Sequence[Hit]) -> None:
     """Search hits, best first."""
     for hit in hits:
-        text = " ".join(hit.text.split())
-        console.print(f"{hit.score:6.2f}  {hit.start:,}  {hit.source or ''}: {text}", markup=False)
+        text = printable(" ".join(hit.text.split()))
+        console.print(f"{hit.score:6.2f}  {hit.start:,}  {printable(hit.source or '')}: {text}", soft_wrap=True)

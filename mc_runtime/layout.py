@@ -9,7 +9,8 @@ itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,20 @@ class Layout(ABC):
         self.entries = Entries(np.zeros(0, np.int8), NO_NODES, self.config.block_size)
         self.expanded: Expanded = {}
         self.counts_seen: tuple[int, ...] = ()
+
+    def clear(self) -> None:
+        """Forget the layout and what stands for it; pending tokens stay."""
+        self.forget()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What ends a change early (Ctrl-C too) leaves an empty context, which is laid out anew when it is next
+        needed."""
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
 
     @property
     def used(self) -> int:

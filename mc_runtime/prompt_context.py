@@ -30,24 +30,31 @@ class PromptContext(Layout):
         return self.inputs(np.arange(self.used))
 
     def relayout(self, expanded: Expanded, *, mode: RefreshMode | None = None, newest: int = 0) -> Relayout:
-        """mode and newest say what is recomputed: nothing here."""
+        """mode and newest say what is recomputed: nothing here. Whatever ends it early leaves an empty context."""
         new = self.entries_of(expanded)
         diff = diff_entries(self.entries, new)
-        self.show(new, expanded)
+        with self._all_or_nothing():
+            self.show(new, expanded)
         return Relayout(len(diff.inserted), len(diff.removed), 0, None)
 
     def append(self, ids: Sequence[int]) -> None:
-        """Show new tokens at the end. Raises BudgetError, before anything changes, if there are not enough slots."""
+        """Show new tokens at the end. Raises BudgetError, before anything changes, if there are not enough slots.
+        Whatever else ends it early leaves an empty context, and all of the tokens pending or none."""
         used = self.used + len(ids)
         if used > self.capacity:
             raise BudgetError(f"budget: the new tokens need {used} slots, there are {self.capacity}")
-        self.entries = self.entries.with_tokens(len(ids))
-        self.pending.extend(int(i) for i in ids)
+        added = [int(i) for i in ids]
+        with self._all_or_nothing():
+            self.entries = self.entries.with_tokens(len(added))
+            self.pending += added
 
     def drop_pending(self) -> None:
         """Forget the pending tokens, which are always the last entries."""
-        kept = self.used - len(self.pending)
+        count = self.entries.stop - self.tree.length
         self.pending.clear()
+        if count <= 0:  # none, or the context is empty
+            return
+        kept = self.used - count
         self.entries = Entries(self.entries.levels[:kept], self.entries.index[:kept], self.config.block_size)
 
     def fork(self) -> PromptContext:

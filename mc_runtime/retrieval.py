@@ -1,9 +1,9 @@
-"""BM25 over the tree's own blocks. Words are found and stemmed by the library `bm25s`."""
+"""Search over the tree's own blocks. Words are found and stemmed by the library `bm25s`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from .profiling import timed
 from .ranking import AROUND_TOKENS, rank_blocks
 from .segments import SegmentedBM25
 from .told import OVERLAP, ToldWords
-from .tree import Tree
+from .tree import Document, Tree
+from .turn_weights import TURN_SHARE, TurnCounts, TurnWeights
 
 K1, B = 1.5, 0.75
 # A fact often straddles two blocks, and a block alone names neither its subject nor its topic: a block also counts
@@ -26,20 +27,23 @@ K1, B = 1.5, 0.75
 NEIGHBOUR_SHARE = 0.5
 # Blocks read at once: bounds the memory that a long text takes on its way into the index.
 READ_BLOCKS = 4096
-# What a user and the model said, as `Document.kind` has it.
-TURN_KINDS = frozenset({"user", "assistant"})
+# Blocks that BM25 finds, of which the neighbours, and the order and the nearness of the words, are looked at.
+CANDIDATES = 64
+# Of those, the best first, that are asked what of a conversation is told there (`TurnWeights`).
+LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A span of the history that matches a query. start, stop: tokens; score: BM25; source: title of the document
-    that has most of it."""
+    """A span of the history that matches a query. start, stop: tokens; score: see `BlockIndex.ranked`; source,
+    kind: title and kind (`Document.kind`) of the document that has most of it."""
 
     start: int
     stop: int
     score: float
     text: str
     source: str | None
+    kind: str | None
 
 
 def best_first(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
@@ -91,7 +95,7 @@ class BlockIndex:
         self._stemmer = Stemmer.Stemmer("english")
         self._index = SegmentedBM25(K1, B)
         self._length = 0  # of the history that is indexed
-        self._turns = _TurnCounts(tree)
+        self._turns = TurnCounts(tree)
         self._told = ToldWords(tree, tokenizer, lambda texts: _stems(texts, self._stemmer))
         if directory is not None:
             self._index.load(directory, self._settled(tree.length), self._about)
@@ -156,20 +160,26 @@ class BlockIndex:
         own[: len(found)] = found
         return _with_neighbours(own)
 
-    def rank(
-        self, query: str, blocks: NDArray[np.int64], weight: NDArray[np.float64] | None = None
-    ) -> NDArray[np.float64]:
-        """[n]: how well each of `blocks` [n], a few that `scores` found, in ascending order, matches a text, with what
-        stands around it and how near the words are to each other (see `mc_runtime.ranking`).
+    def ranked(self, query: str, stop: int | None = None, most: int = CANDIDATES) -> NDArray[np.float64]:
+        """[blocks, or the first `stop`] how well each block, with what stands around it, matches a text.
 
-        weight: [m] what the words of each of the first m blocks count around others; behind those nothing counts. None:
-        all alike.
+        The `most` best of `scores`, and some more where there are turns, have the scores of `mc_runtime.ranking`; the
+        others follow in their order, none above those. What is behind `stop` counts nowhere, and around others what was
+        asked and answered counts less than what was told.
         """
-        size, stems = self.tree.spec.block_size, _stems([query], self._stemmer)[0]
-        indexed = self._length // size
-        weight = np.ones(indexed) if weight is None else weight[:indexed]
-        around = max(1, AROUND_TOKENS // size)
-        return rank_blocks(self._index, stems, blocks, self._stems_of(blocks.tolist()), weight, around)
+        found, size = self.scores(query)[:stop], self.tree.spec.block_size
+        weight = TURN_SHARE ** self.turn_counts()[: len(found)].astype(np.float64)
+        blocks = np.union1d(best_first(found * weight, most), best_first(found, LOOKED_AT))
+        if not len(blocks):
+            return found
+        best = rank_blocks(
+            self._index, _stems([query], self._stemmer)[0], blocks, self._stems_of(blocks.tolist()),
+            weight[: self._length // size], max(1, AROUND_TOKENS // size),
+        )  # fmt: skip
+        found[blocks] = 0.0
+        found *= min(1.0, float(best.min()) / max(float(found.max()), 1e-9))
+        found[blocks] = best
+        return found
 
     def turn_counts(self) -> NDArray[np.int64]:
         """[blocks] how many prompts and answers have a part in each block; not to be written to."""
@@ -187,48 +197,35 @@ class BlockIndex:
         size = self.tree.spec.block_size
         return frozenset(_stems([query], self._stemmer)[0]) & self._told.of(first * size, stop * size)
 
-    def _source(self, start: int, stop: int) -> str | None:
-        """Title of the document that has most of a span; of equal ones the first."""
-        most, title = 0, None
-        while start < stop and (document := self.tree.document_at(start)) is not None:
+    def _document(self, start: int, stop: int, kinds: Collection[str] | None, words: frozenset[str]) -> Document | None:
+        """The document that has most of a block [start, stop); of equal ones the first. kinds: one of these, that
+        holds one of `words` there or in the blocks beside it."""
+        most, result, size = 0, None, stop - start
+        at = start
+        while at < stop and (document := self.tree.document_at(at)) is not None:
             end = min(document.stop, stop)
-            if end - start > most:
-                most, title = end - start, document.title
-            start = end
-        return title
+            if end - at > most and (kinds is None or document.kind in kinds):
+                near = max(document.start, start - size), min(document.stop, stop + size)
+                if kinds is None or not words.isdisjoint(_stems([self.text(*near)], self._stemmer)[0]):
+                    most, result = end - at, document
+            at = end
+        return result
 
-    def search(self, query: str, top: int = 8) -> list[Hit]:
-        """The best blocks, best first; blocks that match nothing are left out."""
+    def search(self, query: str, top: int = 8, kinds: Collection[str] | None = None) -> list[Hit]:
+        """The best blocks, best first; blocks that match nothing are left out. What was asked and answered counts less
+        than what was told (`TurnWeights`). kinds: none but blocks in which documents of these kinds match."""
         self.update()
-        size, scores = self.tree.spec.block_size, self.scores(query)
-        hits = []
-        for block in best_first(scores, top):
+        size, scores = self.tree.spec.block_size, self.ranked(query, most=max(top, CANDIDATES))
+        TurnWeights(self, query).weigh(scores, best_first(scores, max(top, LOOKED_AT)))
+        words = frozenset(_stems([query], self._stemmer)[0])
+        hits: list[Hit] = []
+        for block in best_first(scores, top if kinds is None else len(scores) + 1):
             start, stop = int(block) * size, (int(block) + 1) * size
-            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), self._source(start, stop)))
-        return hits
-
-
-class _TurnCounts:
-    """Counts, per block, the documents that are part of the conversation, reading only those that are new."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._counts = np.zeros(0, np.int64)
-        self._from = 0  # first token of the last document seen: the only one that can still have grown
-        self._last = (0, 0)  # blocks counted for it
-
-    def update(self) -> NDArray[np.int64]:
-        size = self._tree.spec.block_size
-        blocks = -(-self._tree.length // size)
-        if blocks > len(self._counts):  # grown by half, so that growing costs no more than counting
-            self._counts = np.concatenate((self._counts, np.zeros(max(blocks, len(self._counts) // 2), np.int64)))
-        self._counts[slice(*self._last)] -= 1
-        self._last = (0, 0)
-        for document in self._tree.documents(self._from):
-            if document.start == document.stop:
+            document = self._document(start, stop, kinds, words)
+            if document is None and kinds is not None:
                 continue
-            self._from, self._last = document.start, (0, 0)
-            if document.kind in TURN_KINDS:
-                self._last = (document.start // size, -(-document.stop // size))
-                self._counts[slice(*self._last)] += 1
-        return self._counts[: self._tree.length // size]
+            about = (None, None) if document is None else (document.title, document.kind)
+            hits.append(Hit(start, stop, float(scores[block]), self.text(start, stop), *about))
+            if len(hits) == top:
+                break
+        return hits

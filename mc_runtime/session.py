@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, get_args, overload
 
-import numpy as np
 import torch
 
 from .answers import Answer
-from .arguments import Span, read_prompts, read_span
-from .batch import answer_batch
-from .config import DEFAULT_SYSTEM_PROMPT, IngestMode, MemoryConfig
-from .context import WorkingContext
-from .engines import CacheEngine
+from .arguments import Span, read_prompts, read_search, read_span
+from .batch import answer_prompts
+from .config import IngestMode, MemoryConfig
 from .errors import InputError
-from .focus import make_policy
-from .focus.controller import FocusController
-from .focus.view import FocusPolicy
 from .focus_map import FocusFrame, FocusMap
-from .gists import gist_reader
-from .ingest import Progress, ingest_documents
+from .ingest import Progress
 from .messages import message_parts
-from .model import DEFAULT_MODEL, LoadedModel
-from .nodes import NodeBuilder
-from .opening import Parts, check_room, load_parts, read_settings
-from .retrieval import BlockIndex, Hit
-from .sampling import SamplingParams, StopStrings, read_sampling
-from .shipped import SHIPPED
-from .snapshot import load_snapshot, save_snapshot
+from .opening import Parts
+from .retrieval import Hit
+from .sampling import SamplingParams, read_sampling
+from .session_life import SessionLife
 from .sources import Source, read_evidence, read_source
 from .stats import SessionStats, TurnStats
 from .tree import Document, Tree
 
-logger = logging.getLogger("mc_runtime")
-# Prompts of a list that are answered together: each has a copy of the cache.
-BATCH_ROWS = 16
 
-
-class Session:
+class Session(SessionLife):
     """A memory on disk and the Working Context over it. Open it with `Session.open`, close it or use `with`.
 
     One session writes to a memory at a time. Not safe for use from several threads at once.
@@ -51,107 +33,9 @@ class Session:
 
     def __init__(self, path: Path, tree: Tree, config: MemoryConfig, parts: Parts) -> None:
         """Use `Session.open`."""
-        model = parts.model
-        self.path, self.tree, self.model, self.config = path, tree, model, config
-        self.engine = parts.engine
-        self.builder = NodeBuilder(tree, parts.gistnet)
-        cache = self.engine.allocate(config.budget, weighted=bool(config.gist_bias))
-        reader = gist_reader(config.gist_kind, model.decoder, parts.gistnet)
-        self.context = WorkingContext(tree, self.engine, reader, config, cache)
-        self.retrieval = BlockIndex(tree, model.tokenizer, path)
+        super().__init__(path, tree, config, parts)
         self._turns: list[TurnStats] = []
         self._frames: list[FocusFrame] = []
-        self._streaming = self._closed = False
-        self._streams: weakref.WeakSet[Generator[str, None, None]] = weakref.WeakSet()
-        if tree.length == 0:
-            self._write_head()
-        else:
-            self._compare_head()
-        head = tree.documents()[0].stop
-        self.focus = FocusController(make_policy(config.policy, parts.lensnet), config, self.retrieval, head)
-        load_snapshot(path, tree, self.context, self.focus)
-
-    @classmethod
-    def open(
-        cls,
-        path: Path | str,
-        model: str | Path | LoadedModel = DEFAULT_MODEL,
-        *,
-        gistnet: Path | str | None = SHIPPED,
-        lensnet: Path | str | None = None,
-        config: MemoryConfig | None = None,
-        policy: FocusPolicy | str | None = None,
-        engine: str | CacheEngine = "native",
-        **settings: Any,
-    ) -> Session:
-        """Create a memory in a directory, or reopen it where it stopped.
-
-        model: a name or path (see `load_model`) or a loaded model. gistnet: trained weights: a safetensors file,
-        `shipped` (the package's, where it has some for the model, else untrained ones) or `untrained`. lensnet: those
-        of the policies `lensnet` and `lensnet+retrieval`; by default the package's. config and settings: see
-        `MemoryConfig`; settings (`budget=2048`, ...) override. policy: a name, or a focus policy of your own.
-        engine: what runs the model, `native` or `transformers`; a memory may be opened with either at any time.
-        Raises TreeMismatchError if the memory was made with another model, tokenizer, GistNet or block size,
-        TreeLockedError if another process writes to it, InputError and BudgetError for unusable settings.
-        """
-        if isinstance(policy, str):
-            settings["policy"], policy = policy, None
-        config = read_settings(config, settings, has_lensnet=lensnet is not None)
-        parts = load_parts(model, config, gistnet, lensnet, engine)
-        if config.gist_bias is None:
-            asked = parts.gistnet.gist_bias if config.gist_kind == "pooled" else 0.0
-            config = replace(config, gist_bias=asked)
-        tree = Tree.open(path, parts.spec)
-        try:
-            session = cls(Path(path), tree, config, parts)
-        except BaseException:
-            tree.close()
-            raise
-        if policy is not None:
-            session.focus.policy = policy
-        return session
-
-    def _write_head(self) -> None:
-        """The system prompt opens the history; its first token is the attention sink."""
-        ids = np.asarray(self.model.chat.system_ids(self.config.system_prompt), np.int64)
-        if not len(ids):
-            raise InputError("system_prompt: expected text that gives at least one token, got none")
-        check_room(len(ids), self.config)
-        self._ingest([(Source(ids, "system prompt", None), "system")], fast=False)
-
-    def _compare_head(self) -> None:
-        head, given = self.tree.documents()[0], self.config.system_prompt
-        ids = [] if given == DEFAULT_SYSTEM_PROMPT else self.model.chat.system_ids(given)
-        if ids and self.tree.tokens(head.start, head.stop).tolist() != ids:
-            logger.warning("system_prompt: the memory keeps the one that it was made with, another was given")
-
-    def close(self) -> None:
-        """Save the Working Context and release the memory. An answer that is still streaming ends here and is kept.
-        Closing twice is fine."""
-        if self._closed:
-            return
-        try:
-            for stream in list(self._streams):
-                stream.close()
-            save_snapshot(self.path, self.tree, self.context, self.focus)
-            self.retrieval.save()
-        finally:
-            self._closed = True
-            self.tree.close()
-
-    def save(self) -> None:
-        """Save the Working Context; the text itself is safe from the moment that a call returns."""
-        self._check_idle()
-        save_snapshot(self.path, self.tree, self.context, self.focus)
-        self.retrieval.save()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- into the memory --------------------------------------------------------------------------------------------
 
@@ -204,20 +88,6 @@ class Session:
             self.focus.hint_span(documents[0].start, documents[-1].stop)
         return documents
 
-    def _ingest(
-        self,
-        parts: Sequence[tuple[Source, str]],
-        *,
-        fast: bool,
-        progress: Progress | None = None,
-        score: float | None = None,
-    ) -> list[Document]:
-        documents = ingest_documents(
-            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, score=score
-        )
-        self.retrieval.update()  # now, where time goes with the text, and not when the first question waits
-        return documents
-
     # -- out of the memory ------------------------------------------------------------------------------------------
 
     @overload
@@ -242,27 +112,12 @@ class Session:
         if not isinstance(prompt, str):
             if stream:
                 raise InputError("stream: expected one prompt when streaming, got a list")
-            return self._generate_batch(prompts, params)
+            texts, measured = answer_prompts(self.model, self.context, self.focus, prompts, params)
+            self._turns += measured
+            return texts
         pieces = self._stream(prompt, params)
         self._streams.add(pieces)
         return pieces if stream else "".join(pieces)
-
-    def _generate_batch(self, prompts: list[str], params: SamplingParams) -> list[str]:
-        with torch.inference_mode():
-            self.focus.make_room(self.context, 0)  # brings in what was ingested, once for all branches
-        answers, stats = list[list[int]](), list[TurnStats]()
-        for first in range(0, len(prompts), BATCH_ROWS):
-            part = prompts[first : first + BATCH_ROWS]
-            said, measured = answer_batch(self.model, self.context, self.focus, part, params)
-            answers, stats = answers + said, stats + measured
-        self._turns += stats
-        texts = []
-        for ids, turn in zip(answers, stats, strict=True):
-            stops = StopStrings(params.stop)
-            texts.append(stops.push(self.model.tokenizer.decode(ids)) + stops.flush())
-            if stops.hit:
-                turn.finish_reason = "stop"
-        return texts
 
     def _stream(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
         self._check_idle()  # again: a stream starts when its first piece is asked for
@@ -276,13 +131,15 @@ class Session:
             if answer.frame is not None:
                 self._frames.append(answer.frame)
 
-    def search(self, text: str, top: int = 8) -> list[Hit]:
-        """The blocks of the history that match a text best (BM25), best first."""
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"text: expected words to search for, got {text!r}")
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise InputError(f"top: expected an integer of at least 1, got {top!r}")
-        return self.retrieval.search(text, top)
+    def search(self, text: str, top: int = 8, *, kinds: Iterable[str] | None = None) -> list[Hit]:
+        """The blocks of the history that match a text best (BM25), best first.
+
+        What was asked and answered in the conversation counts less than what was told, by a text or by the user, as it
+        does where the memory decides what to look at: an earlier question has all words of this one, and no answer.
+        kinds: only what documents of these kinds hold (`document`, `evidence`, `user`, `assistant`, `system`):
+        `kinds=["document"]` leaves the conversation out, `kinds=["user"]` finds what was asked.
+        """
+        return self.retrieval.search(*read_search(text, top, kinds))
 
     # -- focus ------------------------------------------------------------------------------------------------------
 
@@ -341,9 +198,3 @@ class Session:
         self._check_idle()
         self._turns.clear()
         self._frames.clear()
-
-    def _check_idle(self) -> None:
-        if self._closed:
-            raise InputError("session: it is closed; open the memory again")
-        if self._streaming:
-            raise InputError("session: an answer is still streaming; exhaust or close its iterator first")

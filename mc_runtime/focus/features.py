@@ -1,4 +1,4 @@
-"""What LensNet sees of a Working Context: one row per leaf, and a few vectors that say what is wanted now.
+"""What LensNet sees of a Working Context: one row per leaf, and the queries of `lens_queries`.
 
 A leaf is a gist, or a full block of K tokens whose level-1 node is stored, which it is scored by. Tokens of other
 blocks are the ragged tail: they can be neither expanded nor collapsed and get no row. All columns are of order one.
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .leaves import Leaves, find_leaves, parents_of
+from .lens_queries import newest_queries
 from .retrieval import HALF_SCORE
 from .view import Floats, FocusView, Ints
 
@@ -56,11 +57,6 @@ FEATURES_HASH = hashlib.sha256("\n".join(FEATURES).encode()).hexdigest()[:16]
 
 MOST_LEVEL = 2  # as which the levels above are seen
 LEAST_MASS = 1e-3  # of an even share; less counts as this
-# Rows of the queries: means of so many newest tokens, the query text, the newest gists of levels 1, 2, 3. At most 16.
-WINDOWS = (32, 64, 128, 256)
-NEWEST_GISTS = (2, 1, 1)
-# Longer query text is cut to its end, where a prompt has its question.
-QUERY_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def lens_inputs(
     device = context.decoder.device
     with torch.no_grad():
         rows = _summaries(context, np.maximum(leaves.levels, 1), leaves.index)
-        queries = _queries(view, mu).to(rows)
+        queries = newest_queries(view, mu).to(rows)
     legal = torch.from_numpy(_legal(leaves, context, pinned)).to(device)
     size = context.config.block_size
     known = torch.from_numpy(features).to(device)
@@ -232,34 +228,3 @@ def _summaries(context: Layout, levels: Ints, index: Ints) -> Tensor:
         first = int(index[start])
         rows[start:stop] = stored[int(levels[start])][first : first + stop - start]
     return rows.to(like.device)
-
-
-def _queries(view: FocusView, mu: Tensor) -> Tensor:
-    context = view.context
-    stored, newest = context.tree.length, max(WINDOWS)
-    ids = context.tree.tokens(max(0, stored - newest)).astype(np.int64).tolist() + context.pending
-    asked = view.retrieval.tokenizer.encode(view.query[-QUERY_CHARACTERS:]) if view.query.strip() else []
-    gists: list[Tensor] = []
-    for level, most in enumerate(NEWEST_GISTS, start=1):
-        count = context.tree.count(level)
-        gists += context.tree.summaries(level, max(0, count - most), count).to(mu).unbind(0) if count else []
-    return query_rows(_embed(context, ids[-newest:]), _embed(context, asked), gists, mu)
-
-
-def query_rows(newest: Tensor, asked: Tensor, gists: Sequence[Tensor], mu: Tensor) -> Tensor:
-    """[Q, E] fp32, see `WINDOWS` and `NEWEST_GISTS`; one row of zeros if there is nothing at all.
-
-    newest: [n, E] fp32 embeddings of the newest tokens, at most max(WINDOWS). asked: those of the query text. gists:
-    [E] summaries. mu: [E] mean of the model's embeddings.
-    """
-    rows: list[Tensor] = []
-    if len(newest):
-        rows += [newest[-window:].mean(0) - mu for window in WINDOWS]
-    if len(asked):
-        rows.append(asked.mean(0) - mu)
-    rows += list(gists)
-    return torch.stack(rows) if rows else torch.zeros_like(mu)[None]
-
-
-def _embed(context: Layout, ids: Sequence[int]) -> Tensor:
-    return context.decoder.embed(torch.tensor([list(ids)], dtype=torch.int64, device=context.decoder.device))[0].float()

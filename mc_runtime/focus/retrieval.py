@@ -1,23 +1,15 @@
-"""Focus on the passages whose words match what is asked (BM25 over the tree's own blocks)."""
+"""Focus on the passages whose words match what is asked (`BlockIndex.ranked`)."""
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from ..retrieval import best_first
+from ..retrieval import LOOKED_AT, best_first
+from ..turn_weights import TurnWeights
 from .view import Floats, FocusView, Ints, Utilities
 
 # A best score of this size counts half: below it, the query matches next to nothing.
 HALF_SCORE = 2.0
-# What was asked and answered in the conversation counts this share of what was told: earlier questions repeat the words
-# of this one without knowing the answer, and a small model that sees its earlier answers gives them again.
-TURN_SHARE = 0.5
-# Blocks that BM25 finds, of which the neighbours, and the order and the nearness of the words, are looked at.
-CANDIDATES = 64
-# Of those, the best first, that are asked what was told there.
-LOOKED_AT = 16
 # What is told later about the same may say it in fewer words: of the best score at least this share.
 LATER_SHARE = 0.4
 
@@ -31,8 +23,9 @@ class RetrievalPolicy:
     beside the best one where they score nearly as well, about 5/6 of it. Text of the same pattern as the answer (the
     debts of a hundred people) distracts most; docs/quality.md has what other settings find.
 
-    What is told since the conversation began (see `mc_runtime.told`) may correct what was known before: the newest such
-    passage that holds all words of the question which the best one holds is opened with it.
+    What was asked and answered counts less than what was told (`TurnWeights`). What is told since the conversation
+    began (see `mc_runtime.told`) may correct what was known before: the newest such passage that holds all words of the
+    question which the best one holds is opened with it.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """
@@ -50,43 +43,28 @@ class RetrievalPolicy:
             return {}
         # Recent text is shown anyway; above all the question itself, which nothing matches better.
         stop = min(view.context.tree.count(1), view.recent_start // view.context.config.block_size)
-        found = view.retrieval.scores(view.query)[:stop]
-        turns = view.retrieval.turn_counts()[:stop]
-        weight = TURN_SHARE ** turns.astype(np.float64)
-        best_ones = best_first(found * weight, CANDIDATES), best_first(found, LOOKED_AT)
-        looked_at = np.unique(np.concatenate(best_ones))
-        if not len(looked_at):
+        scores = view.retrieval.ranked(view.query, stop)
+        if not scores.any():
             return {}
-        scores = np.zeros(stop)
-        scores[looked_at] = view.retrieval.rank(view.query, looked_at, weight)
         candidates = best_first(scores, LOOKED_AT)
-        plain = scores[candidates]
-        scores *= weight
+        weights = TurnWeights(view.retrieval, view.query, self.before, self.after)
+        weights.weigh(scores, candidates)
+        turns = view.retrieval.turn_counts()[:stop]
         if turns.any():
-            self._weigh_told(view, scores, candidates, plain, turns)
+            self._raise_correction(weights, scores, candidates, int(turns.nonzero()[0][0]))
         blocks, best = self._passages(scores)
         top = float(scores.max())
         nats = self.scale * top / (top + HALF_SCORE) * (best / top) ** self.sharpness
         return {1: (blocks, nats)}
 
-    def _weigh_told(self, view: FocusView, scores: Floats, candidates: Ints, plain: Floats, turns: Ints) -> None:
-        """Gives the candidates, in place, back what turns had taken from their scores as far as their words are told,
-        and the newest correction of the best one that one's score. plain: their scores before."""
-
-        @functools.cache
-        def told(block: int) -> frozenset[str]:
-            return view.retrieval.told_words(view.query, block - self.before, block + self.after + 1)
-
-        for block, score in zip(candidates.tolist(), plain, strict=True):
-            if turns[block]:
-                words = view.retrieval.words(view.query, block - self.before, block + self.after + 1)
-                share = len(told(block)) / max(len(words), 1)
-                scores[block] += (score - scores[block]) * min(share, 1.0)
+    def _raise_correction(self, weights: TurnWeights, scores: Floats, candidates: Ints, first_turn: int) -> None:
+        """Gives the newest correction of the best candidate, in place, that one's score. first_turn: the first block
+        that has a part in the conversation."""
         best = int(scores.argmax())
-        since = max(best + self.after + self.before, int(turns.nonzero()[0][0]) - 1)
-        wanted = told(best)
+        since = max(best + self.after + self.before, first_turn - 1)
+        wanted = weights.told(best)
         later = [b for b in candidates.tolist() if b > since and scores[b] >= LATER_SHARE * scores[best]]
-        correcting = [b for b in later if told(b) >= wanted] if wanted else []
+        correcting = [b for b in later if weights.told(b) >= wanted] if wanted else []
         if correcting:
             # Of neighbours, which hold the same words, the one that holds most of them itself.
             newest = [b for b in correcting if b >= max(correcting) - self.before - self.after]

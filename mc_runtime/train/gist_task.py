@@ -5,9 +5,6 @@ the teacher's hidden states. Then several pieces of it run again, each behind a 
 stand as gists. The loss is the KL divergence from the teacher plus cross-entropy; gradients flow through the model's
 attention into the gists, and into the parameters that made them.
 
-Gists that are keys and values stand in the cache that the pieces run behind. Gists that are input embeddings run with
-the piece through the model, and so do the tokens of the context: all of it is computed on what stands before it.
-
 Precision: the frozen model, its activations and the cache keep the dtype that the model was loaded in (bf16), so no
 matmul over the model runs in fp32 and no autocast is needed. Parameters, their gradients, the optimizer, softmaxes and
 losses are fp32; the kernels take fp32 weights beside bf16 data and accumulate in fp32.
@@ -31,15 +28,15 @@ from mc_runtime.model.stores import ConcatStore
 from .corpus import Corpus, sample_mixture
 from .crowd import Crowd
 from .gist_kinds import GistMaker, LevelGists, PooledMaker, read_text
-from .gist_kinds import pool_levels as pool_levels
 from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource, open_answers
-from .layouts import Entry, Gathered, LayoutOptions, draw_layout, gather_layouts, split_entries
+from .gist_runs import GistRuns
+from .layouts import Entry, LayoutOptions, draw_layout
 from .losses import distillation_loss, hidden_loss, neighbour_loss
 from .reconstruction import BagReader
 
 
-class GistTask:
+class GistTask(GistRuns):
     """Loss of gists of one or two levels. parameters: those of the maker, and `aux/...` that serve training alone.
 
     weights: pooled gists' by level, or a maker of any kind. frozen_levels: of pooled gists, used but not trained.
@@ -54,11 +51,11 @@ class GistTask:
         frozen_levels: Sequence[int] = (),
         questions: QuestionSource | None = None,
     ) -> None:
-        self.questions = questions
-        self.decoder, self.corpora, self.options = decoder, corpora, options or GistTaskOptions()
-        self.maker = weights if isinstance(weights, GistMaker) else PooledMaker(weights, frozen_levels)
+        maker = weights if isinstance(weights, GistMaker) else PooledMaker(weights, frozen_levels)
+        super().__init__(decoder, maker, options or GistTaskOptions())
+        self.corpora, self.questions = corpora, questions
         self.parameters = dict(self.maker.parameters)
-        self.size, self.parts = self.maker.size, 1
+        self.parts = 1
         o, c = self.options, decoder.config
         if o.stop_layer is not None and o.stop_layer > c.n_layers:
             raise InputError(f"objective: expected at most {c.n_layers} layers, got {o.objective!r}")
@@ -127,14 +124,14 @@ class GistTask:
         options: LayoutOptions,
     ) -> list[list[Entry]]:
         options = options if len(levels) > 1 else replace(options, level2=0.0)
-        gists = self._per_block(levels)
+        gists = self.per_block(levels)
         return [draw_layout(rng, cut // self.size, self.size, options, gists) for _, cut in samples]
 
     def _crowded(
         self, rng: random.Random, layout: Sequence[Entry], levels: Sequence[LevelGists], *, all_before: bool = False
     ) -> list[Entry]:
         """A layout with the crowd's gists behind its first block or token, and before what follows it."""
-        entries = self.crowd.draw(rng, self._per_block(levels))
+        entries = self.crowd.draw(rng, self.per_block(levels))
         head = 0
         while head < len(layout) and layout[head] == Entry(0, head) and head < self.size:
             head += 1
@@ -157,7 +154,7 @@ class GistTask:
         of_k, of_v = (None, None) if self.maker.kind == "embedding" else (k, v)
         levels = self.maker.make(self.decoder, ids, of_k, of_v, self.parts)
         rows = [row for row in range(batch) for _ in range(o.asked)]
-        gists, level2 = self._per_block(levels), o.layout.level2 if len(levels) > 1 else 0.0
+        gists, level2 = self.per_block(levels), o.layout.level2 if len(levels) > 1 else 0.0
         layouts = [
             open_answers(rng, far // self.size, self.size, first, last, gists, level2)
             for first, last in drawn.blocks.flatten(0, 1).tolist()
@@ -197,71 +194,3 @@ class GistTask:
         targets = ids[rows, at + 1].flatten()
         loss, nll = distillation_loss(student, taught, targets, self.decoder.head, self.options.teacher)
         return loss, {"nll": nll}
-
-    def _per_block(self, levels: Sequence[LevelGists]) -> tuple[int, ...]:
-        return tuple(self.size**level // gists.span for level, gists in enumerate(levels, start=1))
-
-    @torch.no_grad()
-    def read(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """ids [B, N] -> keys (unrotated) and values [L, B, Hkv, N, D] of the layers that the objective runs (None for
-        gists that are input embeddings) and their last hidden states [B, N, E]."""
-        store = None if self.maker.kind == "embedding" else ConcatStore()
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        stop = self.options.stop_layer
-        hidden = self.decoder(self.decoder.embed(ids), positions, store, stop_layer=stop).hidden
-        return (None, None, hidden) if store is None else (store.keys, store.values, hidden)
-
-    def run(
-        self,
-        ids: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        levels: Sequence[LevelGists],
-        samples: Sequence[tuple[int, int]],
-        layouts: Sequence[Sequence[Entry]],
-        packed: Sequence[bool],
-        near: int,
-        *,
-        near_ids: Tensor | None = None,
-        crowd: tuple[Tensor, Tensor] | None = None,
-        fresh: bool = False,
-    ) -> Tensor:
-        """Hidden states [n, near, E] of the tokens after each sample's cut, behind its layout.
-
-        samples: (row of ids, cut). k, v as `read` and levels as the maker give them. near_ids: [n, near] what follows
-        instead of the text. crowd: keys and values [L, Hkv, M, D] of the entries of the level above `levels`. fresh:
-        tokens beyond the first block are run on what stands before them, instead of as they stood in the text.
-        """
-        cuts = [cut for _, cut in samples]
-        where = gather_layouts(layouts, cuts, ids.shape[1], self.size, packed, self._per_block(levels))
-        rows = torch.tensor([row for row, _ in samples], device=ids.device)
-        index, position = where.index.to(ids.device), where.position.to(ids.device)
-        span = torch.arange(near, device=ids.device)
-        if near_ids is None:
-            near_ids = ids[rows[:, None], torch.tensor(cuts, device=ids.device)[:, None] + span]
-        x, at = self.decoder.embed(near_ids), where.start.to(ids.device)[:, None] + span
-        stop = self.options.stop_layer
-        kv = [level.kv for level in levels if level.kv is not None]
-        if k is None or v is None or len(kv) < len(levels):
-            vectors = [level.vectors for level in levels if level.vectors is not None]
-            source = torch.cat((self.decoder.embed(ids), *vectors), dim=1)  # [B, N + gists, E]
-            x, at = torch.cat((source[rows[:, None], index], x), dim=1), torch.cat((position, at), dim=1)
-            return self.decoder(x, at, stop_layer=stop).hidden[:, -near:]
-
-        if fresh:
-            (run, run_at), (index, position) = split_entries(
-                Gathered(index, position, where.start), (index >= self.size) & (index < ids.shape[1])
-            )
-            x = torch.cat((self.decoder.embed(ids[rows[:, None], run]), x), dim=1)
-            at = torch.cat((run_at, at), dim=1)
-        if crowd is not None:
-            k_crowd, v_crowd = (one[:, None].expand(-1, len(ids), -1, -1, -1) for one in crowd)
-            kv = [*kv, (k_crowd, v_crowd)]
-
-        def context(tokens: Tensor, gists: Sequence[Tensor]) -> Tensor:
-            source = torch.cat((tokens, *gists), dim=3)  # [L, B, Hkv, N + gists, D]
-            return source.permute(1, 3, 0, 2, 4)[rows[:, None], index].permute(2, 0, 3, 1, 4)  # [L, n, Hkv, S, D]
-
-        bias = (index >= ids.shape[1]).float() * self.options.gist_bias if self.options.gist_bias else None
-        store = ConcatStore(context(k, [x for x, _ in kv]), context(v, [x for _, x in kv]), position, kv_bias=bias)
-        return self.decoder(x, at, store, stop_layer=stop).hidden[:, -near:]

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from mc_runtime.errors import InputError
-from mc_runtime.focus.features import feature_rows, query_rows
+from mc_runtime.focus.features import feature_rows
 from mc_runtime.focus.leaves import Leaves, find_leaves
+from mc_runtime.focus.lens_queries import query_rows
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.retrieval import score_blocks

@@ -27,6 +27,8 @@ SMALL: dict[str, Any] = {
     "ingest_window": 128,
     "system_prompt": "be brief",
 }
+# `mc` with arguments, and what is typed into it: exit code, output, errors.
+Run = Callable[..., tuple[int, str, str]]
 WORDS = ("sea", "wind", "house", "keeper", "lamp", "night", "rain", "bread", "dog", "hill", "boat", "stone")
 
 

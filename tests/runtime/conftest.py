@@ -1,16 +1,19 @@
-"""Fixtures of the runtime's tests: one tiny model for all, and memories that are closed when a test ends."""
+"""Fixtures of the runtime's tests: one tiny model for all, memories that are closed when a test ends, and `mc`."""
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import SMALL
+from checks import SMALL, Run
 from tiny import tiny_model
 
-from mc_runtime import Session
+import mc_runtime.opening
+from mc_runtime import Session, cli
 from mc_runtime.model import LoadedModel
 
 
@@ -33,3 +36,25 @@ def memory(tmp_path: Path, model: LoadedModel) -> Iterator[Callable[..., Session
     yield open_memory
     for session in opened:
         session.close()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path) -> Run:
+    """`mc` with arguments, in a directory of its own: exit code, output, errors."""
+    monkeypatch.setattr(mc_runtime.opening, "load_model", lambda name: model)
+    monkeypatch.chdir(tmp_path)
+
+    def mc(*args: object, typed: str | bytes = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mc", *map(str, args)])
+        raw = typed if isinstance(typed, bytes) else typed.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return mc

@@ -12,9 +12,9 @@ import torch
 from checks import bring_in, check_session, kv_by_rank, refused, words
 
 from mc_runtime import Session
+from mc_runtime.batch import BATCH_ROWS
 from mc_runtime.errors import BudgetError, InputError
 from mc_runtime.kv_cache import KVCache
-from mc_runtime.session import BATCH_ROWS
 
 Memory = Callable[..., Session]
 PROMPTS = ["the dog?", "bread, rain", "the lamp", "wind and stone"]

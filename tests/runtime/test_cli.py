@@ -10,36 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import words
+from checks import Run, words
 
-import mc_runtime.opening
-from mc_runtime import Session, cli
+from mc_runtime import Session
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.model import LoadedModel
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: LoadedModel, tmp_path: Path) -> Run:
-    """`mc` with arguments, in a directory of its own: exit code, output, errors."""
-    monkeypatch.setattr(mc_runtime.opening, "load_model", lambda name: model)
-    monkeypatch.chdir(tmp_path)
-
-    def mc(*args: object, typed: str | bytes = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mc", *map(str, args)])
-        raw = typed if isinstance(typed, bytes) else typed.encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return mc
 
 
 def head(model: LoadedModel) -> int:

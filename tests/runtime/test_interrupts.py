@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checks import bring_in, check_session, kv_by_rank, relative_error, words
+from checks import SMALL, bring_in, check_session, kv_by_rank, relative_error, words
+from prompt_engine import DecoderPrompts
 
-from mc_runtime import Session
+from mc_runtime import Session, prompt_context
 from mc_runtime.context import WorkingContext
 from mc_runtime.kv_cache import KVCache, SlotWriter
 from mc_runtime.model import LoadedModel
+from mc_runtime.served import ServedSession
 from mc_runtime.tree import catalogue
 
 Memory = Callable[..., Session]
@@ -140,3 +146,51 @@ def test_an_answer_that_cannot_be_ended_is_dropped(memory: Memory, monkeypatch: 
     check_all(session)
     session.generate("and now?", max_new_tokens=3)
     check_all(session)
+
+
+def test_a_served_turn_that_is_interrupted_anywhere_in_its_context(tmp_path: Path, model: LoadedModel) -> None:
+    """Ctrl-C between any two lines of what changes a context that is only a layout."""
+
+    def interrupted_at(line: int, session: ServedSession) -> int:
+        """Interrupt a turn at the line number `line` of those that it runs; how many it has run."""
+        seen = 0
+
+        def local(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal seen
+            if event == "line":
+                seen += 1
+                if seen == line:
+                    raise KeyboardInterrupt
+            return local
+
+        def enter(frame: FrameType, event: str, _: Any) -> Any:
+            return local if frame.f_code.co_filename == prompt_context.__file__ else None
+
+        before = sys.gettrace()
+        sys.settrace(enter)
+        try:
+            session.generate("where is the boat?", max_new_tokens=17)
+        except KeyboardInterrupt:
+            assert seen == line
+        finally:
+            sys.settrace(before)
+        return seen
+
+    engine = DecoderPrompts(model.decoder)
+    with ServedSession.open(tmp_path / "served", engine, model, gistnet="untrained", **SMALL) as session:
+        session.ingest(words(300))
+        lines = interrupted_at(-1, session)
+        assert lines > 60
+        for line in range(1, lines, 3):
+            interrupted_at(line, session)
+            context = session.context
+            assert not context.pending
+            assert context.entries.stop in (0, session.tree.length)
+            session.tree.verify()
+            turns = [d for d in session.tree.documents() if d.kind in ("user", "assistant")]
+            assert all(a.stop == b.start for a, b in itertools.pairwise(turns))
+        bring_in(session)
+        twin = context.fork()
+        twin.clear()
+        twin.relayout(context.expanded)
+        assert torch.equal(twin.rows(), context.rows())

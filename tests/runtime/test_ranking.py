@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from checks import words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mc_runtime import Session
 from mc_runtime.ranking import nearness, rank_blocks
-from mc_runtime.retrieval import best_first
 from mc_runtime.segments import SegmentedBM25
 
 Memory = Callable[..., Session]
@@ -112,12 +112,25 @@ def test_the_right_one_of_many_facts_of_one_pattern_is_first(memory: Memory) -> 
             total += f"{key} is {1000 + i}." in index.text((best - 1) * 32, (best + 2) * 32)
         return total
 
-    def ranked(query: str) -> NDArray[np.float64]:
-        scores = index.scores(query)
-        blocks = np.sort(best_first(scores, 64))
-        result = np.zeros(len(scores))
-        result[blocks] = index.rank(query, blocks)
-        return result
-
-    assert found(ranked) >= 57  # of 64
+    assert found(index.ranked) >= 57  # of 64
     assert found(index.scores) <= 52
+
+
+def test_the_best_are_ranked_and_the_others_follow(memory: Memory) -> None:
+    """Whatever was not looked at keeps BM25's order, below what was."""
+    session = memory(block_size=16, budget=256)
+    session.ingest(words(3000, seed=3))
+    index, query = session.retrieval, "the keeper of the lamp and the wind"
+    plain = index.scores(query)
+    scores = index.ranked(query, most=8)
+    order = np.argsort(-scores, kind="stable")
+    assert len(scores) == len(plain) == session.tree.length // 16
+    looked_at = np.argsort(-plain, kind="stable")[:16]  # more than was asked for: turns may take from their scores
+    assert set(order[:16].tolist()) == set(looked_at.tolist())
+    assert order[:16].tolist() != looked_at.tolist()
+    rest = np.setdiff1d(np.arange(len(plain)), looked_at)
+    assert (scores[rest] <= scores[looked_at].min()).all()
+    assert np.array_equal(np.argsort(-scores[rest], kind="stable"), np.argsort(-plain[rest], kind="stable"))
+    assert ((scores > 0) == (plain > 0)).all()
+    assert not index.ranked("zebra quagga").any()
+    assert len(index.ranked(query, stop=40)) == 40

@@ -104,3 +104,34 @@ def test_words_that_are_told(lighthouse: Session) -> None:
     fact = min(blocks_of(lighthouse, "green"))
     assert index.told_words(QUESTION, fact - 1, fact + 2) == index.words(QUESTION, fact - 1, fact + 2)
     assert index.told_words(QUESTION, -5, 0) == frozenset()
+
+
+def test_a_search_finds_what_is_told_before_what_was_asked(lighthouse: Session) -> None:
+    lighthouse.generate("The keeper of the violet lighthouse is Bert from today on.", max_new_tokens=8)
+    lighthouse.ingest(words(64, seed=4))
+    hits = lighthouse.search(QUESTION)
+    assert hits[0].start // 32 in blocks_of(lighthouse, "green")
+    assert hits[0].kind == "document"
+    asked = [hit for hit in hits if hit.kind == "user"]
+    assert asked
+    assert all(hit.score < hits[0].score for hit in asked)
+    # What the user has stated counts in full.
+    hit = lighthouse.search("keeper of the violet lighthouse", kinds=["user"])[0]
+    assert "keeper" in hit.text
+    assert hit.score == pytest.approx(lighthouse.retrieval.ranked("keeper of the violet lighthouse")[hit.start // 32])
+
+
+def test_a_search_in_some_kinds_of_documents(lighthouse: Session) -> None:
+    lighthouse.ingest(words(64, seed=4))
+    question = next(d for d in lighthouse.tree.documents() if d.kind == "user")
+    asked = lighthouse.search("violet lighthouse", kinds=["user"])
+    assert asked
+    for hit in asked:
+        assert (hit.kind, hit.source) == ("user", "user, turn 1")
+        assert hit.start < question.stop + 32
+        assert hit.stop > question.start - 32
+    told = lighthouse.search("violet lighthouse", kinds=["document", "evidence"])
+    assert {hit.kind for hit in told} == {"document"}
+    assert told[0].start // 32 in blocks_of(lighthouse, "Agnes") | blocks_of(lighthouse, "green")
+    assert lighthouse.search("violet lighthouse", kinds=["system"]) == []
+    assert len(lighthouse.search("sea", top=3, kinds=["document"])) == 3
