@@ -131,7 +131,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     folder = resolve_model(model_file(tmp_path / "m", "Q4_1"))
     (folder / FILE).write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"packed\.safetensors cannot be used"):
+    with pytest.raises(ModelError, match=r"packed\.weights cannot be used"):
         load_model(folder, dtype=torch.bfloat16, device="cpu")
 
 
