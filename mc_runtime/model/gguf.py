@@ -22,7 +22,7 @@ from mc_runtime.errors import ModelError
 from mc_runtime.model.gguf_tokenizer import tokenizer_json
 from mc_runtime.model.packing import pack_rows, save_packed
 
-VERSION = 2
+VERSION = 3
 """Counted up when the conversion changes, so that folders of an older one are not used."""
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

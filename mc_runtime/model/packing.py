@@ -1,4 +1,4 @@
-"""Quantised weights kept as they are, beside the bf16 ones: from a GGUF file into `packed.safetensors`, and from there
+"""Quantised weights kept as they are, beside the bf16 ones: from a GGUF file into `packed.weights`, and from there
 to a decoder's linear maps.
 
 A decode step then reads codes of 4 or 8 bits in place of bf16 (`mc_kernels.packed_weight`); all else goes on with the
@@ -27,7 +27,8 @@ from mc_runtime.model.layers import Layer
 if TYPE_CHECKING:
     from mc_runtime.model.decoder import Decoder
 
-FILE = "packed.safetensors"
+# In safetensors' format, and not by that name: engines that are given the folder read every *.safetensors in it.
+FILE = "packed.weights"
 Bytes = NDArray[np.uint8]
 Parts = tuple[Bytes, NDArray[np.float32], NDArray[np.float32]]
 """Codes [O, E], scale and offset [O, E / 32]."""

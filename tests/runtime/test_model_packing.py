@@ -74,6 +74,13 @@ def test_packed_weights_are_those_of_the_file(tmp_path: Path, kind: str, tied: b
         assert torch.equal(unpack_weight(packed[0].data, *weight.shape), weight)
 
 
+def test_another_engine_finds_nothing_but_the_weights_in_the_folder(tmp_path: Path) -> None:
+    """vLLM, like others, loads every *.safetensors that it finds."""
+    folder = resolve_model(model_file(tmp_path / "m", "Q4_1"))
+    assert (folder / FILE).is_file()
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+
+
 @reads_packed
 def test_a_decode_step_reads_them_and_agrees(tmp_path: Path) -> None:
     path = model_file(tmp_path / "m", "Q4_1")
@@ -124,7 +131,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     folder = resolve_model(model_file(tmp_path / "m", "Q4_1"))
     (folder / FILE).write_bytes(b"nothing")
-    with pytest.raises(ModelError, match=r"packed\.safetensors cannot be used"):
+    with pytest.raises(ModelError, match=r"packed\.weights cannot be used"):
         load_model(folder, dtype=torch.bfloat16, device="cpu")
 
 

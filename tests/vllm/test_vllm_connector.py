@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from village import fill
 
 from mc_runtime import Session
 from mc_runtime.engines.vllm import VLLMEngine
-from mc_runtime.errors import InputError
+from mc_runtime.errors import InputError, ModelError
 from mc_runtime.model import LoadedModel
 from mc_runtime.sampling import SamplingParams
 
@@ -21,19 +23,20 @@ ASKED = ("Who is the baker of the village?", "Who is the potter of the village?"
 def native(session: Session, count: int) -> list[int]:
     """The native engine's greedy continuation of the session's context."""
     context = session.context
-    branch = context.fork(context.cache.widened(context.cache.capacity + count + 1))
-    last = int(context.ids(context.entries.index[-1:])[0])
-    branch.pending.append(last)  # so that it leaves: it is read again, as vLLM reads it
-    branch.drop_pending()
-    token, tokens = last, list[int]()
+    branch = context.fork(context.cache.widened(context.cache.capacity + count))
+    hidden = branch.run(np.array([branch.used - 1])).hidden[0, -1]  # the last token, which vLLM reads too
+    tokens = list[int]()
     for _ in range(count):
-        token = int(session.engine.logits(branch.append([token]).hidden[0, -1]).argmax())
-        tokens.append(token)
+        tokens.append(int(session.engine.logits(hidden).argmax()))
+        hidden = branch.append(tokens[-1:]).hidden[0, -1]
     return tokens
 
 
 @torch.inference_mode()
-def test_pooled_gists_through_the_connector(installed: None, smollm2: LoadedModel, tmp_path: Path) -> None:
+def test_pooled_gists_through_the_connector(
+    installed: None, smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mc_runtime.engines.vllm.connector import WorkingContextConnector
     from mc_runtime.engines.vllm.handover import complete_from_cache, transfer_config
 
     files = tmp_path / "files"
@@ -51,6 +54,19 @@ def test_pooled_gists_through_the_connector(installed: None, smollm2: LoadedMode
             said = complete_from_cache(engine, session.context, files, SamplingParams(), count=12)
             assert said == native(session, 12)
             assert not list(files.iterdir())
+        # The file is gone between scheduler and worker: that request ends, and the engine goes on.
+        load = WorkingContextConnector.start_load_kv
+
+        def gone(*args: Any, **kw: Any) -> None:
+            for file in files.iterdir():
+                file.unlink()
+            load(*args, **kw)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkingContextConnector, "start_load_kv", gone)
+            with pytest.raises(ModelError, match="the file was gone when a worker read it"):
+                complete_from_cache(engine, session.context, files, SamplingParams(), count=12)
+        assert complete_from_cache(engine, session.context, files, SamplingParams(), count=12) == said
         # Values that no reading of a text would give: what counts is what is in the file.
         session.context.cache.v[:, 0, :, session.context.slots[64:128]] = 0
         assert complete_from_cache(engine, session.context, files, SamplingParams(), count=12) == native(session, 12)

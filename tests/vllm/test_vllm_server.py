@@ -133,10 +133,12 @@ def test_pooled_gists_through_a_servers_connector(url: str, smollm2: LoadedModel
 def test_a_vllm_without_the_connector_is_told_by_its_answer() -> None:
     for answer in (None, {}, {"do_remote_prefill": True}):
         with pytest.raises(ModelError, match="did not read the context's 3 entries: there is no connector"):
-            check_read(answer, 3)
+            check_read(answer, 3, "length")
     with pytest.raises(ModelError, match="3 entries"):
-        check_read({"megacontext": {"entries": 2}}, 3)
-    check_read({"megacontext": {"entries": 3}}, 3)
+        check_read({"megacontext": {"entries": 2}}, 3, "length")
+    check_read({"megacontext": {"entries": 3}}, 3, "length")
+    with pytest.raises(ModelError, match="the file was gone when a worker read it"):
+        check_read(None, 3, "error")
 
 
 def test_the_page_runs(

@@ -11,6 +11,7 @@ its workers; the two meet in the file that a request names.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from .transfer import PARAMETER
 
+logger = logging.getLogger("mc_runtime")
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -53,6 +55,9 @@ class WorkingContextConnector(KVConnectorBase_V1):
         self._directory = Path(self._kv_transfer_config.get_from_extra_config("directory", ""))
         if not self._directory.is_dir():
             raise ValueError(f"directory: expected a folder in kv_connector_extra_config, got {self._directory}")
+        if self._kv_transfer_config.kv_load_failure_policy != "fail":
+            # vLLM would compute what could not be loaded from the prompt's ids, which are placeholders.
+            raise ValueError("kv_load_failure_policy: expected fail, where a connector's file is all that is known")
         self._page = self._vllm_config.cache_config.block_size
         model = self._vllm_config.model_config
         self._layers, self._dtype = model.get_total_num_hidden_layers(), DTYPES[model.dtype]
@@ -60,6 +65,7 @@ class WorkingContextConnector(KVConnectorBase_V1):
         self._counts: dict[str, int] = {}
         self._wanted: dict[str, tuple[str, int]] = {}
         self._said: dict[str, dict[str, Any]] = {}
+        self._failed: set[int] = set()  # pages, in a worker
 
     # -- in the scheduler -------------------------------------------------------------------------------------------
 
@@ -125,7 +131,8 @@ class WorkingContextConnector(KVConnectorBase_V1):
     # -- in a worker ------------------------------------------------------------------------------------------------
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Writes go through each layer's own `do_kv_cache_update`: pages differ from backend to backend."""
+        """Writes go through each layer's own `do_kv_cache_update`: pages differ from backend to backend. A file that
+        is gone since the scheduler looked at it, or broken, ends its request alone."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
         layers = [
@@ -134,13 +141,23 @@ class WorkingContextConnector(KVConnectorBase_V1):
             if isinstance(getattr(layer, "kv_cache", None), Tensor)
         ]
         for load in metadata.requests:
-            with safe_open(self._directory / load.file, "pt") as file:
-                k, v = (file.get_tensor(name)[:, :, load.first :] for name in "kv")
+            try:
+                with safe_open(self._directory / load.file, "pt") as file:
+                    k, v = (file.get_tensor(name)[:, :, load.first :] for name in "kv")
+            except (OSError, SafetensorError) as error:
+                logger.error("%s cannot be read any more (%s); its request ends", load.file, type(error).__name__)
+                self._failed.update((load.slots // self._page).tolist())
+                continue
             for number, layer in layers:
                 pages = layer.kv_cache
                 mine = self._heads(layer.num_kv_heads, k.shape[1])
                 key, value = (x[number, mine].transpose(0, 1).to(pages.device).contiguous() for x in (k, v))
                 layer.impl.do_kv_cache_update(layer, key, value, pages, load.slots.to(pages.device))
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that were to be filled in this step and were not; vLLM ends the requests that they belong to."""
+        failed, self._failed = self._failed, set()
+        return failed
 
     @staticmethod
     def _heads(here: int, total: int) -> slice:

@@ -25,6 +25,7 @@ def transfer_config(directory: Path | str) -> dict[str, Any]:
         "kv_connector": "WorkingContextConnector",
         "kv_connector_module_path": "mc_runtime.engines.vllm.connector",
         "kv_role": "kv_consumer",
+        "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"directory": str(directory)},
     }
 

@@ -82,7 +82,7 @@ class VLLMEngine(PromptEngine):
         prompt = {"prompt_token_ids": ids, "cache_salt": file}
         extra = {"kv_transfer_params": {PARAMETER: file}}
         (output,) = self._generate([prompt], extra_args=extra, **_sampling(params, count, eos_ids))
-        check_read(output.kv_transfer_params, len(ids) - 1)
+        check_read(output.kv_transfer_params, len(ids) - 1, output.outputs[0].finish_reason)
         return without_end(output.outputs[0].token_ids, eos_ids)
 
     def next_logits(self, rows: Tensor) -> Tensor:

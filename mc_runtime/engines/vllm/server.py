@@ -67,8 +67,8 @@ class VLLMServerEngine(PromptEngine):
         """See `VLLMEngine.continue_from`."""
         transfer = {"kv_transfer_params": {PARAMETER: file}, "cache_salt": file}
         answer = self._answer(count, _sampling(params), _vllm_sampling(params, eos_ids) | transfer, prompt=ids)
-        check_read(getattr(answer, "kv_transfer_params", None), len(ids) - 1)
         (choice,) = self._choices(answer, 1)
+        check_read(getattr(answer, "kv_transfer_params", None), len(ids) - 1, choice.finish_reason)
         return without_end(choice.token_ids, eos_ids)
 
     def next_logits(self, rows: Tensor) -> Tensor:

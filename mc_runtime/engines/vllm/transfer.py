@@ -11,9 +11,11 @@ from mc_runtime.errors import ModelError
 PARAMETER = "megacontext"
 
 
-def check_read(given: Any, entries: int) -> None:
-    """given: `kv_transfer_params` of an answer. Raises ModelError unless the connector has read so many entries:
-    without them vLLM answers all the same, from placeholders."""
+def check_read(given: Any, entries: int, finish_reason: str | None) -> None:
+    """given, finish_reason: `kv_transfer_params` of an answer, and why it ended. Raises ModelError unless the connector
+    has read so many entries: without them vLLM answers all the same, from placeholders, or ends the request."""
+    if finish_reason == "error":
+        raise ModelError(f"vLLM did not read the context's {entries} entries: the file was gone when a worker read it")
     said = (given or {}).get(PARAMETER) or {"error": "there is no connector; start it with transfer_config(directory)"}
     if said.get("entries") != entries:
         raise ModelError(f"vLLM did not read the context's {entries} entries: {said.get('error', said)}")
