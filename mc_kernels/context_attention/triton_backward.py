@@ -16,7 +16,7 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scratch:
     (b, hq, t, _), (hkv, s) = q.shape, k.shape[1:3]
-    found: Scratch = {"delta": ((b, hq, t), torch.float32)}
+    found: Scratch = {name: ((b, hq, t), torch.float32) for name in ("delta", "share")}
     if heads.half_rot:
         found["q"] = ((b, hq, t, heads.padded), q.dtype)
         found["k"] = ((b, hkv, s, heads.padded), q.dtype)
@@ -98,7 +98,7 @@ def context_attention_backward_triton(
         }  # fmt: skip
         args = {
             "q": q, "k": k, "v": v, "q_pos": q_pos, "kv_pos": kv_pos, "inv_freq": inv_freq, "kv_bias": kv_bias,
-            "grad_out": grad_out, "lse": lse, "delta": scratch["delta"],
+            "grad_out": grad_out, "lse": lse, "share": scratch["share"], "delta": scratch["delta"],
             **strides(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs"), grad=(grad_out, "bht"), bias=(kv_bias, "bs")),
             **strides(q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs")), "kv_heads": hkv, "T": t, "S": s,
             "scale": scale,
