@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .triton_grad import delta_kernel, grad_keys_kernel, grad_queries_kernel, sum_heads_kernel
-from .triton_launch import Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides
+from .triton_launch import Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides, turning
 from .triton_rotate import rotated
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -16,7 +16,7 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scratch:
     (b, hq, t, _), (hkv, s) = q.shape, k.shape[1:3]
-    found: Scratch = {name: ((b, hq, t), torch.float32) for name in ("delta", "share")}
+    found: Scratch = dict.fromkeys(("delta", "share"), ((b, hq, t), torch.float32))
     if heads.half_rot:
         found["q"] = ((b, hq, t, heads.padded), q.dtype)
         found["k"] = ((b, hkv, s, heads.padded), q.dtype)
@@ -76,11 +76,11 @@ def context_attention_backward_triton(
     grad_q, grad_k, grad_v, grad_bias = grads
     # Autograd hands over expanded gradients.
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
-    inv_freq = None if inv_freq is None else inv_freq.contiguous()
+    scale = scale if inv_freq is None else scale * attention_scaling**2
+    inv_freq = turning(inv_freq)
     lse = lse.contiguous()
     heads = Heads.of(q, k, inv_freq, interleaved)
     scratch = carve(_scratch(q, k, kv_bias, heads), workspace, q.device)
-    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         args = {

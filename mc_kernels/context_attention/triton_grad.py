@@ -1,14 +1,16 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Backward of `context_attention` in Triton: the closed form of the softmax's gradient (FlashAttention-2, Dao 2023).
 
-    p = exp(logits - lse) / z;  dv = p^T do;  ds = p * (do v^T - rowsum(do * o));  dq = ds k;  dk = ds^T q;  dbias = sum ds
+    p = exp(logits - lse) / z;  dv = p^T do;  ds = p (do v^T - rowsum(do * o));  dq = ds k; dk = ds^T q; dbias = sum ds
 
 on rotated q and k, which two passes put into the workspace; gradients are turned back as they are stored (the
 transpose of a rotation is the rotation back, damping and magnitude are diagonal). One kernel owns blocks of keys and
 runs over the queries of all heads of its group (dk, dv, dbias), one owns blocks of queries and runs over the keys (dq):
 no atomics, the same bits each time. z, the sum of a row's exp(logits - lse), is 1 but for the rounding of lse (0.001
-where logits are 10^4): the second kernel, which runs first, sums it beside dq and leaves 1 / z to the other. Floor: the matrix rate; seven products a pair (logits and do v^T in both kernels)
-to the forward's two. Few queries against many slots make few programs of the second kernel; training has many.
+where logits are 10^4): the second kernel, which runs first, sums it beside dq and leaves 1 / z to the other.
+
+Floor: the matrix rate; seven products a pair (logits and do v^T in both kernels) to the forward's two. Few queries
+against many slots make few programs of the second kernel; training has many.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ from .triton_launch import (
     recording,
     scratch_bytes,
     strides,
+    turning,
 )
 from .triton_mass import mass_kernel, mass_of_logits_kernel
 from .triton_rotate import rotated
@@ -108,11 +109,11 @@ def context_attention_triton(
     if q.numel() == 0 or s == 0:
         result.zero_(), lse.fill_(float("-inf")), mass.zero_()
         return out
-    inv_freq = None if inv_freq is None else inv_freq.contiguous()
+    scale = scale if inv_freq is None else scale * attention_scaling**2
+    inv_freq = turning(inv_freq)
     heads = Heads.of(q, k, inv_freq, interleaved)
     tiles = forward_tiles(q, k, heads)
     scratch = carve(_scratch(q, k, heads, tiles, return_mass), workspace, q.device)
-    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         if inv_freq is not None and not tiles.rotate_on_read:

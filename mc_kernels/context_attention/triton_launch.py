@@ -55,6 +55,11 @@ class Heads:
         )
 
 
+def turning(inv_freq: Tensor | None) -> Tensor | None:
+    """The frequencies as the kernels read them; None where no dimension turns."""
+    return None if inv_freq is None or inv_freq.numel() == 0 else inv_freq.contiguous()
+
+
 @dataclass(frozen=True)
 class Tiles:
     """What one launch of the forward does. rotate_on_read: else q and k are rotated by a pass of their own."""

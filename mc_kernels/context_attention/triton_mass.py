@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Mass of `context_attention` in Triton: the probability that each slot receives, summed over heads and queries.
 
-It needs the whole softmax, so it is a second pass: over logits that the first one stored where queries are few (written and
-read, 8 bytes each; in a decode step of Llama-3-8B 6 % of the bytes of keys and values, reading the keys again would be
-50 %), over recomputed ones where they are many. Each slot is summed by one program in a fixed order.
+It needs the whole softmax, so it is a second pass: over logits that the first one stored where queries are few
+(written and read, 8 bytes each; in a decode step of Llama-3-8B 6 % of the bytes of keys and values, reading the keys
+again would be 50 %), over recomputed ones where they are many. Each slot is summed by one program in a fixed order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def load_softmax(row_top, row_total, rows, valid):
 
 
 @triton.jit
-def mass_of_logits_kernel(
-    logits, row_top, row_total, mass, rows, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
-):
+def mass_of_logits_kernel(logits, row_top, row_total, mass, rows, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
     """logits [B, rows, S], row_top and row_total [B, rows] -> mass [B, S]."""
     s_blocks = tl.cdiv(S, BLOCK_S)
     b = (tl.program_id(0) // s_blocks).to(tl.int64)

@@ -107,6 +107,19 @@ def test_no_rope_and_a_scale(case: Case, device: str) -> None:
     assert_formula(args, device, scale=0.5)
 
 
+@pytest.mark.parametrize("case", [DECODE, MANY], ids=ids)
+def test_a_rotation_of_no_dimensions_has_a_magnitude(case: Case, device: str) -> None:
+    args = {**small(case, torch.float32), "sigma": torch.ones(case.batch, case.slots)}
+    weight = torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(9))
+    found = []
+    for rope, scale in ((RopeSpec(torch.empty(0), attention_scaling=1.5), 0.3), (None, 0.3 * 1.5**2)):
+        call = functools.partial(context_attention, scale=scale, backend="triton")
+        call_args = {**args, "rope": rope, "sigma": args["sigma"] if rope else None}
+        found.append(gradients(lambda a, call=call: call(**on(a, device)), call_args, weight))
+    for got, want in zip(*found, strict=True):
+        assert same_bits(got, want)
+
+
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(5, 0), (7, 4), (40, 40)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_head_dimensions(dim: int, rotary_dim: int, interleaved: bool, device: str) -> None:
