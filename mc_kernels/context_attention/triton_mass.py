@@ -23,8 +23,9 @@ def load_lse(lse, rows, valid):
 
 @triton.jit
 def load_softmax(row_top, row_total, rows, valid):
-    """The greatest logit (as `load_lse`) and 1 / the sum over it."""
-    return load_lse(row_top, rows, valid), 1.0 / tl.load(row_total + rows, mask=valid, other=1.0)
+    """The greatest logit (as `load_lse`) and the logarithm of the sum over it: a probability is exp(logit - top - log
+    sum), exact where the greatest is taken off first."""
+    return load_lse(row_top, rows, valid), tl.log(tl.load(row_total + rows, mask=valid, other=1.0))
 
 
 @triton.jit
@@ -39,8 +40,8 @@ def mass_of_logits_kernel(logits, row_top, row_total, mass, rows, S, BLOCK_R: tl
         row = b * rows + r
         ok = (r < rows)[:, None] & (s < S)[None, :]
         x = tl.load(logits + row[:, None] * S + s[None, :], mask=ok, other=float("-inf"))
-        top, share = load_softmax(row_top, row_total, row, r < rows)
-        total += tl.sum(tl.exp(x - top[:, None]) * share[:, None], 0)
+        top, log_sum = load_softmax(row_top, row_total, row, r < rows)
+        total += tl.sum(tl.exp((x - top[:, None]) - log_sum[:, None]), 0)
     tl.store(mass + b * S + s, total, mask=s < S)
 
 
@@ -72,6 +73,6 @@ def mass_kernel(
             q1, q2 = load_pairs(q + b * q_b + q_head * q_h + t * q_t, row_ok, BLOCK_M, HALF, 0, QK_D, False)
             x = pair_products(k1, k2, q1, q2) * scale + bias[:, None]
             x = tl.where(since[:, None] <= q_at[None, :], x, float("-inf"))
-            top, share = load_softmax(row_top, row_total, b * kv_heads * rows + row, row_ok)
-            total += tl.sum(tl.exp(x - top[None, :]) * share[None, :], 1)
+            top, log_sum = load_softmax(row_top, row_total, b * kv_heads * rows + row, row_ok)
+            total += tl.sum(tl.exp((x - top[None, :]) - log_sum[None, :]), 1)
     tl.store(mass + b * S + s, total, mask=s_ok)
