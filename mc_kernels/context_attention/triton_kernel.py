@@ -156,14 +156,14 @@ def context_attention_triton(
             args = {"logits": scratch["logits"], **of_rows, "mass": mass, "rows": hq * t, "S": s}
             launch(mass_of_logits_kernel, b * math.ceil(s / 128), args, {"BLOCK_R": 16, "BLOCK_S": 128})
         elif return_mass:
-            block_m, block_s = (32, 64) if heads.padded <= 128 else (32, 32)
+            block_m, block_s, warps = (32, 64, 8 if heads.padded > 64 else 4) if heads.padded <= 128 else (32, 32, 4)
             if q.dtype == torch.float32:
-                block_m, block_s = 16, 32
+                block_m, block_s, warps = 16, 32, 4
             args = {**common, "q": q, "k": k, **of_rows, "mass": mass}
             constants = {
                 "G": heads.group, "QK_D": q.shape[-1], "HALF": half, "BLOCK_M": block_m, "BLOCK_S": block_s,
             }  # fmt: skip
-            launch(mass_kernel, b * math.ceil(s / block_s), args, constants)
+            launch(mass_kernel, b * math.ceil(s / block_s), args, constants, warps)
     return out
 
 
