@@ -92,7 +92,7 @@ def forward_tiles(q: Tensor, k: Tensor, heads: Heads) -> Tiles:
     if heads.padded > 128:
         block_m, block_s, warps, stages = min(block_m, 64), 32, 8, 2
     if q.dtype == torch.float32:  # no tensor cores: operands of a product lie in registers
-        block_m, block_s, stages = (16, 16, 2) if few else (32, 32, 2)
+        block_m, block_s, stages = (16, 16, 2) if few else (32, 32 if heads.padded <= 128 else 16, 2)
     programs = batch * kv_heads * math.ceil(rows / block_m)
     splits = max(1, min(2 * multiprocessors(q.device) // programs, slots // LEAST_SPLIT, MOST_SPLITS))
     chunk = math.ceil(math.ceil(slots / splits) / block_s) * block_s
