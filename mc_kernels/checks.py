@@ -22,6 +22,7 @@ __all__ = [
     "ORACLE_DTYPES",
     "accumulate_dtype",
     "can_look_at",
+    "can_read",
     "check_contiguous_rows",
     "check_same_device",
     "check_same_dtype",
@@ -59,6 +60,12 @@ def can_look_at(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+
+
+def can_read(*tensors: Tensor) -> bool:
+    """Whether values of tensors can be read: as `can_look_at`, and not on a GPU while a CUDA graph is captured, which a
+    copy to the host would end with an error. Where they lie on a GPU, reading them waits for it."""
+    return can_look_at(*tensors) and not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

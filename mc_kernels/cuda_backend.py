@@ -92,6 +92,12 @@ def current_stream(like: Tensor) -> int:
     return torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
 
 
+def workspace_bytes(call: Callable[[Any], int], like: Tensor) -> int:
+    """What `launch` would allocate for `call`; of some ops it depends on the device."""
+    with torch.cuda.device_of(like):
+        return call(None)
+
+
 def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None) -> None:
     """Run `call` on the current stream of `like`'s device, with a workspace.
 

@@ -8,6 +8,7 @@ Exit status 1 where a test fails, a result is wrong or a target is missed; the l
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ from .targets import ALSO, TARGETS, Measure, Target
 DTYPE = torch.bfloat16
 # A target is measured in some seconds.
 TARGET_SECONDS = 5.0
+# That share the tests, and the device: each has a context of its own, half a gigabyte.
+MOST_PROCESSES = 16
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 console = Console(width=190)
 
@@ -157,7 +160,10 @@ def main(
     if not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is visible: this check needs one")
     budget, device = Budget(60 * minutes), torch.device("cuda")
-    tested = run_tests(budget.left("tests")) if tests else Outcome(0, 0, (), "the tests were not run")
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
+    tested = Outcome(0, 0, (), "the tests were not run")
+    if tests:
+        tested = run_tests(budget.left("tests"), processes=processes)
     console.print(
         f"tests: {tested.passed} passed, {tested.skipped} skipped, {len(tested.failed)} failed", highlight=False
     )

@@ -126,7 +126,7 @@ MC_DEVICE void soften_plain(const AttendCall& c, const Part& p, const PlainMemor
         const bool visible = m.at[lane] >= 0 && m.at[lane] <= p.position(c, r);
         x *= scale;
         if (c.bias && visible) {
-            x += read_constant<float>(c.bias + static_cast<int64_t>(p.b) * c.slots + s) * kLog2E;
+            x += read_constant<float>(c.bias + static_cast<int64_t>(p.b) * c.slots + s);
         }
         if (!visible) x = -MC_INFINITY;
         if (c.logits && r < p.count && s < p.high) write(c.logits + p.index(c, r) * c.slots + s, x);

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
             for (int i = 0; i < 4; ++i) {
                 const int row = 8 * t + 2 * c + i % 2, s = tile + g + i / 2 * 8;
                 const bool visible = now.at[i / 2] >= 0 && now.at[i / 2] <= at[t][i % 2];
-                x[t][i] = visible ? x[t][i] * scale + bias.x[i / 2] * kLog2E : -MC_INFINITY;
+                x[t][i] = visible ? x[t][i] * scale + bias.x[i / 2] : -MC_INFINITY;
                 if (call.logits && row < p.count && s < p.high) {
                     write(call.logits + p.index(call, row) * call.slots + s, x[t][i]);
                 }

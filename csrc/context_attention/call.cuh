@@ -17,12 +17,14 @@ struct AttendCall {
     const float *sigma, *bias;
     float* lse;          // [B, Hq, T]
     float* mass;         // [B, S] or nullptr
-    float* logits;       // [B, Hq, T, S] in units of log 2, where mass is wanted
-    float* row_lse;      // [B, Hq, T] lse in units of log 2, where mass is wanted
+    float* logits;       // [B, Hq, T, S], where mass is wanted
     float* partial_out;  // [splits, B Hq T, D], or nullptr: one split, to out and lse
-    float* partial_lse;  // [splits, B Hq T] in units of log 2
-    float scale;         // of <q, k>: with the magnitude of both rotations, in units of log 2
-    int64_t all_rows;    // B Hq T
+    // Of a row's logits the greatest and the sum of exp(logit - greatest), not lse: the last bit of lse is 0.001 where
+    // logits are 10^4, an error of every probability.
+    float *tops, *totals;        // [splits, B Hq T], or nullptr
+    float *row_top, *row_total;  // [B, Hq, T], of all splits, where mass is wanted
+    float scale;                 // of <q, k>: with the magnitude of both rotations
+    int64_t all_rows;            // B Hq T
     int32_t batch, heads, kv_heads, group, queries, slots, dims, half;
     int32_t rows;  // queries that a KV head serves: row m is head m % group of query m / group
     int32_t row_tiles, splits, chunk;
@@ -108,30 +110,25 @@ MC_DEVICE float result_scale_of(const AttendCall& c, const Part& p) {
     return 1.0f;
 }
 
-// 2^(x - top), 0 where top is -infinity.
-MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f(x - top); }
+// exp(x - top), 0 where top is -infinity. The difference first: a large logit in units of log 2 is rounded once more.
+MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f((x - top) * kLog2E); }
 
-// lse: in units of log 2.
-MC_DEVICE void store_lse(const AttendCall& c, int64_t row, float lse) {
-    write(c.lse + row, lse * kLog2);
-    if (c.row_lse) write(c.row_lse + row, lse);
-}
+MC_DEVICE float lse_of(float top, float total) { return total > 0.0f ? top + log2f(total) * kLog2 : -MC_INFINITY; }
 
-// An element of row `row`'s result; top and total: greatest logit in units of log 2, sum of 2^(logit - top).
+// An element of row `row`'s result; top and total: greatest logit, sum of exp(logit - top).
 template <class E, class S>
 MC_DEVICE void store_result(const AttendCall& c, const Part& p, int row, int dim, float sum, float top, float total) {
     const int64_t index = p.index(c, row);
     const float x = (total > 0.0f ? sum / total : 0.0f) * result_scale_of<S>(c, p);
-    const float lse = total > 0.0f ? top + log2f(total) : -MC_INFINITY;
-    if (c.partial_out) {
-        const int64_t at = p.split * c.all_rows + index;
-        write(c.partial_out + at * c.dims + dim, x);
-        if (dim == 0) write(c.partial_lse + at, lse);
-        return;
+    const int64_t at = p.split * c.all_rows + index;
+    if (dim == 0 && c.tops) {
+        write(c.tops + at, top);
+        write(c.totals + at, total);
     }
+    if (c.partial_out) return write(c.partial_out + at * c.dims + dim, x);
     char* to = c.out + p.b * c.out_step[0] + p.head(c, row) * c.out_step[1] + p.query(c, row) * c.out_step[2];
     write(to + dim * sizeof(typename E::Bits), E::narrow(x));
-    if (dim == 0) store_lse(c, index, lse);
+    if (dim == 0) write(c.lse + index, lse_of(top, total));
 }
 
 }  // namespace mc::cuda

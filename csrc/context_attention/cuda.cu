@@ -17,7 +17,7 @@ constexpr int64_t kBlocksOfMany = 2, kBlocksOfFew = 3;
 struct Layout {
     bool tensor;
     int64_t tile_rows, row_tiles, splits, chunk;
-    int64_t partial_lse, row_lse, logits, bytes;  // offsets into the workspace, in bytes
+    int64_t tops, totals, row_top, row_total, logits, bytes;  // offsets into the workspace, in bytes
 };
 
 int64_t padded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -39,12 +39,14 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
     l.chunk = ((x.slots + l.splits - 1) / l.splits + tile - 1) / tile * tile;
     l.splits = (x.slots + l.chunk - 1) / l.chunk;
     if (l.splits > 1) {
-        l.partial_lse = padded(l.splits * rows * dims * 4);
-        l.bytes = l.partial_lse + padded(l.splits * rows * 4);
+        l.tops = padded(l.splits * rows * dims * 4);
+        l.totals = l.tops + padded(l.splits * rows * 4);
+        l.bytes = l.totals + padded(l.splits * rows * 4);
     }
     if (a.mass) {
-        l.row_lse = l.bytes;
-        l.logits = l.row_lse + padded(rows * 4);
+        l.row_top = l.bytes;
+        l.row_total = l.row_top + padded(rows * 4);
+        l.logits = l.row_total + padded(rows * 4);
         l.bytes = l.logits + padded(rows * x.slots * 4);
     }
     return l;
@@ -79,16 +81,17 @@ void set_call(AttendCall& c, const mc_context_attention_args& a, const Attention
     c.v_scale = a.v_scale;
     c.lse = a.lse;
     c.mass = a.mass;
-    if (l.splits > 1) {
-        c.partial_out = reinterpret_cast<float*>(memory);
-        c.partial_lse = reinterpret_cast<float*>(memory + l.partial_lse);
-    }
+    const auto at = [&](int64_t offset) { return reinterpret_cast<float*>(memory + offset); };
     if (a.mass && l.splits) {
-        c.row_lse = reinterpret_cast<float*>(memory + l.row_lse);
-        c.logits = reinterpret_cast<float*>(memory + l.logits);
+        c.row_top = at(l.row_top);
+        c.row_total = at(l.row_total);
+        c.logits = at(l.logits);
     }
+    c.tops = l.splits > 1 ? at(l.tops) : c.row_top;
+    c.totals = l.splits > 1 ? at(l.totals) : c.row_total;
+    c.partial_out = l.splits > 1 ? at(0) : nullptr;
     const double magnitude = a.inv_freq ? a.attention_scaling * a.attention_scaling : 1.0;
-    c.scale = static_cast<float>(a.scale * magnitude * 1.44269504088896340736);
+    c.scale = static_cast<float>(a.scale * magnitude);
     c.all_rows = x.batch * x.heads * x.queries;
     c.batch = narrow("q", x.batch);
     c.heads = narrow("q", x.heads);

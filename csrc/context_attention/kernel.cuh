@@ -6,8 +6,8 @@
 //   join_splits     a row's ranges of slots, in their order
 //   sum_mass        what a slot receives, over rows in their order: from logits that the first launch has stored
 //
-// Everything is deterministic. Nothing but registers and partial results: workspace is splits * B Hq T (D + 1) floats, with
-// mass B Hq T (S + 1) more.
+// Everything is deterministic. Nothing but registers and partial results: workspace is splits * B Hq T (D + 2) floats, with
+// mass B Hq T (S + 2) more.
 //
 // Floor: bytes over bandwidth. A decode step of Llama-3-8B in bf16 at 32k slots reads 134 MB a layer: 40 us at 3.35 TB/s
 // (H100), 28 us at 4.8 TB/s (H200). Slots are split so that blocks fill the device in one wave. A warp has its tile's
@@ -49,20 +49,25 @@ __global__ void __launch_bounds__(kJoinThreads) join_splits(const __grid_constan
     const int64_t row = static_cast<int64_t>(blockIdx.x);
     const int64_t t = row % c.queries, h = row / c.queries % c.heads, b = row / c.queries / c.heads;
     float top = -MC_INFINITY, total = 0.0f;
-    for (int s = 0; s < c.splits; ++s) top = max(top, read<float>(c.partial_lse + s * c.all_rows + row));
+    for (int s = 0; s < c.splits; ++s) top = max(top, read<float>(c.tops + s * c.all_rows + row));
+    const auto weight = [&](int64_t at) { return share(read<float>(c.tops + at), top) * read<float>(c.totals + at); };
 #pragma unroll 4
-    for (int s = 0; s < c.splits; ++s) total += share(read<float>(c.partial_lse + s * c.all_rows + row), top);
+    for (int s = 0; s < c.splits; ++s) total += weight(s * c.all_rows + row);
     char* to = c.out + b * c.out_step[0] + h * c.out_step[1] + t * c.out_step[2];
     for (int d = static_cast<int>(threadIdx.x); d < c.dims; d += static_cast<int>(blockDim.x)) {
         float sum = 0.0f;
 #pragma unroll 4
         for (int s = 0; s < c.splits; ++s) {
             const int64_t at = s * c.all_rows + row;
-            sum += share(read<float>(c.partial_lse + at), top) * read<float>(c.partial_out + at * c.dims + d);
+            sum += weight(at) * read<float>(c.partial_out + at * c.dims + d);
         }
         write(to + d * sizeof(typename E::Bits), E::narrow(total > 0.0f ? sum / total : 0.0f));
     }
-    if (threadIdx.x == 0) store_lse(c, row, total > 0.0f ? top + log2f(total) : -MC_INFINITY);
+    if (threadIdx.x != 0) return;
+    write(c.lse + row, lse_of(top, total));
+    if (!c.row_top) return;
+    write(c.row_top + row, top);
+    write(c.row_total + row, total);
 }
 
 // A thread a slot of [B, S].
@@ -75,7 +80,8 @@ static __global__ void __launch_bounds__(kMassThreads) sum_mass(const __grid_con
 #pragma unroll 8
     for (int r = 0; r < rows; ++r) {
         const int64_t row = b * rows + r;
-        sum += share(read<float>(c.logits + row * c.slots + s), read<float>(c.row_lse + row));
+        const float x = share(read<float>(c.logits + row * c.slots + s), read<float>(c.row_top + row));
+        sum += x / max(read<float>(c.row_total + row), 1.0f);  // below 1: nothing is seen
     }
     write(c.mass + slot, sum);
 }

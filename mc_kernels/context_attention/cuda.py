@@ -75,8 +75,7 @@ def context_attention_workspace(
 ) -> int:  # fmt: skip
     """Bytes of workspace that a call with these arguments needs on this device."""
     args = (q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass)
-    with torch.cuda.device_of(q):
-        return _call(*args, k_scale, v_scale, _empty_results(q, k, return_mass, q.device))(None)
+    return cuda_backend.workspace_bytes(_call(*args, k_scale, v_scale, _empty_results(q, k, return_mass, q.device)), q)
 
 
 def context_attention_cuda(

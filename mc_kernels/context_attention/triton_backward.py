@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .triton_grad import delta_kernel, grad_keys_kernel, grad_queries_kernel, sum_heads_kernel
-from .triton_launch import Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides
+from .triton_launch import Heads, Scratch, carve, check_out, launch, scratch_bytes, skips_future, strides, turning
 from .triton_rotate import rotated
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -16,7 +16,7 @@ Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scratch:
     (b, hq, t, _), (hkv, s) = q.shape, k.shape[1:3]
-    found: Scratch = {"delta": ((b, hq, t), torch.float32)}
+    found: Scratch = dict.fromkeys(("delta", "share"), ((b, hq, t), torch.float32))
     if heads.half_rot:
         found["q"] = ((b, hq, t, heads.padded), q.dtype)
         found["k"] = ((b, hkv, s, heads.padded), q.dtype)
@@ -27,9 +27,9 @@ def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scra
 
 def _blocks_of_queries(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_S and warps: the largest blocks that spill no registers."""
-    if dtype == torch.float32 and heads.padded > 128:
-        return 16, 32, 8
-    if dtype == torch.float32 or heads.padded > 128:
+    if heads.padded > 128:
+        return 16 if dtype == torch.float32 else 32, 16, 8
+    if dtype == torch.float32:
         return 32, 32, 8 if heads.padded > 64 else 4
     return (64, 32, 8) if heads.padded > 64 else (64, 64, 4)
 
@@ -76,11 +76,11 @@ def context_attention_backward_triton(
     grad_q, grad_k, grad_v, grad_bias = grads
     # Autograd hands over expanded gradients.
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
-    inv_freq = None if inv_freq is None else inv_freq.contiguous()
+    scale = scale if inv_freq is None else scale * attention_scaling**2
+    inv_freq = turning(inv_freq)
     lse = lse.contiguous()
     heads = Heads.of(q, k, inv_freq, interleaved)
     scratch = carve(_scratch(q, k, kv_bias, heads), workspace, q.device)
-    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         args = {
@@ -98,7 +98,7 @@ def context_attention_backward_triton(
         }  # fmt: skip
         args = {
             "q": q, "k": k, "v": v, "q_pos": q_pos, "kv_pos": kv_pos, "inv_freq": inv_freq, "kv_bias": kv_bias,
-            "grad_out": grad_out, "lse": lse, "delta": scratch["delta"],
+            "grad_out": grad_out, "lse": lse, "share": scratch["share"], "delta": scratch["delta"],
             **strides(q=(q, "bht"), k=(k, "bhs"), v=(v, "bhs"), grad=(grad_out, "bht"), bias=(kv_bias, "bs")),
             **strides(q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs")), "kv_heads": hkv, "T": t, "S": s,
             "scale": scale,

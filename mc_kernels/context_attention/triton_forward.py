@@ -3,7 +3,8 @@
 
 The G query heads of a KV head are packed: row m of its T * G rows is head m % G of query m // G, so that a key is read,
 and rotated, once for all of them. Online softmax in fp32, natural logarithms. Sums over slots are in a fixed
-order: results do not depend on the order of the blocks.
+order: results do not depend on the order of the blocks. What a softmax is normalised by goes on as its greatest logit
+and the sum over that, not as lse: the last bit of lse is 0.001 where logits are 10^4, an error of every probability.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def end_of_past(kv_pos, stride, lo, hi, latest):
 
 @triton.jit
 def attend_kernel(
-    q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse, logits, partial_out, partial_lse,
+    q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse, logits, partial_out, tops, totals,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_t,
     q_pos_b, q_pos_t, kv_pos_b, kv_pos_s, sigma_b, sigma_s, bias_b, bias_s,
     kv_heads, T, S, all_rows, splits, chunk, scale,
@@ -47,8 +48,8 @@ def attend_kernel(
 ):  # fmt: skip
     """One block of rows of one KV head over `chunk` slots. scale: of <q, k>, magnitude of the rotation
     included. ROTATE: q and k, else they are taken as they lie. Results go to out and lse, or with several splits to
-    partial_out [splits, all_rows = B Hq T, D] and partial_lse. logits [B, Hq, T, S] are stored if
-    given."""
+    partial_out [splits, all_rows = B Hq T, D]. tops and totals [splits, all_rows] (greatest logit, sum of exp(logit -
+    top)) and logits [B, Hq, T, S] are stored if given."""
     rows = T * G
     m_blocks = tl.cdiv(rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -110,36 +111,39 @@ def attend_kernel(
 
     total = tl.where(total > 0, total, 1.0)
     acc /= total[:, None]
-    row_lse = top + tl.log(total)  # nothing seen: -inf
     stored = row_ok[:, None] & (d < D)[None, :]
+    slot = split.to(tl.int64) * all_rows + row
+    if tops is not None:
+        tl.store(tops + slot, top, mask=row_ok)
+        tl.store(totals + slot, total, mask=row_ok)
     if partial_out is None:
         target = out + b * out_b + q_head[:, None] * out_h + t[:, None] * out_t + d[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=stored)
-        tl.store(lse + row, row_lse, mask=row_ok)
+        tl.store(lse + row, top + tl.log(total), mask=row_ok)  # nothing seen: -inf
     else:
-        slot = split.to(tl.int64) * all_rows + row
         tl.store(partial_out + slot[:, None] * D + d[None, :], acc, mask=stored)
-        tl.store(partial_lse + slot, row_lse, mask=row_ok)
 
 
 @triton.jit
 def combine_kernel(
-    partial_out, partial_lse, out, lse, out_b, out_h, out_t, heads, T, splits,
+    partial_out, tops, totals, out, lse, row_top, row_total, out_b, out_h, out_t, heads, T, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One row of [B, Hq, T]: the parts of its splits, weighted by their share of the softmax."""
+    """One row of [B, Hq, T]: the parts of its splits, weighted by their share of the softmax. row_top and row_total
+    [B, Hq, T], of all of them, are stored if given."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     i = tl.arange(0, SPLITS_PAD)
-    parts = tl.load(partial_lse + i * rows + row, mask=i < splits, other=float("-inf"))
+    parts = tl.load(tops + i * rows + row, mask=i < splits, other=float("-inf"))
     top = tl.max(parts, 0)
     anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(parts - anchor), 0)
+    total = tl.sum(tl.load(totals + i * rows + row, mask=i < splits, other=0.0) * tl.exp(parts - anchor), 0)
     acc = tl.zeros((D_PAD,), tl.float32)
     for start in tl.range(0, splits, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        weight = tl.exp(tl.load(partial_lse + j * rows + row, mask=j < splits, other=float("-inf")) - anchor)
+        weight = tl.load(totals + j * rows + row, mask=j < splits, other=0.0)
+        weight *= tl.exp(tl.load(tops + j * rows + row, mask=j < splits, other=float("-inf")) - anchor)
         ok = (j < splits)[:, None] & (d < D)[None, :]
         part = tl.load(partial_out + (j * rows + row)[:, None] * D + d[None, :], mask=ok, other=0.0)
         acc += tl.sum(part * weight[:, None], 0)
@@ -148,3 +152,6 @@ def combine_kernel(
     b, h, t = row // T // heads, row // T % heads, row % T
     tl.store(out + b * out_b + h * out_h + t * out_t + d, acc.to(out.dtype.element_ty), mask=d < D)
     tl.store(lse + row, top + tl.log(total))
+    if row_top is not None:
+        tl.store(row_top + row, top)
+        tl.store(row_total + row, total)

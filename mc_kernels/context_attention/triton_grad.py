@@ -1,13 +1,16 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Backward of `context_attention` in Triton: the closed form of the softmax's gradient (FlashAttention-2, Dao 2023).
 
-    p = exp(logits - lse);  dv = p^T do;  ds = p * (do v^T - rowsum(do * o));  dq = ds k;  dk = ds^T q;  dbias = sum ds
+    p = exp(logits - lse) / z;  dv = p^T do;  ds = p (do v^T - rowsum(do * o));  dq = ds k; dk = ds^T q; dbias = sum ds
 
 on rotated q and k, which two passes put into the workspace; gradients are turned back as they are stored (the
 transpose of a rotation is the rotation back, damping and magnitude are diagonal). One kernel owns blocks of keys and
 runs over the queries of all heads of its group (dk, dv, dbias), one owns blocks of queries and runs over the keys (dq):
-no atomics, the same bits each time. Floor: the matrix rate; seven products a pair (logits and do v^T in both kernels)
-to the forward's two. Few queries against many slots make few programs of the second kernel; training has many.
+no atomics, the same bits each time. z, the sum of a row's exp(logits - lse), is 1 but for the rounding of lse (0.001
+where logits are 10^4): the second kernel, which runs first, sums it beside dq and leaves 1 / z to the other.
+
+Floor: the matrix rate; seven products a pair (logits and do v^T in both kernels) to the forward's two. Few queries
+against many slots make few programs of the second kernel; training has many.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def first_to_see(q_pos, stride, T, earliest):
 
 @triton.jit
 def grad_keys_kernel(
-    q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, grad_out, lse, delta, grad_k, grad_v, grad_bias,
+    q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, grad_out, lse, share, delta, grad_k, grad_v, grad_bias,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, grad_b, grad_h, grad_t,
     q_pos_b, q_pos_t, kv_pos_b, kv_pos_s, sigma_b, sigma_s, bias_b, bias_s, kv_heads, T, S, scale,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, QK_D: tl.constexpr, HALF: tl.constexpr,
@@ -67,7 +70,8 @@ def grad_keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [B, Hkv, S, D] and the bias' gradient by KV head [B, Hkv, S] (if asked) of a block of slots. q and k are
-    rotated already; HALF_ROT, INTERLEAVED and ROTATE say how dk is turned back. scale: as in the forward."""
+    rotated already; HALF_ROT, INTERLEAVED and ROTATE say how dk is turned back. scale: as in the forward. share
+    [B, Hq, T]: 1 / z."""
     s_blocks = tl.cdiv(S, BLOCK_S)
     b = (tl.program_id(0) // s_blocks // kv_heads).to(tl.int64)
     h = (tl.program_id(0) // s_blocks % kv_heads).to(tl.int64)
@@ -102,7 +106,8 @@ def grad_keys_kernel(
         do = tl.load(do_rows + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
         x = pair_products(k1, k2, q1, q2) * scale + bias[:, None]
         x = tl.where(since[:, None] <= q_at[None, :], x, float("-inf"))
-        p = tl.exp(x - load_lse(lse, row, row_ok)[None, :])
+        row_share = tl.load(share + row, mask=row_ok, other=0.0)
+        p = tl.exp(x - load_lse(lse, row, row_ok)[None, :]) * row_share[None, :]
         dv = dot(p.to(do.dtype), do, dv)
         dp = dot(v_tile, tl.trans(do))
         ds = p * (dp - tl.load(delta + row, mask=row_ok, other=0.0)[None, :])
@@ -129,14 +134,14 @@ def grad_keys_kernel(
 
 @triton.jit
 def grad_queries_kernel(
-    q, k, v, q_pos, kv_pos, inv_freq, kv_bias, grad_out, lse, delta, grad_q,
+    q, k, v, q_pos, kv_pos, inv_freq, kv_bias, grad_out, lse, share, delta, grad_q,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, grad_b, grad_h, grad_t,
     q_pos_b, q_pos_t, kv_pos_b, kv_pos_s, bias_b, bias_s, kv_heads, T, S, scale,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, QK_D: tl.constexpr, HALF: tl.constexpr,
     HALF_ROT: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATE: tl.constexpr, SKIP_FUTURE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, Hq, T, D] of a block of rows, packed as in the forward. Arguments as of `grad_keys_kernel`."""
+    """dq [B, Hq, T, D] and share of a block of rows, packed as in the forward. Arguments as of `grad_keys_kernel`."""
     rows = T * G
     m_blocks = tl.cdiv(rows, BLOCK_M)
     b = (tl.program_id(0) // m_blocks // kv_heads).to(tl.int64)
@@ -153,6 +158,7 @@ def grad_queries_kernel(
     row_lse = load_lse(lse, row, row_ok)
     row_delta = tl.load(delta + row, mask=row_ok, other=0.0)
 
+    z = tl.zeros((BLOCK_M,), tl.float32)
     dq1 = tl.zeros((BLOCK_M, HALF), tl.float32)
     dq2 = tl.zeros((BLOCK_M, HALF), tl.float32)
     hi = S
@@ -172,12 +178,16 @@ def grad_queries_kernel(
             x += bias.to(tl.float32)[None, :]
         x = tl.where(since[None, :] <= q_at[:, None], x, float("-inf"))
         dp = dot(do, tl.trans(v_tile))
-        ds = (tl.exp(x - row_lse[:, None]) * (dp - row_delta[:, None])).to(k1.dtype)
+        p = tl.exp(x - row_lse[:, None])
+        z += tl.sum(p, 1)
+        ds = (p * (dp - row_delta[:, None])).to(k1.dtype)
         dq1 = dot(ds, k1, dq1)
         dq2 = dot(ds, k2, dq2)
 
-    dq1 *= scale
-    dq2 *= scale
+    row_share = 1.0 / tl.where(z > 0, z, 1.0)  # nothing seen: p is 0
+    tl.store(share + row, row_share, mask=row_ok)
+    dq1 *= (row_share * scale)[:, None]
+    dq2 *= (row_share * scale)[:, None]
     if ROTATE:
         _, step = band_steps(inv_freq, HALF, HALF_ROT)
         cos, sin = cos_sin(q_at, step)

@@ -3,7 +3,7 @@
     attend_kernel     a block of queries (the G heads of a KV head packed into its rows) over a range of slots
     combine_kernel    the ranges of one row joined, where slots are split over programs
     rotate_kernel     many queries only: q and k rotated once, into the workspace
-    mass_*_kernel     mass, once lse is known
+    mass_*_kernel     mass, once a row's greatest logit and the sum over it are known
 The backward's host code is in triton_backward.py. Everything is deterministic; nothing reads a value back.
 
 Decode (rows T G <= 64) streams keys and values once. Floor: bytes over bandwidth. Llama-3-8B at 32k slots: 134 MB a
@@ -49,6 +49,7 @@ from .triton_launch import (
     recording,
     scratch_bytes,
     strides,
+    turning,
 )
 from .triton_mass import mass_kernel, mass_of_logits_kernel
 from .triton_rotate import rotated
@@ -62,7 +63,11 @@ def _scratch(q: Tensor, k: Tensor, heads: Heads, tiles: Tiles, return_mass: bool
         found["k"] = ((b, hkv, s, heads.padded), q.dtype)
     if tiles.splits > 1:
         found["partial_out"] = ((tiles.splits, b, hq, t, d), torch.float32)
-        found["partial_lse"] = ((tiles.splits, b, hq, t), torch.float32)
+        found["tops"] = ((tiles.splits, b, hq, t), torch.float32)
+        found["totals"] = ((tiles.splits, b, hq, t), torch.float32)
+    if return_mass:
+        found["row_top"] = ((b, hq, t), torch.float32)
+        found["row_total"] = ((b, hq, t), torch.float32)
     if return_mass and tiles.rotate_on_read:
         found["logits"] = ((b, hq, t, s), torch.float32)
     return found
@@ -104,11 +109,11 @@ def context_attention_triton(
     if q.numel() == 0 or s == 0:
         result.zero_(), lse.fill_(float("-inf")), mass.zero_()
         return out
-    inv_freq = None if inv_freq is None else inv_freq.contiguous()
+    scale = scale if inv_freq is None else scale * attention_scaling**2
+    inv_freq = turning(inv_freq)
     heads = Heads.of(q, k, inv_freq, interleaved)
     tiles = forward_tiles(q, k, heads)
     scratch = carve(_scratch(q, k, heads, tiles, return_mass), workspace, q.device)
-    scale = scale if inv_freq is None else scale * attention_scaling**2
 
     with torch.cuda.device_of(q):
         if inv_freq is not None and not tiles.rotate_on_read:
@@ -122,10 +127,13 @@ def context_attention_triton(
             **strides(q=(q, "bht"), k=(k, "bhs"), q_pos=(q_pos, "bt"), kv_pos=(kv_pos, "bs"), bias=(kv_bias, "bs")),
             "kv_heads": hkv, "T": t, "S": s, "scale": scale,
         }  # fmt: skip
+        of_rows = {"row_top": scratch.get("row_top"), "row_total": scratch.get("row_total")}
+        of_splits = {
+            "tops": scratch.get("tops", of_rows["row_top"]), "totals": scratch.get("totals", of_rows["row_total"]),
+        }  # fmt: skip
         args = {
             **common, "q": q, "k": k, "v": v, "inv_freq": inv_freq, "sigma": sigma, "out": result, "lse": lse,
-            "logits": scratch.get("logits"), "partial_out": scratch.get("partial_out"),
-            "partial_lse": scratch.get("partial_lse"),
+            "logits": scratch.get("logits"), "partial_out": scratch.get("partial_out"), **of_splits,
             **strides(v=(v, "bhs"), out=(result, "bht"), sigma=(sigma, "bs")),
             "all_rows": b * hq * t, "splits": tiles.splits, "chunk": tiles.chunk,
         }  # fmt: skip
@@ -138,24 +146,24 @@ def context_attention_triton(
         launch(attend_kernel, programs, args, constants, tiles.num_warps, tiles.num_stages)
         if tiles.splits > 1:
             args = {
-                "partial_out": scratch["partial_out"], "partial_lse": scratch["partial_lse"], "out": result,
-                "lse": lse, **strides(out=(result, "bht")), "heads": hq, "T": t, "splits": tiles.splits,
+                "partial_out": scratch["partial_out"], **of_splits, "out": result, "lse": lse, **of_rows,
+                **strides(out=(result, "bht")), "heads": hq, "T": t, "splits": tiles.splits,
             }  # fmt: skip
             pad = 1 << (tiles.splits - 1).bit_length()
             constants = {"D": d, "D_PAD": heads.padded, "SPLITS_PAD": pad, "CHUNK": min(pad, 16)}
             launch(combine_kernel, b * hq * t, args, constants, 1 if heads.padded <= 64 else 2)
         if return_mass and "logits" in scratch:
-            args = {"logits": scratch["logits"], "lse": lse, "mass": mass, "rows": hq * t, "S": s}
+            args = {"logits": scratch["logits"], **of_rows, "mass": mass, "rows": hq * t, "S": s}
             launch(mass_of_logits_kernel, b * math.ceil(s / 128), args, {"BLOCK_R": 16, "BLOCK_S": 128})
         elif return_mass:
-            block_m, block_s = (32, 64) if heads.padded <= 128 else (32, 32)
+            block_m, block_s, warps = (32, 64, 8 if heads.padded > 64 else 4) if heads.padded <= 128 else (32, 32, 4)
             if q.dtype == torch.float32:
-                block_m, block_s = 16, 32
-            args = {**common, "q": q, "k": k, "lse": lse, "mass": mass}
+                block_m, block_s, warps = 16, 32, 4
+            args = {**common, "q": q, "k": k, **of_rows, "mass": mass}
             constants = {
                 "G": heads.group, "QK_D": q.shape[-1], "HALF": half, "BLOCK_M": block_m, "BLOCK_S": block_s,
             }  # fmt: skip
-            launch(mass_kernel, b * math.ceil(s / block_s), args, constants)
+            launch(mass_kernel, b * math.ceil(s / block_s), args, constants, warps)
     return out
 
 

@@ -55,6 +55,11 @@ class Heads:
         )
 
 
+def turning(inv_freq: Tensor | None) -> Tensor | None:
+    """The frequencies as the kernels read them; None where no dimension turns."""
+    return None if inv_freq is None or inv_freq.numel() == 0 else inv_freq.contiguous()
+
+
 @dataclass(frozen=True)
 class Tiles:
     """What one launch of the forward does. rotate_on_read: else q and k are rotated by a pass of their own."""
@@ -87,7 +92,7 @@ def forward_tiles(q: Tensor, k: Tensor, heads: Heads) -> Tiles:
     if heads.padded > 128:
         block_m, block_s, warps, stages = min(block_m, 64), 32, 8, 2
     if q.dtype == torch.float32:  # no tensor cores: operands of a product lie in registers
-        block_m, block_s, stages = (16, 16, 2) if few else (32, 32, 2)
+        block_m, block_s, stages = (16, 16, 2) if few else (32, 32 if heads.padded <= 128 else 16, 2)
     programs = batch * kv_heads * math.ceil(rows / block_m)
     splits = max(1, min(2 * multiprocessors(q.device) // programs, slots // LEAST_SPLIT, MOST_SPLITS))
     chunk = math.ceil(math.ceil(slots / splits) / block_s) * block_s

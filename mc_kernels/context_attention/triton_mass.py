@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Mass of `context_attention` in Triton: the probability that each slot receives, summed over heads and queries.
 
-It needs the final lse, so it is a second pass: over logits that the first one stored where queries are few (written and
-read, 8 bytes each; in a decode step of Llama-3-8B 6 % of the bytes of keys and values, reading the keys again would be
-50 %), over recomputed ones where they are many. Each slot is summed by one program in a fixed order.
+It needs the whole softmax, so it is a second pass: over logits that the first one stored where queries are few
+(written and read, 8 bytes each; in a decode step of Llama-3-8B 6 % of the bytes of keys and values, reading the keys
+again would be 50 %), over recomputed ones where they are many. Each slot is summed by one program in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ def load_lse(lse, rows, valid):
 
 
 @triton.jit
-def mass_of_logits_kernel(logits, lse, mass, rows, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
-    """logits [B, rows, S], lse [B, rows] -> mass [B, S]."""
+def load_softmax(row_top, row_total, rows, valid):
+    """The greatest logit (as `load_lse`) and the logarithm of the sum over it: a probability is exp(logit - top - log
+    sum), exact where the greatest is taken off first."""
+    return load_lse(row_top, rows, valid), tl.log(tl.load(row_total + rows, mask=valid, other=1.0))
+
+
+@triton.jit
+def mass_of_logits_kernel(logits, row_top, row_total, mass, rows, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """logits [B, rows, S], row_top and row_total [B, rows] -> mass [B, S]."""
     s_blocks = tl.cdiv(S, BLOCK_S)
     b = (tl.program_id(0) // s_blocks).to(tl.int64)
     s = (tl.program_id(0) % s_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -33,13 +40,14 @@ def mass_of_logits_kernel(logits, lse, mass, rows, S, BLOCK_R: tl.constexpr, BLO
         row = b * rows + r
         ok = (r < rows)[:, None] & (s < S)[None, :]
         x = tl.load(logits + row[:, None] * S + s[None, :], mask=ok, other=float("-inf"))
-        total += tl.sum(tl.exp(x - load_lse(lse, row, r < rows)[:, None]), 0)
+        top, log_sum = load_softmax(row_top, row_total, row, r < rows)
+        total += tl.sum(tl.exp((x - top[:, None]) - log_sum[:, None]), 0)
     tl.store(mass + b * S + s, total, mask=s < S)
 
 
 @triton.jit
 def mass_kernel(
-    q, k, q_pos, kv_pos, kv_bias, lse, mass, q_b, q_h, q_t, k_b, k_h, k_s,
+    q, k, q_pos, kv_pos, kv_bias, row_top, row_total, mass, q_b, q_h, q_t, k_b, k_h, k_s,
     q_pos_b, q_pos_t, kv_pos_b, kv_pos_s, bias_b, bias_s, kv_heads, T, S, scale,
     G: tl.constexpr, QK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -65,5 +73,6 @@ def mass_kernel(
             q1, q2 = load_pairs(q + b * q_b + q_head * q_h + t * q_t, row_ok, BLOCK_M, HALF, 0, QK_D, False)
             x = pair_products(k1, k2, q1, q2) * scale + bias[:, None]
             x = tl.where(since[:, None] <= q_at[None, :], x, float("-inf"))
-            total += tl.sum(tl.exp(x - load_lse(lse, b * kv_heads * rows + row, row_ok)[None, :]), 1)
+            top, log_sum = load_softmax(row_top, row_total, b * kv_heads * rows + row, row_ok)
+            total += tl.sum(tl.exp((x - top[None, :]) - log_sum[None, :]), 1)
     tl.store(mass + b * S + s, total, mask=s_ok)

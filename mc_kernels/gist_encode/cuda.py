@@ -34,7 +34,7 @@ def _empty(blocks: Tensor, args: tuple[Any, ...]) -> Tensor:
 
 def gist_encode_workspace(blocks: Tensor, *args: Any) -> int:
     """Bytes of workspace that a call with these arguments needs."""
-    return _call(blocks, args, _empty(blocks, args))(None)
+    return cuda_backend.workspace_bytes(_call(blocks, args, _empty(blocks, args)), blocks)
 
 
 def gist_encode_cuda(blocks: Tensor, *args: Any, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:

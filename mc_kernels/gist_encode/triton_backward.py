@@ -76,7 +76,8 @@ def gist_encode_backward_triton(
         workspace = torch.empty(size, dtype=torch.uint8, device=blocks.device)
     elif workspace.dtype != torch.uint8 or workspace.numel() < size or not workspace.is_contiguous():
         raise BackendError(f"workspace: expected uint8 [{size}] or more, got {workspace.dtype} {list(workspace.shape)}")
-    backward(grad, blocks, Net.of(args), out, Arena(workspace), Launch.run)
+    with torch.cuda.device_of(blocks):
+        backward(grad, blocks, Net.of(args), out, Arena(workspace), Launch.run)
     return out
 
 

@@ -239,8 +239,9 @@ def gist_encode_triton(
         workspace = torch.empty(size, dtype=torch.uint8, device=blocks.device)
     elif workspace.dtype != torch.uint8 or workspace.numel() < size or not workspace.is_contiguous():
         raise BackendError(f"workspace: expected uint8 [{size}] or more, got {workspace.dtype} {list(workspace.shape)}")
-    for launch in forward_launches(blocks, net, out, workspace):
-        launch.run()
+    with torch.cuda.device_of(blocks):
+        for launch in forward_launches(blocks, net, out, workspace):
+            launch.run()
     return out
 
 

@@ -128,6 +128,7 @@ class Launch:
     stages: int = 3
 
     def run(self) -> None:
+        """On the current stream of the current device, which is to be the tensors'."""
         self.kernel[(self.grid,)](**self.args, num_warps=self.warps, num_stages=self.stages)
 
     def compilation(self, shape: str) -> Compilation:

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..triton_report import Compilation
 from .cases import MODELS
 from .collapse_stage import Staged, stage
-from .triton_pool import add_residual, compilation, on_device, operand, pool_tile, scratch
+from .triton_pool import add_residual, compilation, operand, pool_tile, scratch
 from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, Tiling, product_dtype, product_precision, tiling
 
 
@@ -152,7 +152,7 @@ def collapse_launch(
     if staged.chained:
         held_k, held_v = memory[gists : gists + size * n_moves * k.dtype.itemsize].view(k.dtype).view(2, -1)
     t, step = _tiling(n, block_size, d, n_gists, product)
-    with on_device(k):
+    with torch.cuda.device_of(k):
         collapse_kernel[(layers * batch * heads,)](
             k, v, w, b, m, c, staged.table, yk, yv, held_k, held_v, *k.stride()[:4], *v.stride()[:4],
             n, t.blocks, n_moves, batch, heads, K=block_size, D=d, G=n_gists, **t.constexprs(),

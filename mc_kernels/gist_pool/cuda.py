@@ -57,7 +57,7 @@ def collapse_workspace(
     k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tensor, children: Tensor, slots: Tensor, moves: Tensor
 ) -> int:
     """Bytes of workspace that a call with these arguments needs: 0 for some dozen blocks."""
-    return _collapse(k, v, w, b, m, c, children, slots, moves)(None)
+    return cuda_backend.workspace_bytes(_collapse(k, v, w, b, m, c, children, slots, moves), k)
 
 
 def collapse_cuda(

@@ -29,7 +29,7 @@ from ..triton_backend import power_of_two
 from ..triton_report import Compilation
 from .cases import MODELS
 from .triton_backward_kernels import backward_blocks_kernel, backward_matrix_kernel, backward_sums_kernel
-from .triton_pool import check_out, compilation, on_device, operand, scratch
+from .triton_pool import check_out, compilation, operand, scratch
 from .triton_tiling import (
     REPORTED_DTYPES,
     TRITON_NAMES,
@@ -98,7 +98,7 @@ def gist_pool_backward_triton(
         n_y = r * h * n * g * 2 * d * product.itemsize
         size = 4 * r * h * tiles * (g * (2 * d + block_size) + 2 * d)
         sums, y = memory[:size].view(torch.float32), memory[size : size + n_y].view(product)
-    with on_device(k):
+    with torch.cuda.device_of(k):
         backward_blocks_kernel[(r * h * tiles,)](
             grad_k, grad_v, k, v, w, b, m, dk if need_kv else None, dv if need_kv else None, y, sums,
             *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers, K=block_size, D=d, G=g,

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..triton_report import Compilation
 from . import collapse_triton, triton_backward
 from .cases import MODELS
-from .triton_pool import add_residual, check_out, compilation, on_device, operand, pool_tile, scratch
+from .triton_pool import add_residual, check_out, compilation, operand, pool_tile, scratch
 from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, many_and_few, product_dtype, product_precision, tiling
 
 
@@ -100,7 +100,7 @@ def gist_pool_triton(
         size = gist_pool_workspace(k, w)
         yk, yv = scratch(workspace, size, k)[:size].view(torch.float32).view(2, -1)
     t = tiling(n, block_size, d, n_gists, product)
-    with on_device(k):
+    with torch.cuda.device_of(k):
         gist_pool_kernel[(r * h * triton.cdiv(n, t.blocks),)](
             k, v, w, b, m, c, k_gist, v_gist, yk, yv, *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers,
             K=block_size, D=d, G=n_gists, **t.constexprs(),

@@ -9,7 +9,6 @@ value matrix in registers. K and D are padded to powers of two by masks; padded 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -135,11 +134,6 @@ def compilation(
     signature = pointers | dict.fromkeys((*strides, *counts), "i32") | dict.fromkeys(constexprs, "constexpr")
     aligned = [x for x in (*pointers, *strides) if x not in constexprs]
     return Compilation(shape, kernel, signature, constexprs, warps, aligned=aligned)
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def scratch(workspace: Tensor | None, n_bytes: int, like: Tensor) -> Tensor:

@@ -18,8 +18,11 @@ REPORTED_DTYPES = (
     (torch.bfloat16, torch.float32),
     (torch.float32, torch.float32),
 )
-# Values of a padded block (keys) and of a padded tile of gists that sixteen warps can hold in registers.
-MOST_VALUES = 1 << 15
+# Values of a padded block (keys) and of a padded tile of gists that sixteen warps can hold in registers; of twice as
+# many they spill 900 bytes a thread.
+MOST_VALUES = 1 << 14
+# Bytes of blocks on their way in shared memory; an A100 gives a program 163 KB.
+MOST_STAGED = 144 << 10
 
 
 def product_dtype(data: torch.dtype, weights: torch.dtype) -> torch.dtype:
@@ -56,14 +59,15 @@ def tiling(
     """Sixteen gists are the least that a tensor core takes; with many blocks of large heads 32 share one read of M. A
     thread holds up to `thread_values` of a block and of a tile's keys and values: at 64 the forward of a head of 128
     takes four warps of at most 256 registers, so that two programs share a multiprocessor; the backward holds more
-    beside them."""
+    beside them. Three blocks are under way, fewer where they are large."""
     kp, dp = power_of_two(block_size), max(16, power_of_two(head_dim))
     most = 32 if n_blocks >= 64 and dp >= 128 and product != torch.float32 else 16
     blocks = max(1, min(power_of_two(n_blocks), most // n_gists))
     rows = max(16, power_of_two(blocks * n_gists))
     inner = 16 if product == torch.float32 else 32
     warps = min(16, max(4, max(kp, rows) * dp // (16 * thread_values)))
-    return Tiling(blocks, rows, kp, dp, inner, 3, warps)
+    stages = next(s for s in (3, 2, 1) if (s - 1) * 2 * kp * dp * product.itemsize <= MOST_STAGED)
+    return Tiling(blocks, rows, kp, dp, inner, stages, warps)
 
 
 def many_and_few(head_dim: int, product: torch.dtype) -> list[int]:

@@ -14,6 +14,7 @@ from ..checks import (
     FP8,
     INDEX_DTYPES,
     can_look_at,
+    can_read,
     check_same_device,
     check_shape,
     check_tensor,
@@ -131,7 +132,7 @@ def check_positions(
         check_shape(label, x, (length,), {})
         if x.device.type != "cpu" and x.device != device:
             raise TypeError(f"{label}: expected device cpu or {device}, got {describe(x)}")
-        if length and can_look_at(x) and int(x.min()) < 0:
+        if length and can_read(x) and int(x.min()) < 0:
             raise ValueError(f"{label}: expected positions >= 0, got {int(x.min())}")
 
 
@@ -159,7 +160,7 @@ def check_pages(
     after: Tensor | None,
 ) -> None:
     """Page ids in range, and no written page used by another sequence or twice by its own."""
-    if not can_look_at(k, pages.table):
+    if not can_look_at(k) or not can_read(pages.table, *(x for x in (before, after) if x is not None)):
         return
     table = pages.table.cpu().numpy()
     by_layer = (k.shape[0], table.shape[0])

@@ -51,10 +51,11 @@ def kv_splice_workspace(
     new_positions: Tensor | None, inv_freq: Tensor | None, interleaved: bool, attention_scaling: float,
 ) -> int:  # fmt: skip
     """Bytes of workspace that a call with these arguments needs: 0 for plans of up to some dozen edits."""
-    return _call(
+    call = _call(
         k, v, k_new, v_new, table, rows, segments, stays, insert_slots, offsets, positions, new_positions, inv_freq,
         interleaved, attention_scaling,
-    )(None)  # fmt: skip
+    )  # fmt: skip
+    return cuda_backend.workspace_bytes(call, k)
 
 
 def kv_splice_cuda(

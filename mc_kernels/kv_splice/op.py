@@ -130,7 +130,8 @@ def kv_splice_(
         BackendError: the named backend cannot serve.
 
     All before anything is written. Under `torch.compile` what needs values or addresses (positions, pages, aliasing)
-    is not checked.
+    is not checked, and while a CUDA graph is captured values that lie on the GPU are not. Otherwise positions and a
+    page table on a GPU are read back for the checks: the call waits for what the GPU has under way.
 
     Under `torch.compile`, torch 2.13 keeps the offsets of the first call where k and v are interleaved views of one
     allocation whose offset changes between calls (some of its layers): pass the whole cache, or separate allocations.

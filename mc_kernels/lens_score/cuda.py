@@ -32,7 +32,8 @@ def _call(out: Tensor, *args: Any) -> Callable[[Any], int]:
 
 def lens_score_workspace(*args: Any) -> int:
     """Bytes of workspace that a call with these arguments, those of `ref.lens_score_ref`, needs."""
-    return _call(args[0].new_empty(args[0].shape[0], 2, dtype=torch.float32), *args)(None)
+    out = args[0].new_empty(args[0].shape[0], 2, dtype=torch.float32)
+    return cuda_backend.workspace_bytes(_call(out, *args), args[0])
 
 
 def lens_score_cuda(*args: Any, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:

@@ -63,7 +63,8 @@ register_autograd("lens_score", _backward, _setup_context)
 
 
 def _triton_supports(*args: Any) -> str | None:
-    """The score pass holds all logits of a block of entries and the head's hidden layer in registers."""
+    """The score pass holds all logits of a block of entries and the head's hidden layer in registers, and what each
+    vector adds to the hidden layer in shared memory: 4 bytes of a vector and hidden unit, of the 163 KB of an A100."""
     named = dict(zip(("entries", "features", "queries", *SHAPES), args, strict=False))
     heads, queries, hidden = (
         power_of_two(size) for size in (args[-1], len(named["queries"]), len(named["head_in"]) or 1)
@@ -72,6 +73,11 @@ def _triton_supports(*args: Any) -> str | None:
         return f"expected at most 512 vectors, heads times queries as powers of two, got {heads} x {queries}"
     if hidden > 256:
         return f"expected a head of at most 256 hidden units, got {len(named['head_in'])}"
+    if heads * queries * max(hidden, 16) > 1 << 15:
+        return (
+            "expected at most 32768 numbers in vectors times hidden units as powers of two, got"
+            f" {heads} x {queries} x {max(hidden, 16)}"
+        )
     return refuse(*args)
 
 

@@ -167,8 +167,9 @@ def lens_score_backward_triton(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     def scores(*inputs: Tensor) -> Tensor:
         return score_formula([entries, *(x.float() for x in inputs)], legal, n_heads, stream)
 
-    grads = differentiate(scores, others, [grad])
-    return stream.gradient(), *grads
+    with torch.cuda.device_of(entries):
+        grads = differentiate(scores, others, [grad])
+        return stream.gradient(), *grads
 
 
 def backward_launches(

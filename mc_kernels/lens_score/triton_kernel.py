@@ -67,8 +67,9 @@ def lens_score_triton(*args: Any, out: Tensor | None = None, workspace: Tensor |
         return out
     if workspace is None:
         workspace = entries.new_empty(lens_score_workspace(*args), dtype=torch.uint8)
-    for launch in forward_launches(Arena(workspace), out, *args):
-        launch.run()
+    with torch.cuda.device_of(entries):
+        for launch in forward_launches(Arena(workspace), out, *args):
+            launch.run()
     return out
 
 

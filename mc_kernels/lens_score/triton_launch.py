@@ -34,6 +34,7 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
+        """On the current stream of the current device, which is to be the tensors'."""
         if 0 not in self.grid:
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             self.kernel[self.grid](**self.arguments, **self.constants, **options)

@@ -40,7 +40,7 @@ def _call(k: Tensor, v: Tensor, *rest: Any) -> Callable[[Any], int]:
 
 def refocus_workspace(*args: Any) -> int:
     """Bytes of workspace that a call with these arguments needs; they depend on shapes alone."""
-    return _call(*args)(None)
+    return cuda_backend.workspace_bytes(_call(*args), args[0])
 
 
 def refocus_cuda(*args: Any, workspace: Tensor | None = None) -> None:

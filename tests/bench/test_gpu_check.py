@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench.gpu import check
+from bench.gpu import check, junit
 from bench.gpu.budget import SHARES, Budget
 from bench.gpu.check import app, case_of, last_line, measure, run_cases, verdicts
 from bench.gpu.junit import Outcome as Ran
-from bench.gpu.junit import read_tests
+from bench.gpu.junit import read_tests, run_tests
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
 from bench.rows import Row
 from bench.suite import CachePlan
@@ -158,6 +159,32 @@ def test_test_reports(
     report = tmp_path / "tests.xml"
     report.write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>")
     assert read_tests(report) == Ran(passed, skipped, failed, error)
+
+
+# Stands in for pytest: reports when it is interrupted, and what it was asked for.
+INTERRUPTED = """
+import signal, sys, time
+def report(*_):
+    cases = "".join(f'<testcase classname="{a}" name="b"/>' for a in sys.argv if a.startswith("--"))
+    path = next(a for a in sys.argv if a.startswith("--junitxml=")).split("=", 1)[1]
+    open(path, "w").write(f'<testsuite>{cases}<testcase classname="x" name="y"><failure/></testcase></testsuite>')
+    sys.exit(1)
+signal.signal(signal.SIGINT, report)
+time.sleep(600)
+"""
+
+
+def test_what_ran_before_the_end_of_the_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(junit, "GRACE", 4.0)
+    found = run_tests(8.0, under=[sys.executable, "-c", INTERRUPTED], processes=3)
+    assert found == Ran(3, 0, ("x::y",), "the tests did not end within 8 s")  # --numprocesses, --dist, --junitxml
+
+
+def test_what_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(junit, "GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    found = run_tests(4.0, under=[sys.executable, "-c", stubborn])
+    assert found == Ran(0, 0, (), "the tests did not end within 4 s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

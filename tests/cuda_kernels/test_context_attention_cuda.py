@@ -51,6 +51,12 @@ def test_formula(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_formula(small(case, dtype), device)
 
 
+@pytest.mark.parametrize("case", [DECODE, MANY, SPLIT, SPLIT_PLAIN], ids=lambda c: c.name)
+def test_large_scores(case: Case, device: str) -> None:
+    emulate(device, threads=64)
+    attention_model.assert_exact_where_scores_are_large("cuda", case, device)
+
+
 @pytest.mark.parametrize("case", [WIDE_MANY, DECODE], ids=lambda c: c.name)
 def test_warps_of_a_block_are_joined(case: Case, device: str) -> None:
     emulate(device, threads=128, blocks=1)

@@ -253,3 +253,25 @@ def test_a_graph_replays_the_splice() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(tensors[1][0, ..., : p.new_length, :].cpu(), contents(old[1][0].cpu(), old[3].cpu(), p))
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_the_op_with_positions_and_pages_on_the_device() -> None:
+    """Their values are checked outside of a capture, and not read within."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    p = SplicePlan.from_edits(40, [Edit(3, 4, 1), Edit(20, 2, 3)], capacity=48)
+    k, v = (normal(1, 2, 48, 16, seed=i).cuda() for i in range(2))
+    paged = [x.view(1, 2, 6, 8, 16).transpose(1, 2).contiguous() for x in (k, v)]  # [L, P, Hkv, page, D]
+    fresh = [normal(1, 2, p.n_insert, 16, seed=i).cuda() for i in (2, 3)]
+    rope = RopeSpec.from_theta(1e4, 16)
+    at = {"positions": torch.arange(p.length).cuda() * 2, "new_positions": torch.arange(p.new_length).cuda() * 3}
+    pages = PageTable(torch.arange(6, device="cuda")[None], 8)
+    wants = [x.clone() for x in paged]
+    kv_splice_(*wants, *fresh, p, rope, **at, pages=pages, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kv_splice_(*paged, *fresh, p, rope, **at, pages=pages, backend="cuda")
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bits(x.cpu(), y.cpu()) for x, y in zip(paged, wants, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -90,3 +91,18 @@ def assert_formula(backend: str, args: dict[str, Any], device: str, **kwargs: An
     for name, got, want, rival in outputs:
         assert got.dtype == (args["q"].dtype if name == "out" else torch.float32)
         assert_within_error_rule(got, want, rival, what=name)
+
+
+def assert_exact_where_scores_are_large(backend: str, case: Case, device: str) -> None:
+    """The last bit of lse is 0.001 and more there, and an error of all probabilities of a query. Every query sees the
+    same scores, which differ by what is exact in fp32, so that the errors of queries do not cancel."""
+    args = case.make(torch.float32)
+    args |= {"q": torch.zeros_like(args["q"]), "q_pos": torch.full_like(args["q_pos"], case.slots)}
+    steps = (args["kv_pos"] % 8).float()
+    for bias in (-1e4, -7777.0, 5432.1, 1e5):
+        args["kv_bias"] = steps + bias
+        got, want = run(backend, args, device), model(**args)
+        assert_close = functools.partial(torch.testing.assert_close, rtol=2e-5, atol=2e-6)
+        assert_close(got[0], want[0].float())
+        assert_close(got[2], want[2].float())
+        assert_close(got[2].sum(1), torch.full((case.batch,), float(case.heads * case.queries)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from splice_model import same_bits
 from torch import Tensor
 
 from mc_kernels import BackendError, Edit, PageTable, RopeSpec, SplicePlan, kv_splice_
+from mc_kernels.checks import can_read
+from mc_kernels.kv_splice import checks
 from mc_kernels.kv_splice.op import pack_plans
 from mc_kernels.memory import overlaps_itself, shares_memory
 from mc_kernels.registry import IMPLS, Impl
@@ -135,6 +138,30 @@ def test_the_base_arguments_are_accepted() -> None:
     kv_splice_(**{**arguments(), "rows": [0, 0, -1, 0], "plan": [PLAN, PLAN]})
     with torch.no_grad():
         kv_splice_(**{**arguments(), "k_new": torch.zeros(R, H, M, D, requires_grad=True)})
+
+
+def test_values_on_a_gpu_are_not_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: Any = SimpleNamespace(is_meta=False, is_cuda=True)
+    for captured in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
+        assert can_read(on_gpu) is not captured
+        assert can_read(torch.ones(1), on_gpu) is not captured
+        assert can_read(torch.ones(1))
+        assert not can_read(torch.ones(1, device="meta"))
+
+
+@pytest.mark.parametrize("given", ["positions", "pages"])
+def test_what_cannot_be_read_is_taken_as_it_is(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong values, which are refused where they can be read."""
+    args = paged([[0, 1, 99], *APART[1:]]) if given == "pages" else arguments()
+    args |= {"k_new": torch.randn(R, H, M, D), "v_new": torch.randn(R, H, M, D), "plan": PLAN, "backend": "none"}
+    if given == "positions":
+        args["positions"] = torch.full((10,), -1)
+    with pytest.raises(ValueError, match=given):
+        kv_splice_(**args)
+    monkeypatch.setattr(checks, "can_read", lambda *_: False)
+    with pytest.raises(BackendError, match="got 'none'"):
+        kv_splice_(**args)
 
 
 def test_memory_of_views() -> None:

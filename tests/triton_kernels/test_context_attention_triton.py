@@ -70,6 +70,11 @@ def test_splits_of_many_rows(device: str) -> None:
     assert_formula(small(SPLIT_MANY, torch.float32), device)
 
 
+@pytest.mark.parametrize("case", [DECODE, MANY, SPLIT, SPLIT_MANY], ids=ids)
+def test_large_scores(case: Case, device: str) -> None:
+    attention_model.assert_exact_where_scores_are_large("triton", case, device)
+
+
 def test_the_cases_take_the_paths_they_are_for(device: str) -> None:
     from mc_kernels.context_attention.triton_launch import Heads, forward_tiles
 
@@ -100,6 +105,19 @@ def test_rotations(case: Case, rotary_dim: int, interleaved: bool, device: str) 
 def test_no_rope_and_a_scale(case: Case, device: str) -> None:
     args = {**small(case, torch.float32), "rope": None, "sigma": None}
     assert_formula(args, device, scale=0.5)
+
+
+@pytest.mark.parametrize("case", [DECODE, MANY], ids=ids)
+def test_a_rotation_of_no_dimensions_has_a_magnitude(case: Case, device: str) -> None:
+    args = {**small(case, torch.float32), "sigma": torch.ones(case.batch, case.slots)}
+    weight = torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(9))
+    found = []
+    for rope, scale in ((RopeSpec(torch.empty(0), attention_scaling=1.5), 0.3), (None, 0.3 * 1.5**2)):
+        call = functools.partial(context_attention, scale=scale, backend="triton")
+        call_args = {**args, "rope": rope, "sigma": args["sigma"] if rope else None}
+        found.append(gradients(lambda a, call=call: call(**on(a, device)), call_args, weight))
+    for got, want in zip(*found, strict=True):
+        assert same_bits(got, want)
 
 
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(5, 0), (7, 4), (40, 40)])
@@ -263,6 +281,19 @@ def assert_gradients(args: dict[str, Any], device: str) -> None:
 @pytest.mark.parametrize("case", BACKWARD_CASES, ids=ids)
 def test_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
     assert_gradients(small(case, dtype), device)
+
+
+@pytest.mark.parametrize("case", [DECODE, MANY], ids=ids)
+@pytest.mark.parametrize("bias", [-1e4, 1e5])
+def test_gradients_where_scores_are_large(bias: float, case: Case, device: str) -> None:
+    """A bias of all slots changes no gradient, but rounds scores: here they are all the same, and exact."""
+    args = small(case, torch.float32)
+    args |= {"q": torch.zeros_like(args["q"]), "kv_bias": torch.zeros(args["kv_pos"].shape)}
+    weight = torch.randn(args["q"].shape, generator=torch.Generator().manual_seed(9))
+    want = gradients(attention_on(device), args, weight)
+    got = gradients(attention_on(device), {**args, "kv_bias": args["kv_bias"] + bias}, weight)
+    for name, x, y in zip(LEAVES, got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"grad of {name}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

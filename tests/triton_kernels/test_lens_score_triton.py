@@ -249,6 +249,7 @@ def test_refused_arguments(device: str) -> None:
     for changes, words in (
         ({"n_heads": 64, "width": 64, "queries": 9}, "at most 512 vectors.* got 64 x 16"),
         ({"head_dim": 257}, "at most 256 hidden units, got 257"),
+        ({"n_heads": 32, "width": 32, "queries": 9, "head_dim": 65}, "at most 32768 numbers.* got 32 x 16 x 128"),
     ):
         big = dataclasses.replace(ONE, entries=2, **changes)
         weights, legal, inputs = make(big, FP32, FP32, device)
