@@ -174,6 +174,7 @@ def test_a_served_turn_that_is_interrupted_anywhere_in_its_context(tmp_path: Pat
             assert seen == line
         finally:
             sys.settrace(before)
+            torch.set_grad_enabled(True)  # what ends a `with` on its last line leaves it without its exit
         return seen
 
     engine = DecoderPrompts(model.decoder)
