@@ -177,7 +177,9 @@ class BlockIndex:
             weight[: self._length // size], max(1, AROUND_TOKENS // size),
         )  # fmt: skip
         found[blocks] = 0.0
-        found *= min(1.0, float(best.min()) / max(float(found.max()), 1e-9))
+        # 0 where the words stand behind the stop alone.
+        least = float(best[best > 0].min(initial=np.inf))
+        found *= min(1.0, least / max(float(found.max()), 1e-9))
         found[blocks] = best
         return found
 

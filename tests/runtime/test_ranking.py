@@ -134,3 +134,18 @@ def test_the_best_are_ranked_and_the_others_follow(memory: Memory) -> None:
     assert ((scores > 0) == (plain > 0)).all()
     assert not index.ranked("zebra quagga").any()
     assert len(index.ranked(query, stop=40)) == 40
+
+
+def test_what_is_not_looked_at_counts_wherever_the_history_is_cut(memory: Memory) -> None:
+    """The last block before the cut matches by its neighbours behind it alone."""
+    session = memory(block_size=16, budget=256)
+    session.ingest("ox ab cd ef gh ij kl mn op qr st uv wx yz bb cc dd ee ff gg hh " * 40)
+    session.ingest("." * (48 - session.tree.length % 16))  # no word straddles the cut
+    stop = session.tree.length // 16
+    session.ingest("....." + "yak " * 4)
+    index = session.retrieval
+    has = np.array([bool(index.words("ox", i, i + 1)) for i in range(stop)])
+    assert 40 <= has.sum() < stop
+    scores = index.ranked("ox or yak", stop, most=8)
+    assert (scores[has] > 0).all()
+    assert np.isfinite(scores).all()
