@@ -93,6 +93,5 @@ def _bm25(
     mean: float,
 ) -> NDArray[np.float64]:
     """[n] from counts [q, n] and lengths [n] of texts that have `mean` words on average."""
-    norm = index.k1 * (1 - index.b + index.b * length / mean)
-    scores: NDArray[np.float64] = idf @ (counts / (norm + counts))
+    scores: NDArray[np.float64] = idf @ (counts / (index.norm(length, mean) + counts))
     return scores

@@ -168,7 +168,9 @@ class BlockIndex:
         asked and answered counts less than what was told.
         """
         found, size = self.scores(query)[:stop], self.tree.spec.block_size
-        weight = TURN_SHARE ** self.turn_counts()[: len(found)].astype(np.float64)
+        turns = self.turn_counts()[: len(found)]
+        weight, parts = np.ones(len(found)), turns.nonzero()[0]  # few: a power of every block would take longest
+        weight[parts] = TURN_SHARE ** turns[parts].astype(np.float64)
         blocks = np.union1d(best_first(found * weight, most), best_first(found, LOOKED_AT))
         if not len(blocks):
             return found

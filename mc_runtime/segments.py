@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,11 @@ class SegmentedBM25:
         """[n]: words of each of `documents`, as for `counts`."""
         return np.concatenate([part.lengths for part in self._parts()])[documents].astype(np.int64)
 
+    def norm(self, lengths: NDArray[Any], mean_length: float) -> NDArray[np.float64]:
+        """[n], of texts of so many words: a word that stands there n times gives n / (norm + n) of its weight."""
+        norm: NDArray[np.float64] = self.k1 * ((1 - self.b) + self.b / mean_length * lengths)
+        return norm
+
     def _part_scores(
         self,
         part: Segment,
@@ -129,7 +135,7 @@ class SegmentedBM25:
         spans = [slice(a, b) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
         docs = np.concatenate([part.docs[span] for span in spans])
         counts = np.concatenate([part.counts[span] for span in spans]).astype(np.float64)
-        norm = self.k1 * ((1 - self.b) + self.b / mean_length * part.lengths)
+        norm = self.norm(part.lengths, mean_length)
         gains = np.repeat(weight, stop - start) * counts / (norm[docs] + counts)
         return np.bincount(docs, gains, minlength=len(part)).astype(np.float64, copy=False)
 
