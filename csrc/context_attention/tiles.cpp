@@ -26,7 +26,8 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kTileRows = 84;  // at most, or one query's heads: several tiles of the micro-kernels
+// At most, or one query's heads: several tiles of the micro-kernels, of 14 rows, and of matrix tiles 32.
+constexpr int64_t kTileRows = 84, kMatrixTileRows = 96;
 constexpr int64_t kRunKeys = 512;  // a multiple of kPanel
 constexpr int64_t kPanelBytes = 32 << 20;
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
@@ -51,7 +52,8 @@ public:
             for (const int64_t n : t.seen) work += n * x.heads * x.row.dims * 2;
         }
         threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work / kThreadWork, 1));
-        tile_queries_ = std::min(std::max<int64_t>(kTileRows / group_, 1), x.queries);
+        const int64_t rows = type_ == kBF16 && level_.matmul->outruns_memory ? kMatrixTileRows : kTileRows;
+        tile_queries_ = std::min(std::max<int64_t>(rows / group_, 1), x.queries);
         tiles_ = (x.queries + tile_queries_ - 1) / tile_queries_;
         for (int64_t i = 0; i < x.batch * x.queries; ++i) far_ = far_ || a.q_pos[i] >> kMostBits > 0;
         // Queries may lie far beyond all that there is to see.

@@ -1,4 +1,4 @@
-// fused_linear on a CPU for a handful of rows of x: one stream over the weight. The contract: mc_kernels.h.
+// fused_linear on a CPU for a handful of rows of x: one stream over the weight (many: tiles.cpp). The contract: mc_kernels.h.
 //
 // Floor. W is read once: O * E * sizeof(dtype) bytes over the read bandwidth; the rest is small beside it. So:
 // - One row of x reads W row by row, as it lies; more of them a few rows at a time, with the next ones fetched ahead
@@ -20,6 +20,7 @@
 #include "isa.h"
 #include "packed.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace mc {
 namespace {
@@ -46,10 +47,10 @@ private:
 
 class Call {
 public:
-    Call(const mc_fused_linear_args& a, int n_threads)
+    Call(const mc_fused_linear_args& a, const Linear& x, const LinearOps& ops, int n_threads)
         : a_(a),
-          x_(check_fused_linear(a)),
-          ops_(linear_ops(isa_level())),
+          x_(x),
+          ops_(ops),
           in_pairs_(ops_.dot_pairs && a.x.dtype == MC_BF16 && a.weight.dtype == MC_BF16),
           packed_(in_pairs_ && ops_.dot_packed && x_.rows <= kPackedX && a.packed.data),
           padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
@@ -148,7 +149,7 @@ private:
     }
 
     const mc_fused_linear_args& a_;
-    const Linear x_;
+    const Linear& x_;
     const LinearOps& ops_;
     const bool in_pairs_;
     const bool packed_;  // is read in place of the weight
@@ -164,6 +165,10 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
     return mc::guarded([&] {
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
-        mc::Call(*args, n_threads).run();
+        const mc::Linear x = mc::check_fused_linear(*args);
+        const mc::IsaLevel& level = mc::isa_level();
+        const mc::LinearOps& ops = mc::linear_ops(level);
+        if (mc::serves_linear_tiles(*args, x, level, ops)) return mc::linear_tiles(*args, x, level, ops, n_threads);
+        mc::Call(*args, x, ops, n_threads).run();
     });
 }

@@ -80,6 +80,14 @@ struct BlockSums {
     float* sums;
 };
 
+// out[j, i] = x[i, j] of 32-bit elements: rows and columns of x, whose rows lie x_step bytes apart, out's out_step.
+struct Transpose {
+    const char* x;
+    int64_t x_step, rows, columns;
+    char* out;
+    int64_t out_step;
+};
+
 // out [n] = act(y + bias) + residual; act(y) = y, or with up silu(y) * (up + up_bias). NULL: none.
 struct FinishRow {
     const float *y, *bias, *up, *up_bias;
@@ -93,8 +101,9 @@ struct LinearOps {
     void (*widen[kDtypes][2])(const WidenRow&);  // [x's dtype][even elements first]
     void (*dot[kDtypes])(const DotRows&);        // [W's dtype]
     void (*finish[kDtypes])(const FinishRow&);   // [x's dtype]
-    // With bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
+    // For bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
     void (*narrow)(const NarrowRow&);
+    void (*transpose)(const Transpose&);
     void (*dot_pairs)(const DotPairs&);
     void (*block_sums)(const BlockSums&);
     void (*dot_packed)(const DotPacked&);

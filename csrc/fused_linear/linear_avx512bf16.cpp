@@ -6,6 +6,7 @@
 #include "vec_avx512.h"
 #include "pairs_impl.h"
 #include "packed_impl.h"
+#include "transpose_impl.h"
 
 namespace mc {
 
@@ -14,6 +15,7 @@ const LinearOps* linear_avx512bf16() {
         LinearOps ops = *linear_avx512();
         ops.name = "avx512bf16";
         ops.narrow = narrow;
+        ops.transpose = transpose;
         ops.dot_pairs = dot_pairs;
         ops.block_sums = block_sums;
         ops.dot_packed = dot_packed;

@@ -152,6 +152,7 @@ LinearOps linear_table(const char* name) {
             nullptr,
             nullptr,
             nullptr,
+            nullptr,
             nullptr};
 }
 

@@ -1,13 +1,13 @@
 // fused_linear with bf16 products, for x and W of bf16: a product adds two neighbours' at a time, nothing is widened.
 //
-// Included by linear_avx512bf16.cpp after vec_avx512.h. A normed row of x is rounded to bf16. A few rows of W stay in
+// Included by linear_avx512bf16.cpp after vec_avx512.h. A few rows of W stay in
 // the first-level cache while all rows of x meet them; sums across registers are done for a whole vector of outputs at
 // a time.
 #pragma once
 
 #include "fetch.h"
 #include "linear.h"
-#include "vec_math.h"
+#include "narrow_impl.h"
 
 namespace mc {
 namespace {
@@ -16,31 +16,6 @@ constexpr int kTileW = 4;                             // times kTileX: as many a
 constexpr int64_t kStepBytes = kSpan * BF16::kBytes;  // a register
 constexpr int64_t kChunk = 32 * kStepBytes;           // of a row: as much of four of W and four of x fits that cache
 constexpr int kGroups = kXRows / kTileX;
-
-void narrow(const NarrowRow& a) {
-    auto each = [&](auto&& body) {
-        for (int64_t i = 0; i < a.n; i += Vec::kWidth) {
-            const int left = static_cast<int>(a.n - i < Vec::kWidth ? a.n - i : Vec::kWidth);
-            body(i, left, Vec::load_part(BF16{}, a.x + i * BF16::kBytes, left));
-        }
-    };
-    float scale = 1.0f;
-    if (a.gain) {
-        Vec squares = Vec::all(0.0f);
-        each([&](int64_t, int, Vec x) { squares = fmadd(x, x, squares); });
-        scale = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(a.n) + a.eps);
-    }
-    each([&](int64_t i, int left, Vec x) {
-        if (a.gain) {
-            const Vec gain = Vec::load_part(F32{}, reinterpret_cast<const char*>(a.gain + i), left);
-            x = mul(mul(x, Vec::all(scale)), gain);
-        }
-        Vec::store(BF16{}, a.out + i * BF16::kBytes, x);
-    });
-    for (int64_t i = (a.n + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth; i < a.padded; i += Vec::kWidth) {
-        Vec::store(BF16{}, a.out + i * BF16::kBytes, Vec::all(0.0f));
-    }
-}
 
 // kTileW rows of W, and what is fetched while they are read.
 struct TileRows {

@@ -287,8 +287,9 @@ typedef struct mc_packed_weight {
  *   y[r] = weight n[r] + bias
  *   out[r] = y[r], or with swiglu silu(y[r, :O/2]) * y[r, O/2:]; then + residual[r]
  *
- * Everything between x and out is fp32, rounded once. Meant for the handful of rows of a decode step: the weight is
- * read as it lies, once for up to 16 rows, and not copied. Memory: N * E floats, and E + O for norm and bias. */
+ * Everything between x and out is fp32, rounded once. The weight is read as it lies and not copied: for the handful of
+ * rows of a decode step it is one stream, once for up to 32 rows; for many rows of bf16, where the level multiplies that,
+ * it meets them in matrix products. Memory: N * E floats, and E + O for norm and bias. */
 typedef struct mc_fused_linear_args {
     size_t struct_size; /* sizeof(mc_fused_linear_args) */
 
@@ -309,7 +310,8 @@ typedef struct mc_fused_linear_args {
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
  * (and subnormal numbers are taken for zero). There up to four rows of x are multiplied with `packed`, whose numbers are not
  * rounded to bf16; in all other cases the weight is read.
- * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. Sizes may be 0; with E = 0, y is the bias. */
+ * n_threads: as for mc_kv_splice_cpu. The result does not depend on it, nor on which other rows x has; on how many there
+ * are it may depend within rounding. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
 
 /* Weights of one layer of a Llama-family decoder: f32, f16 or bf16, each its own; matrices with a contiguous last dimension,
@@ -327,7 +329,7 @@ typedef struct mc_decoder_layer {
     mc_packed_weight qkv_packed, out_packed, gate_up_packed, down_packed; /* each absent or as for mc_fused_linear_cpu */
 } mc_decoder_layer;
 
-/* A few entries run through L layers of a decoder over a cache of slots, layer by layer. With norm(x, g) =
+/* Entries run through L layers of a decoder over a cache of slots, layer by layer. With norm(x, g) =
  * x / sqrt(mean(x^2) + eps) * g:
  *
  *   q, k, v = qkv norm(x, attention_norm) + qkv_bias       q = norm(q, q_norm), k = norm(k, k_norm) in each head

@@ -1,4 +1,4 @@
-"""`fused_linear` on a CPU: csrc/fused_linear/cpu.cpp, one stream over the weight."""
+"""`fused_linear` on a CPU: csrc/fused_linear, one stream over the weight for a few rows, matrix products for many."""
 
 from __future__ import annotations
 

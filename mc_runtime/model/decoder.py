@@ -9,10 +9,10 @@ Weights ask for no gradient; gradients flow to the inputs and to the keys and va
 one matmul, gate and up another: at T = 1 a step is bound by reading the weights, and fewer, larger reads are faster.
 Keys leave a layer unrotated: `context_attention` rotates them while it reads them.
 
-A few rows on a CPU without gradients, which is what a decode step is, go through `fused_linear`: a weight is read at
-the rate of memory, and norms, activation and residuals cost no calls of their own. Results agree within rounding. Where
-such rows run over a slot cache, one native call does all layers (`few_entries.py`). Up to four rows read weights
-that came quantised as they were (`packing.py`).
+On a CPU without gradients a few rows, which is what a decode step is, and in bf16 any number of them go through
+`fused_linear`: a weight is read at the rate of memory, and norms, activation and residuals cost no calls of their own.
+Results agree within rounding. Where such rows run over a slot cache, one native call does all layers
+(`native_layers.py`). Up to four rows read weights that came quantised as they were (`packing.py`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from mc_kernels.packed_weight import PackedWeight
 from mc_runtime.errors import InputError
 from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
-from mc_runtime.model.few_entries import FewEntries
 from mc_runtime.model.layers import Layer, Like, RMSNorm
+from mc_runtime.model.native_layers import NativeLayers
 from mc_runtime.model.stores import KVStore, SelfStore
 
-# Rows up to which `fused_linear` beats torch's matrix products, by measurement.
+# Rows up to which `fused_linear` beats torch's matrix products, by measurement; in bf16, where the processor multiplies
+# that, it does for any number.
 MOST_FUSED_ROWS = 32
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether x [..., E] is few enough rows for `fused_linear`, where no gradient can be asked for."""
+    """Whether `fused_linear` is the faster one for x [..., E], where no gradient can be asked for."""
     return (
         x.device.type == "cpu"
         and x.dtype in FLOAT_DTYPES
-        and x.numel() <= MOST_FUSED_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and native.available() is None
+        and (x.numel() <= MOST_FUSED_ROWS * x.shape[-1] or (x.dtype is torch.bfloat16 and native.multiplies_bf16()))
     )
 
 
@@ -77,7 +78,7 @@ class Decoder(nn.Module):
         self.head_packed: PackedWeight | None = None  # from a quantised file
         # Who has put a hook on a part of a layer wants its calls.
         self._hookable = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
-        self._few_entries = FewEntries()
+        self._native_layers = NativeLayers()
         self.eval()
 
     @classmethod
@@ -133,25 +134,25 @@ class Decoder(nn.Module):
         begin = getattr(context, "begin", None)
         if begin is not None:
             begin(positions)
-        few = fuses(x)
-        if few and n_layers:
+        fused = fuses(x)
+        if fused and n_layers:
             norm = self.norm if stop_layer is None else None
-            done = self._few_entries.run(
+            done = self._native_layers.run(
                 self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass, norm
             )
             if done is not None:
                 return DecoderOutput(*done)
-        x, mass, tapped = self._run_layers(x, positions, context, n_layers, hidden_layer, return_mass, few)
+        x, mass, tapped = self._run_layers(x, positions, context, n_layers, hidden_layer, return_mass, fused)
         return DecoderOutput(self.norm(x) if stop_layer is None else x, mass, tapped)
 
     def _run_layers(
         self, x: Tensor, positions: Tensor, store: KVStore, n_layers: int, hidden_layer: int | None, return_mass: bool,
-        few: bool,
+        fused: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """One after the other: x after the last, their masses, x after `hidden_layer` of them."""
         masses: list[Tensor] = []
         tapped = x if hidden_layer == 0 else None
-        fused = few and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hookable)
+        fused = fused and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hookable)
         for number, layer in zip(range(1, n_layers + 1), self.layers, strict=False):
             x, mass = layer(x, positions, store, self.rope, return_mass, fused)
             if mass is not None:

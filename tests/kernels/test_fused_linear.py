@@ -30,6 +30,8 @@ LARGER = [
     Case("larger/rows", 33, 96, 70, norm=True, residual=True),
     Case("larger/inputs", 6, 3090, 22, norm=True, bias=True),
     Case("larger/swiglu", 13, 1024, 134, norm=True, swiglu=True),
+    Case("larger/many", 150, 96, 212, norm=True, bias=True, swiglu=True, residual=True),
+    Case("larger/many-odd", 299, 83, 77, bias=True, residual=True),
 ]
 
 
@@ -37,9 +39,10 @@ def ids(case: Case) -> str:
     return case.name
 
 
-def in_bf16(backend: str) -> bool:
-    """Whether the level multiplies bf16 with bf16: a normed x is rounded to it then."""
-    return backend == "cpu" and native.library().cpu_isa() in ("avx512bf16", "amx")
+def in_bf16(backend: str, rows: int = 1) -> bool:
+    """Whether the level multiplies so many rows of bf16 with bf16: a normed x is rounded to it then."""
+    levels = ("avx512bf16", "amx") if rows == 1 else ("avx512bf16", "amx", "amx-emulated")
+    return backend == "cpu" and native.library().cpu_isa() in levels
 
 
 def plain(
@@ -111,7 +114,7 @@ def test_drawn_calls(data: st.DataObject, backend: str) -> None:
             args[name] = guard.view
     with poisoned_empty():
         out = fused_linear(**args, backend=backend)
-    if in_bf16(backend) and x_dtype == args["weight"].dtype == torch.bfloat16:
+    if in_bf16(backend, case.rows) and x_dtype == args["weight"].dtype == torch.bfloat16:
         args["x"] = exact({"x": args["x"], "weight": torch.eye(case.inputs), "norm": args.pop("norm", None)}).bfloat16()
     want = exact(args)
     rounding = torch.finfo(x_dtype).eps * float(want.abs().max())
@@ -122,17 +125,20 @@ def test_drawn_calls(data: st.DataObject, backend: str) -> None:
 
 @needs_library
 @each_level
-@pytest.mark.parametrize("rows", [9, 35])
+@pytest.mark.parametrize("rows", [1, 4, 9, 35, 300])
 def test_neither_threads_nor_rows_beside_change_a_result(rows: int, backend: str) -> None:
-    """A large weight, so that it is divided; each row alone, all together, and from several Python threads."""
+    """A large weight, so that it is divided; each row among others, all together, and from several Python threads."""
     args = Case("x", rows, 300, 2000, norm=True, swiglu=True).make(torch.bfloat16)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         want = fused_linear(**args, backend=backend)
         torch.set_num_threads(3)
-        for i in range(rows):
-            assert torch.equal(fused_linear(**{**args, "x": args["x"][i]}, backend=backend), want[i])
+        # As many rows go the same way: one stream over the weight, or matrix products.
+        for order in (range(rows - 1, -1, -1), [0] * rows):
+            assert torch.equal(
+                fused_linear(**{**args, "x": args["x"][list(order)]}, backend=backend), want[list(order)]
+            )
         with ThreadPoolExecutor(4) as pool:
             for got in pool.map(lambda _: fused_linear(**args, backend=backend), range(12)):
                 assert torch.equal(got, want)

@@ -1,4 +1,4 @@
-"""A decoder's layers as one native call, for few entries over a cache of slots: which decoders and forwards it serves.
+"""A decoder's layers as one native call over a cache of slots: which decoders and forwards it serves.
 
 It computes what `Layer` does with `fused=True`, with the same bits (but what is normed at the end, and a normed query
 or key of Qwen3, which are rounded once, agree within rounding); it does not call the modules. So it serves only modules
@@ -27,7 +27,7 @@ _eps = attrgetter("eps")
 _entry: Callable[[dict[str, Any], str], Any] = dict.get
 
 
-class FewEntries:
+class NativeLayers:
     """Prepares a decoder's layers when they are first run, and again when a module or a parameter has been replaced.
 
     A copy of a decoder, pickled or not, starts with nothing prepared.
@@ -37,8 +37,8 @@ class FewEntries:
         # In one piece: several threads may run a decoder.
         self._prepared: tuple[_Tree, RopeSpec, DecoderLayers | None] | None = None
 
-    def __reduce__(self) -> tuple[type[FewEntries], tuple[()]]:
-        return FewEntries, ()
+    def __reduce__(self) -> tuple[type[NativeLayers], tuple[()]]:
+        return NativeLayers, ()
 
     def run(
         self, layers: nn.ModuleList, x: Tensor, positions: Tensor, store: KVStore, rope: RopeSpec, n_layers: int,

@@ -16,7 +16,7 @@ from mc_kernels import RopeSpec, native
 from mc_kernels.decoder_layers import DecoderLayers
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import Decoder, DecoderOutput, ModelConfig, RopeConfig
-from mc_runtime.model.few_entries import FewEntries
+from mc_runtime.model.native_layers import NativeLayers
 from mc_runtime.model.layers import Linear
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
@@ -46,14 +46,14 @@ def _no_gradients() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every forward that could be one call: whether it was."""
     seen: list[bool] = []
-    run = FewEntries.run
+    run = NativeLayers.run
 
-    def noting(self: FewEntries, *args: object) -> object:
+    def noting(self: NativeLayers, *args: object) -> object:
         done = run(self, *args)  # type: ignore[arg-type]
         seen.append(done is not None)
         return done
 
-    monkeypatch.setattr(FewEntries, "run", noting)
+    monkeypatch.setattr(NativeLayers, "run", noting)
     return seen
 
 
@@ -85,7 +85,7 @@ def step(
 
 def one_by_one(decoder: Decoder, **how: object) -> tuple[DecoderOutput, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FewEntries, "run", lambda *_: None)
+        patch.setattr(NativeLayers, "run", lambda *_: None)
         return step(decoder, **how)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,192 @@
+// fused_linear on a CPU for many rows of x, where x and W are bf16 and the level multiplies that: matrix products.
+//
+// Floor. 2 * N * O * E operations at the rate of the products (matmul.h), or for few rows one read of W.
+// - x is the product's packed operand, 32 rows (normed) a panel, once a call; W is read where it lies, a block of its rows
+//   at a time, which stays in the second-level cache while all panels meet it. Packing W, of which each element meets
+//   only N rows, would cost more than turning the outputs over, of which there are fewer than products by a factor of E.
+// - While a block is multiplied, the next one is fetched.
+// - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
+//
+// An output is one sum in the order of E, whoever computes it: the result does not depend on the number of threads, nor on
+// which other rows x has.
+#include "tiles.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace mc {
+namespace {
+
+constexpr int64_t kBlock = 64;                 // rows of W, twice where they are gated
+constexpr int64_t kHalfBlock = 32;             // the same where there are few panels: blocks alone occupy the threads
+constexpr int64_t kFewPanels = 4;
+constexpr int64_t kGroupBytes = 3 << 18;       // of panels that all blocks meet in turn: what that cache holds beside a block
+constexpr int64_t kTasksPerThread = 8;         // evens out threads that are slowed down
+constexpr int64_t kThreadWork = 1 << 20;       // multiply-adds that are worth waking a thread for
+constexpr int64_t kTurnedStep = kBlock + 16;   // floats
+constexpr int64_t kLine = 64;
+
+class LinearTiles {
+public:
+    LinearTiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops,
+                int n_threads)
+        : a_(a),
+          x_(x),
+          matmul_(*level.matmul),
+          ops_(ops),
+          steps_(product_steps(kBF16, x.inputs)),
+          panel_bytes_(panel_bytes(kBF16, x.inputs)),
+          row_bytes_(product_row_bytes(kBF16, x.inputs)),
+          panels_(panels_of(x.rows)),
+          halves_(a.swiglu ? 2 : 1),
+          whole_(x.inputs % (2 * kTileSteps) == 0),
+          data_(panels_ * panel_bytes_),
+          gain_(x.norm ? x.inputs : 0),
+          bias_(x.bias ? halves_ * x.outputs : 0) {
+        const int64_t work = x.rows * x.inputs * x.outputs * halves_;
+        threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work / kThreadWork, 1));
+        block_ = panels_ <= kFewPanels ? kHalfBlock : kBlock;
+        blocks_ = (x.outputs + block_ - 1) / block_;
+        const int64_t most = std::max<int64_t>(kGroupBytes / panel_bytes_, 1);
+        groups_ = (panels_ + most - 1) / most;
+        if (threads_ > 1) {
+            const int64_t wanted = (threads_ * kTasksPerThread + blocks_ - 1) / blocks_;
+            groups_ = std::max(groups_, std::min(wanted, panels_ / kFewPanels));
+        }
+    }
+
+    void run() {
+        widen_vector(a_.norm, gain_.get());
+        widen_vector(a_.bias, bias_.get());
+        auto pack = [&](int64_t panel) { pack_rows(panel); };
+        parallel_for(panels_, static_cast<int>(threads_), pack);
+        auto part = [&](int64_t i) { multiply(i % blocks_, i / blocks_); };
+        parallel_for(blocks_ * groups_, static_cast<int>(threads_), part);
+    }
+
+private:
+    void widen_vector(const mc_tensor& x, float* out) const {
+        if (x.ndim && x.size[0]) {
+            ops_.widen[x.dtype][0]({static_cast<const char*>(x.data), x.size[0], x.size[0], nullptr, 0.0f, out});
+        }
+    }
+
+    // Rows of x, normed, become the columns of a panel; columns beyond the last row are zero.
+    void pack_rows(int64_t panel) const {
+        const int64_t first = panel * kPanel, n = std::min(kPanel, x_.rows - first);
+        const char* rows = x_.x + first * x_.x_step;
+        int64_t step = x_.x_step;
+        Scratch<char> ready;
+        if (x_.norm || !whole_) {
+            ready = Scratch<char>(n * row_bytes_);
+            for (int64_t r = 0; r < n; ++r) {
+                ops_.narrow({rows + r * step, x_.inputs, 2 * steps_, x_.norm ? gain_.get() : nullptr,
+                             static_cast<float>(a_.eps), ready.get() + r * row_bytes_});
+            }
+            rows = ready.get();
+            step = row_bytes_;
+        }
+        char* out = data_.get() + panel * panel_bytes_;
+        if (n < kPanel) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
+        ops_.transpose({rows, step, n, steps_, out, kPanel * 4});
+    }
+
+    // Rows [first, first + n) of W as a product takes them: where they lie, or with zeros behind them in `copy`.
+    const char* rows_of(int64_t first, int64_t n, Scratch<char>& copy, int64_t& step) const {
+        const char* w = x_.weight + first * x_.weight_step;
+        step = x_.weight_step;
+        if (whole_) return w;
+        copy = Scratch<char>(n * row_bytes_);
+        const auto bytes = static_cast<size_t>(x_.inputs * BF16Bytes);
+        for (int64_t r = 0; r < n; ++r) {
+            char* to = copy.get() + r * row_bytes_;
+            std::memcpy(to, w + r * step, bytes);
+            std::memset(to + bytes, 0, static_cast<size_t>(row_bytes_) - bytes);
+        }
+        step = row_bytes_;
+        return copy.get();
+    }
+
+    // Outputs of a block, of the rows of x in a group of panels.
+    void multiply(int64_t block, int64_t group) const {
+        const int64_t first = block * block_, n = std::min(block_, x_.outputs - first);
+        const int64_t begin = group * panels_ / groups_, end = (group + 1) * panels_ / groups_;
+        Scratch<char> copies[2];
+        const char* w[2];
+        int64_t step = 0;
+        for (int64_t h = 0; h < halves_; ++h) w[h] = rows_of(h * x_.outputs + first, n, copies[h], step);
+        // The next block, or a half of it, in as many parts as there are panels.
+        const bool more = first + n < x_.outputs && matmul_.outruns_memory && whole_;
+        const int64_t ahead = more ? (n * step / (end - begin) + kLine - 1) / kLine * kLine : 0;
+        alignas(64) float sums[kBlock * kPanel], turned[2][kPanel * kTurnedStep];
+        for (int64_t panel = begin; panel < end; ++panel) {
+            for (int64_t h = 0; h < halves_; ++h) {
+                Product p{};
+                p.a = w[h];
+                p.a_step = step;
+                p.m = n;
+                p.w = data_.get() + panel * panel_bytes_;
+                p.w_step = kPanel * 4;
+                p.steps = steps_;
+                p.c = sums;
+                p.c_step = kPanel;
+                p.n = kPanel;
+                if (more) {
+                    p.next = w[h] + n * step + (panel - begin) * ahead;
+                    p.next_step = (ahead + steps_ - 1) / steps_;
+                }
+                matmul_.multiply[kBF16](p);
+                ops_.transpose({reinterpret_cast<const char*>(sums), kPanel * 4, n, kPanel,
+                                reinterpret_cast<char*>(turned[h]), kTurnedStep * 4});
+            }
+            finish(panel * kPanel, first, n, turned[0], turned[1]);
+        }
+        if (matmul_.finish) matmul_.finish();
+    }
+
+    // Outputs [first, first + n) of the rows of a panel.
+    void finish(int64_t row, int64_t first, int64_t n, const float* y, const float* up) const {
+        const int64_t end = std::min(row + kPanel, x_.rows);
+        for (; row < end; ++row, y += kTurnedStep, up += kTurnedStep) {
+            FinishRow f{};
+            f.y = y;
+            f.bias = x_.bias ? bias_.get() + first : nullptr;
+            f.up = a_.swiglu ? up : nullptr;
+            f.up_bias = x_.bias && a_.swiglu ? bias_.get() + x_.outputs + first : nullptr;
+            f.residual = x_.residual ? x_.residual + row * x_.residual_step + first * BF16Bytes : nullptr;
+            f.n = n;
+            f.out = x_.out + row * x_.out_step + first * BF16Bytes;
+            ops_.finish[kBF16](f);
+        }
+    }
+
+    static constexpr int64_t BF16Bytes = 2;
+
+    const mc_fused_linear_args& a_;
+    const Linear& x_;
+    const MatmulOps& matmul_;
+    const LinearOps& ops_;
+    const int64_t steps_, panel_bytes_, row_bytes_, panels_, halves_;
+    const bool whole_;  // rows are whole steps: they need no zeros behind them
+    const Scratch<char> data_;
+    const Scratch<float> gain_, bias_;
+    int64_t threads_, block_, blocks_, groups_;
+};
+
+}  // namespace
+
+bool serves_linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops) {
+    if (a.x.dtype != MC_BF16 || a.weight.dtype != MC_BF16 || !level.matmul->multiply[kBF16] || !ops.transpose) return false;
+    if (x.inputs == 0) return false;
+    return x.rows >= (level.matmul->outruns_memory ? (a.packed.data ? kPackedX + 1 : 2) : kXRows + 1);
+}
+
+void linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops,
+                  int n_threads) {
+    LinearTiles(a, x, level, ops, n_threads).run();
+}
+
+}  // namespace mc
