@@ -16,8 +16,8 @@ from mc_kernels import RopeSpec, native
 from mc_kernels.decoder_layers import DecoderLayers
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import Decoder, DecoderOutput, ModelConfig, RopeConfig
-from mc_runtime.model.native_layers import NativeLayers
 from mc_runtime.model.layers import Linear
+from mc_runtime.model.native_layers import NativeLayers
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 
