@@ -53,6 +53,7 @@ def ablate(
     from .ablate import BASE, HeldOut, Variant, parse_variant, run_variant
     from .command import parse_texts
     from .corpus import Corpus
+    from .freed_memory import keep_freed_memory
     from .gist_start import GistSettings
     from .trainer import TrainOptions
 
@@ -65,6 +66,7 @@ def ablate(
         variants.append(parsed if parsed.lr is not None else Variant(text, parsed.settings, shared.lr))
     if len({v.name for v in variants}) < len(variants):
         raise InputError("variant: expected names that differ")
+    keep_freed_memory()
     loaded = load_model(model)
     decoder = loaded.decoder
     with console.status("tokenising"):

@@ -86,6 +86,7 @@ def gist(
     from .command import parse_texts
     from .corpus import Corpus
     from .distributed import joined
+    from .freed_memory import keep_freed_memory
     from .gist_questions import QuestionSource
     from .gist_start import DEFAULT_LR, GistSettings, make_task
     from .lens_questions import read_articles
@@ -101,6 +102,7 @@ def gist(
     options = TrainOptions(steps=steps, minutes=minutes, lr=rate, seed=seed, accumulate=accumulate)
     files = parse_texts(texts)
     with joined() as rank_of_process:
+        keep_freed_memory()
         loaded = load_model(model)
         decoder = loaded.decoder
         with console.status("tokenising"):

@@ -48,6 +48,7 @@ def joint(
     from .command import parse_texts
     from .corpus import Corpus
     from .distributed import joined
+    from .freed_memory import keep_freed_memory
     from .gist_start import GistSettings
     from .joint import JointOptions, train_jointly
     from .lens_questions import read_articles
@@ -57,6 +58,7 @@ def joint(
     if rounds < 1 or scenes < 2:
         raise InputError(f"rounds, scenes: expected at least 1 and 2, got {rounds} and {scenes}")
     with joined() as rank:
+        keep_freed_memory()
         loaded = load_model(model)
         settings = GistSettings(levels=levels)
         size = settings.block_size

@@ -50,6 +50,7 @@ def lens(
     from .command import parse_texts
     from .corpus import Corpus
     from .distributed import joined
+    from .freed_memory import keep_freed_memory
     from .gist_command import plot_run
     from .lens_fit import fit_lens, label_scenes, report_fit
     from .lens_questions import read_articles
@@ -60,6 +61,7 @@ def lens(
     if scenes < 2:
         raise InputError(f"scenes: expected at least 2, got {scenes}")
     with joined() as rank:
+        keep_freed_memory()
         loaded = load_model(model)
         net = GistNet.load(gistnet, loaded.decoder, MemoryConfig().block_size)
         lensnet = LensNet.untrained(loaded.decoder) if start is None else LensNet.load(start, loaded.decoder)
