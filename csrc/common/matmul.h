@@ -43,7 +43,8 @@ struct Product {
     float* c;
     int64_t c_step, n;  // floats from row to row; columns
     bool add;           // to what C holds; else C is not read
-    // What is read afterwards: a level may fetch next_step bytes of it a step, for each tile of a few rows anew.
+    // What is read afterwards, next_step bytes for each step: a level may fetch it, of matrix tiles all of it once, else
+    // for each tile of a few rows anew.
     const char* next = nullptr;
     int64_t next_step = 0;
 };
@@ -51,6 +52,7 @@ struct Product {
 struct MatmulOps {
     void (*multiply[kDtypes])(const Product&);  // [type]; NULL: not at this level
     void (*finish)();                           // after the last product of a job, on its thread; or NULL
+    bool outruns_memory;                        // a panel is multiplied faster than the next one comes by itself
 };
 
 // Rows [0, n) of W, `step` bytes apart, of one panel (n <= kPanel) into `out`, panel_bytes(type, k). type: kF32, or

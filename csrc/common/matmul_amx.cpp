@@ -9,7 +9,7 @@
 namespace mc {
 
 const MatmulOps* matmul_amx() {
-    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply_tiles}, Tiles::release};
+    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply_tiles}, Tiles::release, true};
     return &table;
 }
 

@@ -9,7 +9,7 @@
 namespace mc {
 
 const MatmulOps* matmul_avx2() {
-    static const MatmulOps table = {{multiply<FloatStep, 2, 6>, nullptr, nullptr}, nullptr};
+    static const MatmulOps table = {{multiply<FloatStep, 2, 6>, nullptr, nullptr}, nullptr, false};
     return &table;
 }
 

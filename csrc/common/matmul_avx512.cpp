@@ -9,7 +9,7 @@
 namespace mc {
 
 const MatmulOps* matmul_avx512() {
-    static const MatmulOps table = {{multiply<FloatStep, 2, 14>, nullptr, nullptr}, nullptr};
+    static const MatmulOps table = {{multiply<FloatStep, 2, 14>, nullptr, nullptr}, nullptr, false};
     return &table;
 }
 

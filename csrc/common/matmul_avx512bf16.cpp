@@ -24,7 +24,7 @@ private:
 }  // namespace
 
 const MatmulOps* matmul_avx512bf16() {
-    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply<PairStep, 2, 14>}, nullptr};
+    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply<PairStep, 2, 14>}, nullptr, false};
     return &table;
 }
 

@@ -5,7 +5,7 @@
 namespace mc {
 
 const MatmulOps* matmul_scalar() {
-    static const MatmulOps table = {{multiply<FloatStep, 1, 4>, nullptr, nullptr}, nullptr};
+    static const MatmulOps table = {{multiply<FloatStep, 1, 4>, nullptr, nullptr}, nullptr, false};
     return &table;
 }
 

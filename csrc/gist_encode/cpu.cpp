@@ -23,7 +23,8 @@ namespace {
 constexpr int64_t kGroupBytes = 5 << 19;
 constexpr int64_t kMostBatch = 16;        // windows: enough rows for one read of the output projection
 constexpr int64_t kBatchesPerThread = 4;  // evens out threads that are slowed down
-constexpr int64_t kSharedRows = 512;      // of a group that all threads work on
+constexpr int64_t kSharedRows = 512;      // of a group that all threads work on, where they are too few for batches
+constexpr int64_t kSharedTileRows = 384;  // the same where products outrun memory, which one read of the weights spares
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 
 int64_t multiply_adds(const Net& net, int64_t rows) {
@@ -35,7 +36,7 @@ void finish_thread(const Encoding& e) {
 }
 
 void share_windows(const Encoding& e, int64_t n, int threads) {
-    Windows windows(e, n, n);
+    Windows windows(e, n, n, true);
     windows.begin_batch(0, n);
     windows.begin_group(0, n);
     std::vector<int64_t> items;
@@ -82,7 +83,7 @@ void split_windows(const Encoding& e, int64_t n, int threads) {
     std::vector<std::unique_ptr<Windows>> windows;
     std::vector<std::unique_ptr<ItemScratch>> scratch;
     for (int64_t i = 0; i < workers; ++i) {
-        windows.push_back(std::make_unique<Windows>(e, batch, group));
+        windows.push_back(std::make_unique<Windows>(e, batch, group, false));
         scratch.push_back(std::make_unique<ItemScratch>(e, group));
     }
     std::atomic<int64_t> next{0};
@@ -114,7 +115,9 @@ void encode(const mc_gist_encode_args& a, const Packed& weights, int32_t n_threa
     const Encoding e(a, weights, level);
     const int64_t work = multiply_adds(weights.net(), n * e.entries) / kThreadWork;
     const int threads = static_cast<int>(std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work, 1)));
-    if (threads > 1 && n < kBatchesPerThread * threads && n * e.entries <= kSharedRows) {
+    const int64_t rows = n * e.entries;
+    const bool few = n < kBatchesPerThread * threads && rows <= kSharedRows;
+    if (threads > 1 && (few || (level.matmul->outruns_memory && rows <= kSharedTileRows))) {
         share_windows(e, n, threads);
     } else {
         split_windows(e, n, threads);

@@ -68,7 +68,8 @@ ItemScratch::ItemScratch(const Encoding& e, int64_t group) {
     pooled = Scratch<float>(net.width);
 }
 
-Windows::Windows(const Encoding& e, int64_t batch, int64_t group) : e_(e), type_(e.weights.type()) {
+Windows::Windows(const Encoding& e, int64_t batch, int64_t group, bool shared)
+    : e_(e), type_(e.weights.type()), fetches_(!shared && e.level.matmul->outruns_memory) {
     const Net& net = e.weights.net();
     const int64_t rows = group * e.entries;
     h_step_ = odd_lines(net.width);
@@ -151,11 +152,29 @@ void Windows::batch_item(int step, int64_t i) {
     finish(i);
 }
 
+Product Windows::product(const Panels& w, int64_t panel, const char* a, int64_t a_step, int64_t rows) const {
+    Product p{};
+    p.a = a;
+    p.a_step = a_step;
+    p.m = rows;
+    p.w = w.data + panel * w.bytes;
+    p.w_step = kPanel * 4;
+    p.steps = product_steps(type_, w.k);
+    p.n = std::min(kPanel, w.n - panel * kPanel);
+    if (fetches_) {
+        p.next = p.w + w.bytes;
+        p.next_step = p.w_step;
+    }
+    return p;
+}
+
 void Windows::multiply(const Panels& w, int64_t panel, const char* a, int64_t a_step, int64_t rows, float* c,
                        int64_t c_step, bool add) const {
-    const int64_t first = panel * kPanel;
-    e_.level.matmul->multiply[type_]({a, a_step, rows, w.data + panel * w.bytes, kPanel * 4, product_steps(type_, w.k),
-                                      c + first, c_step, std::min(kPanel, w.n - first), add});
+    Product p = product(w, panel, a, a_step, rows);
+    p.c = c + panel * kPanel;
+    p.c_step = c_step;
+    p.add = add;
+    e_.level.matmul->multiply[type_](p);
 }
 
 // Rows of a window at unit RMS; what the products will be added to: the level's embedding, the centred mean.
@@ -235,16 +254,21 @@ void Windows::attend(int64_t i, ItemScratch& s) {
 }
 
 void Windows::gate_up(int64_t panel, const LayerWeights& w, ItemScratch& s) {
-    const auto product = e_.level.matmul->multiply[type_];
-    const int64_t steps = product_steps(type_, w.gate.k), step = 2 * kPanel, n = rows(), bytes = dtype_bytes(type_);
+    const int64_t n = rows(), bytes = dtype_bytes(type_);
     // Columns beyond F are products with zeros: what a row has to end in.
     const int64_t columns = std::min(kPanel, padded(type_, w.gate.n) - panel * kPanel);
     float* both = s.gate_up.get();
-    product({a_.get(), a_step_, n, w.gate.data + panel * w.gate.bytes, kPanel * 4, steps, both, step, kPanel, false});
-    product(
-        {a_.get(), a_step_, n, w.up.data + panel * w.up.bytes, kPanel * 4, steps, both + kPanel, step, kPanel, false});
+    const auto half = [&](const Panels& of, float* c) {
+        Product p = product(of, panel, a_.get(), a_step_, n);
+        p.n = kPanel;
+        p.c = c;
+        p.c_step = 2 * kPanel;
+        e_.level.matmul->multiply[type_](p);
+    };
+    half(w.gate, both);
+    half(w.up, both + kPanel);
     char* out = wide_.get() + panel * kPanel * bytes;
-    for (int64_t r = 0; r < n; ++r, both += step, out += act_step_) {
+    for (int64_t r = 0; r < n; ++r, both += 2 * kPanel, out += act_step_) {
         e_.ops.gated[type_](both, both + kPanel, columns, out);
     }
 }

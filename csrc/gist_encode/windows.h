@@ -44,8 +44,8 @@ public:
 
 class Windows {
 public:
-    // For batches of at most `batch` windows, in groups of at most `group`.
-    Windows(const Encoding& e, int64_t batch, int64_t group);
+    // For batches of at most `batch` windows, in groups of at most `group`. shared: by several threads.
+    Windows(const Encoding& e, int64_t batch, int64_t group, bool shared);
 
     void begin_batch(int64_t first, int64_t count);
     void begin_group(int64_t first, int64_t count);  // of the batch; numbered from the call's first window
@@ -68,6 +68,8 @@ private:
     void gate_up(int64_t panel, const LayerWeights& w, ItemScratch& s);
     void pool(int64_t window, ItemScratch& s);
     void finish(int64_t row);
+    // Of a panel and rows of `a`, without C.
+    Product product(const Panels& w, int64_t panel, const char* a, int64_t a_step, int64_t rows) const;
     void multiply(const Panels& w, int64_t panel, const char* a, int64_t a_step, int64_t rows, float* c, int64_t c_step,
                   bool add) const;
 
@@ -78,6 +80,7 @@ private:
 
     const Encoding& e_;
     const int type_;
+    const bool fetches_;                  // the panel that comes next: of a batch of one thread
     int64_t h_step_, z_step_, qkv_step_;  // floats
     int64_t x_step_, a_step_, act_step_;  // bytes
     int64_t batch_first_ = 0, batch_count_ = 0, group_first_ = 0, group_count_ = 0;
