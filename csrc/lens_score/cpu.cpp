@@ -23,7 +23,8 @@ namespace mc {
 namespace {
 
 constexpr int64_t kRun = 512;             // entries of a run, at least
-constexpr int64_t kMostRuns = 32;         // bounds the memory of partial sums
+constexpr int64_t kMostRuns = 16;         // bounds the memory of partial sums
+constexpr int64_t kTileBytes = 1 << 20;   // of a tile of bf16
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;    // evens out threads that are slowed down
 constexpr double kLog2E = 1.44269504088896340736;
@@ -42,8 +43,10 @@ public:
           matmul_(x_.dtype == kBF16 && x_.weight_dtype == kBF16 && level_.matmul->multiply[kBF16] ? level_.matmul
                                                                                                   : nullptr),
           threads_(default_threads(n_threads)),
-          columns_(round_up(x_.vectors(), kPad)),
-          sums_step_(round_up(x_.dims, kStrip) + kPad),
+          pad_(matmul_ && matmul_->outruns_memory ? kPanel : kPad),
+          tile_(tile_entries()),
+          columns_(round_up(x_.vectors(), pad_)),
+          sums_(x_.vectors() * round_up(x_.dims, kStrip)),
           run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
           runs_((x_.entries + run_ - 1) / run_),
           inverse_(x_.entries, false) {}
@@ -60,6 +63,13 @@ public:
     }
 
 private:
+    // With bf16 products: as many as read and write the weighted sums seldom, but are still near when their weights are
+    // known.
+    int64_t tile_entries() const {
+        if (!matmul_ || !matmul_->outruns_memory) return kTile;
+        return std::min(std::max(kTileBytes / (x_.dims * 2) / kTile * kTile, kTile), kMostEntries);
+    }
+
     // Threads for so many multiply-adds.
     int threads_for(int64_t work) const {
         return static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(work / kThreadWork, 1)));
@@ -150,6 +160,7 @@ private:
                 x_.dims,
                 panel.get(),
                 columns,
+                tile_,
                 scratch,
                 inverse_.get() + first,
                 first_pass,
@@ -174,36 +185,45 @@ private:
         linear(normed(z, a_.read_norm, pass), matrix(a_.read_q, pass), x_.width, q);
         absorb(q, matrix(a_.read_k, pass), vectors);
         const Buffer panel = panel_of(vectors, columns_);
-        const Buffer sums(runs_ * x_.vectors() * sums_step_, false), top(runs_ * columns_), total(runs_ * columns_);
+        const Buffer sums(runs_ * sums_, false), top(runs_ * columns_), total(runs_ * columns_);
         const int64_t work = 2 * x_.entries * x_.dims * x_.vectors();
-        each_run(stream_floats(columns_), work, [&](int64_t r, float* scratch) {
+        each_run(stream_floats(columns_, tile_), work, [&](int64_t r, float* scratch) {
             const ReadRun one{stream(panel, columns_, r, scratch, pass == 0),
                               x_.vectors(),
                               top.get() + r * columns_,
                               total.get() + r * columns_,
-                              sums.get() + r * x_.vectors() * sums_step_,
-                              sums_step_};
+                              sums.get() + r * sums_};
             ops_.read[x_.dtype](one);
         });
-        split(x_.vectors(), 1, runs_ * x_.vectors() * x_.dims, [&](int64_t first, int64_t end) {
-            for (int64_t j = first; j < end; ++j)
-                merge(top.get() + j, total.get() + j, sums.get() + j * sums_step_, vectors.at(j));
-        });
+        merge(top.get(), total.get(), sums.get(), vectors);
         apply_values(z, vectors, pass);
     }
 
-    // One vector's sums over all entries, by what is right for the greatest score of all runs.
-    void merge(const float* top, const float* total, const float* sums, float* out) const {
-        float most = top[0];
-        for (int64_t r = 1; r < runs_; ++r) most = std::max(most, top[r * columns_]);
-        float all = 0.0f;
-        std::fill(out, out + x_.dims, 0.0f);
-        for (int64_t r = 0; r < runs_; ++r, sums += x_.vectors() * sums_step_) {
-            const float weight = std::exp2(top[r * columns_] - most);
-            all += weight * total[r * columns_];
-            ops_.accumulate(sums, weight, x_.dims, out);
+    // Sums over all entries, by what is right for the greatest scores of all runs.
+    void merge(float* top, float* total, const float* sums, const Rows& out) const {
+        for (int64_t j = 0; j < x_.vectors(); ++j) {
+            float most = top[j], all = 0.0f;
+            for (int64_t r = 1; r < runs_; ++r) most = std::max(most, top[r * columns_ + j]);
+            for (int64_t r = 0; r < runs_; ++r) {
+                float& weight = top[r * columns_ + j];
+                weight = std::exp2(weight - most);
+                all += weight * total[r * columns_ + j];
+            }
+            total[j] = all;
         }
-        for (int64_t e = 0; e < x_.dims; ++e) out[e] /= all;
+        split(x_.dims, kStrip, runs_ * sums_, [&](int64_t first, int64_t end) {
+            for (int64_t at = first; at < end; at += kStrip) {
+                for (int64_t j = 0; j < x_.vectors(); ++j) {
+                    float* to = out.at(j) + at;
+                    std::fill(to, to + kStrip, 0.0f);
+                    for (int64_t r = 0; r < runs_; ++r) {
+                        const float* from = sums + r * sums_ + (at * x_.vectors() + j * kStrip);
+                        ops_.accumulate(from, top[r * columns_ + j], kStrip, to);
+                    }
+                    for (int64_t i = 0; i < kStrip; ++i) to[i] = at + i < x_.dims ? to[i] / total[j] : 0.0f;
+                }
+            }
+        });
     }
 
     // z += read_out concat_h(read_v[h] context[h, m])
@@ -235,7 +255,7 @@ private:
     }
 
     void score_pass(const Rows& z) const {
-        const int64_t used = x_.vectors() + x_.direct, columns = round_up(used, kPad);
+        const int64_t used = x_.vectors() + x_.direct, columns = round_up(used, pad_);
         const Rows s = normed(z, a_.score_norm, 0), values(x_.queries, x_.heads * x_.head_values);
         Rows keys(x_.queries, x_.width), vectors(used, x_.dims, kStrip);
         linear(s, matrix(a_.score_k), x_.width, keys);
@@ -258,7 +278,7 @@ private:
                         x_.hidden, x_.inputs,  turned.get(),   in.at(0),      in.step,
                         out.at(0), out.step,   in_bias.at(0),  out_bias.at(0)};
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
-        each_run(score_floats(head, columns), work, [&](int64_t r, float* scratch) {
+        each_run(score_floats(head, columns, tile_), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;
             const ScoreRun one{stream(panel, columns, r, scratch, x_.passes == 0),
                                &head,
@@ -277,7 +297,7 @@ private:
     const LensOps& ops_;
     const MatmulOps* const matmul_;  // NULL: no bf16 products
     const int threads_;
-    const int64_t columns_, sums_step_, run_, runs_;
+    const int64_t pad_, tile_, columns_, sums_, run_, runs_;
     const Buffer inverse_;  // [N] 1 / rms of the entries
 };
 

@@ -15,14 +15,16 @@ namespace mc {
 
 constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
 constexpr int64_t kTile = 64;   // entries of a tile
+constexpr int64_t kMostEntries = 256;  // of a tile with bf16 products, a multiple of kTile
 constexpr int64_t kStrip = 64;  // dimensions that are summed at a time
 constexpr int64_t kMostQueries = 16, kMostDirect = 16;
 // Dimensions that are widened at a time: with as much of a panel they fit a second-level cache.
 constexpr int64_t kSpan = 768;
 // Rows of floats an odd number of cache lines apart: a column of them does not crowd into few sets of a cache.
 constexpr int64_t kSpanStep = kSpan + 16;
-constexpr int64_t kSpanBytes = kSpan * 2 + 64;    // of bf16
-constexpr int64_t kWeightBytes = kTile * 2 + 64;  // of a tile's weights in bf16
+// The same of bf16.
+constexpr int64_t kCopySpan = 320;
+constexpr int64_t kCopyBytes = kCopySpan * 2 + 64;
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -33,7 +35,7 @@ struct Stream {
     int64_t step;  // bytes
     int64_t count, dims;
     const float* panel;
-    int64_t columns;
+    int64_t columns, tile;  // tile: entries that are looked at at a time
     float* scratch;  // stream_floats(columns), or for a score pass score_floats
     float* inverse;  // [count] 1 / rms(x), which the first pass over entries writes
     bool first_pass;
@@ -41,9 +43,12 @@ struct Stream {
     const char* pairs;        // the panel in bf16, as pack_panel packs it
 };
 
-static inline int64_t stream_floats(int64_t columns) {
-    return kTile * kSpanStep + columns * (kWeightBytes / 4) + kTile * columns + columns;
+// A column's weights for a tile in bf16: an odd number of cache lines.
+static inline int64_t weight_bytes(int64_t tile) { return tile * 2 + 64; }
+static inline int64_t stream_floats(int64_t columns, int64_t tile) {
+    return kTile * kSpanStep + columns * (weight_bytes(tile) / 4) + tile * columns + columns;
 }
+static_assert(kMostEntries * kCopyBytes <= kTile * kSpanStep * 4, "copies fit where widened entries would be");
 
 // A read pass over a run: with s = <x, panel column j> / rms(x) (in units of log 2) and p = 2^(s - top[j]),
 //   top[j] = max s,  total[j] = sum p,  sums[j] = sum p x / rms(x).
@@ -51,9 +56,13 @@ struct ReadRun {
     Stream stream;
     int64_t vectors;     // columns in use
     float *top, *total;  // [columns]
-    float* sums;         // [vectors, sums_step], sums_step at least dims rounded up to kStrip
-    int64_t sums_step;
+    float* sums;         // [E / kStrip, vectors, kStrip], dimensions up to a multiple of kStrip
 };
+
+// Floats before the sums of dimension `dim`.
+static inline int64_t sum_at(const ReadRun& a, int64_t dim) {
+    return dim / kStrip * kStrip * a.vectors + dim % kStrip;
+}
 
 // What the head knows beside the entries. X = heads * head_values + heads + direct + features.
 struct Head {
@@ -77,8 +86,8 @@ struct ScoreRun {
     int64_t out_step;       // bytes
 };
 
-static inline int64_t score_floats(const Head& h, int64_t columns) {
-    return stream_floats(columns) + kTile * (columns + h.inputs + h.hidden + 6);
+static inline int64_t score_floats(const Head& h, int64_t columns, int64_t tile) {
+    return stream_floats(columns, tile) + kTile * (columns + h.inputs + h.hidden + 6);
 }
 
 // out[m, o] = <x[m], w[o]> for rows m and outputs o. x rows end in zeros up to a multiple of kPad.

@@ -14,40 +14,18 @@ namespace {
 
 constexpr float kLn2 = 0.693147180559945309417f;
 constexpr float kMinusInfinity = -__builtin_inff();
-constexpr float kRmsEps = 1e-12f;
-
-// Where a pass keeps what belongs to one tile.
-struct Tile {
-    float *widened, *weights, *products, *scale, *rest;
-
-    explicit Tile(const Stream& s)
-        : widened(s.scratch),
-          weights(widened + kTile * kSpanStep),
-          products(weights + s.columns * (kWeightBytes / 4)),
-          scale(products + kTile * s.columns),
-          rest(scale + s.columns) {}
-
-    char* copied() const { return reinterpret_cast<char*>(widened); }
-};
 
 // Products of the tile that begins at entry `first` with the panel, and in the first pass 1 / rms of its `count`
 // entries. A tile of one span stays widened.
 template <class T>
 void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
+    if (s.pairs) return meet_pairs(s, first, count, tile);
     float sums[kTile * Vec::kWidth] = {};
     float* squares = s.first_pass ? sums : nullptr;
     const char* row = s.entries + first * s.step;
     const int64_t after = s.count - first - kTile;
-    Ahead ahead = ahead_of(s, row + kTile * s.step, after < kTile ? after : kTile,
-                           parts_of(count) * panels_of(s.columns));
     for (int64_t at = 0; at < s.dims; at += kSpan) {
         const int64_t end = at + kSpan < s.dims ? at + kSpan : s.dims;
-        if (s.pairs) {
-            const TileRows x = lay_out(s, first, count, at, end - at, tile.copied());
-            if (squares) add_squares(x, count, end - at, squares);
-            multiply_span(s, x, count, at, end - at, tile.products, ahead);
-            continue;
-        }
         for (int64_t i = at; i < end; i += kStrip) {
             widen_strip<T>(row, s.step, count, i, s.dims, tile.widened + i - at, kSpanStep, squares);
         }
@@ -66,8 +44,7 @@ void meet(const Stream& s, int64_t first, int64_t count, const Tile& tile) {
         in_vectors(s.columns, m);
     }
     for (int64_t n = 0; squares && n < count; ++n) {
-        const float mean = sum(load(squares + n * Vec::kWidth)) / static_cast<float>(s.dims);
-        s.inverse[first + n] = 1.0f / __builtin_sqrtf(mean + kRmsEps);
+        s.inverse[first + n] = inverse_rms(load(squares + n * Vec::kWidth), s.dims);
     }
 }
 
@@ -97,22 +74,6 @@ inline void soften(const ReadRun& a, int64_t first, int64_t count, const Tile& t
     }
 }
 
-// The weighted sums of a tile with bf16 products.
-inline void gather_pairs(const ReadRun& a, int64_t first, int64_t count, const Tile& tile) {
-    const Stream& s = a.stream;
-    const int64_t rows = whole_rows(count);
-    char* weights = reinterpret_cast<char*>(tile.weights);
-    pair_weights(tile.products, s.columns, count, rows, weights);
-    if (first > 0) rescale(a, tile.scale);
-    for (int64_t at = 0; at < s.dims; at += kSpan) {
-        const int64_t dims = s.dims - at < kSpan ? s.dims - at : kSpan;
-        const bool copied = s.dims <= kSpan && !lie_well(s, count);
-        const TileRows x =
-            copied ? TileRows{tile.copied(), kSpanBytes} : lay_out(s, first, count, at, dims, tile.copied());
-        gather_span(a, x, weights, rows, at, dims, first > 0);
-    }
-}
-
 template <class T>
 void read(const ReadRun& a) {
     const Stream& s = a.stream;
@@ -121,9 +82,9 @@ void read(const ReadRun& a) {
         a.top[j] = kMinusInfinity;
         a.total[j] = 0.0f;
     }
-    for (int64_t i = 0; !s.pairs && i < a.vectors * a.sums_step; ++i) a.sums[i] = 0.0f;
-    for (int64_t first = 0; first < s.count; first += kTile) {
-        const int64_t count = s.count - first < kTile ? s.count - first : kTile;
+    for (int64_t i = 0; !s.pairs && i < a.vectors * round_up(s.dims, kStrip); ++i) a.sums[i] = 0.0f;
+    for (int64_t first = 0; first < s.count; first += s.tile) {
+        const int64_t count = s.count - first < s.tile ? s.count - first : s.tile;
         meet<T>(s, first, count, tile);
         soften(a, first, count, tile);
         if (s.pairs) {
@@ -136,7 +97,7 @@ void read(const ReadRun& a) {
                 widen_strip<T>(s.entries + first * s.step, s.step, count, at, s.dims, x, kSpanStep, nullptr);
             }
             Gather gather{tile.products, 1,           s.columns,   x,          kSpanStep,
-                          count,         a.sums + at, a.sums_step, tile.scale, nullptr};
+                          count,         a.sums + sum_at(a, at), kStrip, tile.scale, nullptr};
             gather(a.vectors);
         }
     }
@@ -144,10 +105,10 @@ void read(const ReadRun& a) {
 }
 
 // The columns of a tile's products become rows [column, kTile], each entry's divided by its rms.
-inline void turn_over(const Stream& s, int64_t first, int64_t count, int64_t used, const Tile& tile, float* out) {
+inline void turn_over(const Stream& s, const float* products, int64_t first, int64_t count, int64_t used, float* out) {
     const float* inverse = s.inverse + first;
     for (int64_t j = 0; j < used; ++j) {
-        for (int64_t n = 0; n < count; ++n) out[j * kTile + n] = tile.products[n * s.columns + j] * inverse[n];
+        for (int64_t n = 0; n < count; ++n) out[j * kTile + n] = products[n * s.columns + j] * inverse[n];
         for (int64_t n = count; n < kTile; ++n) out[j * kTile + n] = 0.0f;
     }
 }
@@ -208,13 +169,17 @@ void score(const ScoreRun& a) {
     float* direct = match + kTile * h.heads;
     float* features = direct + kTile * h.direct;
     const int64_t vectors = h.heads * h.queries, used = vectors + h.direct;
+    int64_t met = 0;
     for (int64_t first = 0; first < s.count; first += kTile) {
         const int64_t count = s.count - first < kTile ? s.count - first : kTile;
         for (int64_t n = count; n < kTile; ++n) {  // what does not exist is zero
             for (int64_t f = 0; f < h.features; ++f) features[f * kTile + n] = 0.0f;
         }
-        meet<T>(s, first, count, tile);
-        turn_over(s, first, count, used, tile, turned);
+        if (first % s.tile == 0) {
+            met = first;
+            meet<T>(s, first, s.count - first < s.tile ? s.count - first : s.tile, tile);
+        }
+        turn_over(s, tile.products + (first - met) * s.columns, first, count, used, turned);
         for (int64_t i = 0; i < h.heads; ++i) {
             attend(h, turned + i * h.queries * kTile, inputs + i * h.head_values * kTile,
                    h.values + i * h.head_values * h.queries, match + i * kTile, scratch);
