@@ -43,7 +43,7 @@ public:
           matmul_(x_.dtype == kBF16 && x_.weight_dtype == kBF16 && level_.matmul->multiply[kBF16] ? level_.matmul
                                                                                                   : nullptr),
           threads_(default_threads(n_threads)),
-          pad_(matmul_ && matmul_->outruns_memory ? kPanel : kPad),
+          pad_(on_matrix_tiles() ? kPanel : kPad),
           tile_(tile_entries()),
           columns_(round_up(x_.vectors(), pad_)),
           sums_(x_.vectors() * round_up(x_.dims, kStrip)),
@@ -63,10 +63,12 @@ public:
     }
 
 private:
-    // With bf16 products: as many as read and write the weighted sums seldom, but are still near when their weights are
+    bool on_matrix_tiles() const { return matmul_ && matmul_->outruns_memory; }
+
+    // On matrix tiles: as many as read and write the weighted sums seldom, but are still near when their weights are
     // known.
     int64_t tile_entries() const {
-        if (!matmul_ || !matmul_->outruns_memory) return kTile;
+        if (!on_matrix_tiles()) return kTile;
         return std::min(std::max(kTileBytes / (x_.dims * 2) / kTile * kTile, kTile), kMostEntries);
     }
 
@@ -274,9 +276,30 @@ private:
                    out = widened(a_.head_out, dtype, 2, x_.hidden);
         const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden),
                    out_bias = widened(a_.head_out_bias, dtype, 1, 2);
-        const Head head{x_.heads,  x_.queries, x_.head_values, x_.direct,     x_.features,
-                        x_.hidden, x_.inputs,  turned.get(),   in.at(0),      in.step,
-                        out.at(0), out.step,   in_bias.at(0),  out_bias.at(0)};
+        const int64_t half = product_steps(kBF16, x_.inputs) * 4, in_pairs_step = 2 * half + 64;
+        const Buffer in_pairs(on_matrix_tiles() ? x_.hidden * in_pairs_step / 4 : 0);
+        for (int64_t i = 0; on_matrix_tiles() && i < x_.hidden; ++i) {
+            char* to = reinterpret_cast<char*>(in_pairs.get()) + i * in_pairs_step;
+            for (int64_t side = 0; side < 2 && x_.inputs; ++side) {
+                std::memcpy(to + side * half, matrix(a_.head_in).row(i), static_cast<size_t>(x_.inputs) * 2);
+            }
+        }
+        const Head head{x_.heads,
+                        x_.queries,
+                        x_.head_values,
+                        x_.direct,
+                        x_.features,
+                        x_.hidden,
+                        x_.inputs,
+                        turned.get(),
+                        in.at(0),
+                        in.step,
+                        on_matrix_tiles() ? reinterpret_cast<const char*>(in_pairs.get()) : nullptr,
+                        in_pairs_step,
+                        out.at(0),
+                        out.step,
+                        in_bias.at(0),
+                        out_bias.at(0)};
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
         each_run(score_floats(head, columns, tile_), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;

@@ -70,6 +70,8 @@ struct Head {
     const float* values;  // [heads, head_values, queries]
     const float* in;      // [hidden, in_step]
     int64_t in_step;
+    const char* in_pairs;  // the same twice a row in bf16, each time with zeros up to whole steps; NULL: products are fp32
+    int64_t in_pairs_step;  // bytes
     const float* out;  // [2, out_step]
     int64_t out_step;
     const float *in_bias, *out_bias;  // [hidden], [2]
@@ -86,8 +88,12 @@ struct ScoreRun {
     int64_t out_step;       // bytes
 };
 
+static inline int64_t head_floats(const Head& h, int64_t columns) {
+    const int64_t pairs = h.in_pairs ? 2 * product_steps(kBF16, h.inputs) : 0;
+    return kTile * (columns + h.inputs + h.hidden + 3 + pairs);
+}
 static inline int64_t score_floats(const Head& h, int64_t columns, int64_t tile) {
-    return stream_floats(columns, tile) + kTile * (columns + h.inputs + h.hidden + 6);
+    return stream_floats(columns, tile) + head_floats(h, columns);
 }
 
 // out[m, o] = <x[m], w[o]> for rows m and outputs o. x rows end in zeros up to a multiple of kPad.

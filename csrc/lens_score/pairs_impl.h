@@ -146,23 +146,23 @@ inline void meet_pairs(const Stream& s, int64_t first, int64_t count, const Tile
 
 // Weights [entry, columns] become rows of pairs [column, step bytes], zeros from `count` to `rows`.
 inline void pair_weights(const float* weights, int64_t columns, int64_t count, int64_t rows, char* out, int64_t step) {
-    constexpr int64_t kEntries = 32;
+    constexpr int64_t kEntries = 2 * Vec::kWidth;
     for (int64_t first = 0; first < rows; first += kEntries) {
         for (int64_t j = 0; j < columns; j += Vec::kWidth) {
             uint16_t narrow[kEntries][Vec::kWidth] = {};
-            uint32_t pairs[kEntries / 2][Vec::kWidth];
             for (int64_t n = 0; n < kEntries && first + n < count; ++n) {
                 Vec::store(BF16{}, reinterpret_cast<char*>(narrow[n]), load(weights + (first + n) * columns + j));
             }
-            for (int64_t n = 0; n < kEntries / 2; ++n) {
+            Vec pairs[Vec::kWidth];
+            for (int64_t n = 0; n < Vec::kWidth; ++n) {
+                uint32_t two[Vec::kWidth];
                 for (int i = 0; i < Vec::kWidth; ++i) {
-                    pairs[n][i] = narrow[2 * n][i] | static_cast<uint32_t>(narrow[2 * n + 1][i]) << 16;
+                    two[i] = narrow[2 * n][i] | static_cast<uint32_t>(narrow[2 * n + 1][i]) << 16;
                 }
+                pairs[n] = Vec::load(F32{}, reinterpret_cast<const char*>(two));
             }
-            for (int i = 0; i < Vec::kWidth; ++i) {
-                char* to = out + (j + i) * step + first * 2;
-                for (int64_t n = 0; n < kEntries / 2; ++n) std::memcpy(to + n * 4, &pairs[n][i], 4);
-            }
+            transpose(pairs);
+            for (int i = 0; i < Vec::kWidth; ++i) Vec::store(F32{}, out + (j + i) * step + first * 2, pairs[i]);
         }
     }
 }
