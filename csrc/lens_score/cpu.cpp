@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "isa.h"
@@ -87,13 +88,30 @@ private:
         parallel_for(tasks, threads, part);
     }
 
+    // For products with so many inputs: by matrix tiles, which take whole steps; or NULL.
+    const MatmulOps* net_matmul(int64_t inputs) const {
+        return on_matrix_tiles() && inputs % (2 * kTileSteps) == 0 ? matmul_ : nullptr;
+    }
+
+    // x as products on matrix tiles take it, nothing where there are none.
+    Buffer pairs_of(const float* x, int64_t step, int64_t inputs) const {
+        if (!net_matmul(inputs)) return Buffer();
+        Buffer out(panel_bytes(kBF16, inputs) / 4, false);
+        ops_.pair_rows(x, step, x_.queries, inputs, reinterpret_cast<char*>(out.get()));
+        return out;
+    }
+
+    static const char* pairs_data(const Buffer& x) { return reinterpret_cast<const char*>(x.get()); }
+
     // out[m] (+)= w x[m]
     void linear(const Rows& x, const Matrix& w, int64_t outputs, const Rows& out, bool add = false) const {
         Buffer fresh;
         if (add) fresh = Buffer(x.count * out.step, false);
         float* to = add ? fresh.get() : out.at(0);
+        const Buffer pairs = pairs_of(x.at(0), x.step, x.size);
         split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
-            const Linear l{x.at(0), x.step, x.count, w.row(first), w.step, x.size, end - first, to + first, out.step};
+            const Linear l{x.at(0), x.step,    x.count,  w.row(first),       w.step,
+                           x.size,  end - first, to + first, out.step, net_matmul(x.size), pairs_data(pairs)};
             ops_.linear[x_.weight_dtype](l);
         });
         for (int64_t m = 0; add && m < x.count; ++m) {
@@ -135,7 +153,8 @@ private:
                                  per_head,
                                  end - first,
                                  out.at(h * x_.queries) + first,
-                                 out.step};
+                                 out.step,
+                                 x_.dims % (2 * kTileSteps) ? nullptr : net_matmul(per_head)};
                 ops_.absorb[x_.weight_dtype](one);
             }
         });
@@ -233,12 +252,26 @@ private:
         const Rows values(x_.queries, x_.width);
         const Matrix w = matrix(a_.read_v, pass);
         const int64_t per_head = x_.head_dim();
+        std::vector<Buffer> pairs(static_cast<size_t>(x_.heads));
+        split(x_.heads, 1, x_.vectors() * x_.dims * 8, [&](int64_t first, int64_t end) {
+            for (int64_t h = first; h < end; ++h) {
+                pairs[static_cast<size_t>(h)] = pairs_of(context.at(h * x_.queries), context.step, x_.dims);
+            }
+        });
         split(x_.width, 1, x_.queries * x_.width * x_.dims, [&](int64_t first, int64_t end) {
             for (int64_t at = first; at < end;) {
                 const int64_t h = at / per_head, stop = std::min(end, (h + 1) * per_head);
-                const Linear l{
-                    context.at(h * x_.queries), context.step, x_.queries, w.row(at), w.step, x_.dims, stop - at,
-                    values.at(0) + at,          values.step};
+                const Linear l{context.at(h * x_.queries),
+                               context.step,
+                               x_.queries,
+                               w.row(at),
+                               w.step,
+                               x_.dims,
+                               stop - at,
+                               values.at(0) + at,
+                               values.step,
+                               net_matmul(x_.dims),
+                               pairs_data(pairs[static_cast<size_t>(h)])};
                 ops_.linear[x_.weight_dtype](l);
                 at = stop;
             }

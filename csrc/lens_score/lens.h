@@ -105,6 +105,8 @@ struct Linear {
     int64_t inputs, outputs;
     float* out;
     int64_t out_step;
+    const MatmulOps* matmul;  // by matrix tiles; NULL: products are fp32
+    const char* pairs;        // x as LensOps::pair_rows makes a panel of it
 };
 
 // out[m, e] = sum_i x[m, i] w[i, e]: a vector of projected queries becomes one that meets entries as they are.
@@ -116,6 +118,7 @@ struct Absorb {
     int64_t inputs, outputs;
     float* out;        // [rows, out_step]
     int64_t out_step;  // outputs rounded up to kStrip
+    const MatmulOps* matmul;  // by matrix tiles; NULL: products are fp32
 };
 
 struct LensOps {
@@ -125,6 +128,9 @@ struct LensOps {
     void (*linear[kDtypes])(const Linear&);
     void (*absorb[kDtypes])(const Absorb&);
     void (*widen[kDtypes])(const char* src, int64_t n, float* dst);
+    // Rows of x, at most kMostQueries of whole steps, become columns of a panel of matmul.h: what bf16 holds of them, and from
+    // column kMostQueries on what it leaves, so that both products with weights of bf16 together are nearly those of fp32.
+    void (*pair_rows)(const float* x, int64_t step, int64_t rows, int64_t inputs, char* out);
     void (*narrow)(const float* src, int64_t n, char* dst);                     // to bf16
     void (*accumulate)(const float* src, float weight, int64_t n, float* dst);  // dst += weight src
 };

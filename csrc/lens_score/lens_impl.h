@@ -7,6 +7,7 @@
 
 #include "head_impl.h"
 #include "net_impl.h"
+#include "net_pairs_impl.h"
 #include "pairs_impl.h"
 #include "product_impl.h"
 
@@ -125,9 +126,10 @@ LensOps lens_table(const char* name) {
     return {name,
             {read<F32>, read<F16>, read<BF16>},
             {score<F32>, score<F16>, score<BF16>},
-            {linear<F32>, linear<F16>, linear<BF16>},
-            {absorb<F32>, absorb<F16>, absorb<BF16>},
+            {linear<F32>, linear<F16>, linear_either},
+            {absorb<F32>, absorb<F16>, absorb_either},
             {widen<F32>, widen<F16>, widen<BF16>},
+            pair_rows,
             narrow,
             accumulate};
 }
