@@ -7,16 +7,21 @@
 // (product_impl.h, pairs_impl.h), and each entry comes from memory once a pass. Weights are read once; absorbing them
 // costs Q multiply-adds an element.
 //
+// Matrix tiles do 512 a cycle at best and about 350 with operands from the second-level cache: with H * Q = 64 that is the
+// time of a read at 10 to 15 GB/s a core, so that memory and arithmetic weigh alike, and both what is fetched twice and what
+// is done beside the products show. Of wide entries (E of some thousands) neither a tile and the sums stay in that cache
+// together: they come from beyond it.
+//
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): log2 e is in the absorbed vectors.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "check.h"
 #include "isa.h"
 #include "lens.h"
+#include "merge.h"
 #include "net.h"
 #include "pool.h"
 
@@ -110,8 +115,8 @@ private:
         float* to = add ? fresh.get() : out.at(0);
         const Buffer pairs = pairs_of(x.at(0), x.step, x.size);
         split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
-            const Linear l{x.at(0), x.step,    x.count,  w.row(first),       w.step,
-                           x.size,  end - first, to + first, out.step, net_matmul(x.size), pairs_data(pairs)};
+            const Linear l{x.at(0),     x.step,     x.count,  w.row(first),       w.step,           x.size,
+                           end - first, to + first, out.step, net_matmul(x.size), pairs_data(pairs)};
             ops_.linear[x_.weight_dtype](l);
         });
         for (int64_t m = 0; add && m < x.count; ++m) {
@@ -165,9 +170,11 @@ private:
         const int64_t panels = panels_of(rows.count), work = rows.count * x_.dims;
         Buffer panel(matmul_ ? panels * panel_bytes(kBF16, x_.dims) / 4 : x_.dims * columns);
         if (matmul_) {
-            split(panels, 1, work, [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
+            split(panels, 1, work,
+                  [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
         } else {
-            split(x_.dims, kPad, work, [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
+            split(x_.dims, kPad, work,
+                  [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
         }
         return panel;
     }
@@ -209,42 +216,15 @@ private:
         const Buffer sums(runs_ * sums_, false), top(runs_ * columns_), total(runs_ * columns_);
         const int64_t work = 2 * x_.entries * x_.dims * x_.vectors();
         each_run(stream_floats(columns_, tile_), work, [&](int64_t r, float* scratch) {
-            const ReadRun one{stream(panel, columns_, r, scratch, pass == 0),
-                              x_.vectors(),
-                              top.get() + r * columns_,
-                              total.get() + r * columns_,
-                              sums.get() + r * sums_};
+            const ReadRun one{stream(panel, columns_, r, scratch, pass == 0), x_.vectors(), top.get() + r * columns_,
+                              total.get() + r * columns_, sums.get() + r * sums_};
             ops_.read[x_.dtype](one);
         });
-        merge(top.get(), total.get(), sums.get(), vectors);
+        const Runs found{runs_, columns_, sums_, top.get(), total.get(), sums.get()};
+        weigh_runs(found, x_.vectors());
+        split(x_.dims, kStrip, runs_ * sums_,
+              [&](int64_t first, int64_t end) { merge_runs(found, ops_, first, end, vectors); });
         apply_values(z, vectors, pass);
-    }
-
-    // Sums over all entries, by what is right for the greatest scores of all runs.
-    void merge(float* top, float* total, const float* sums, const Rows& out) const {
-        for (int64_t j = 0; j < x_.vectors(); ++j) {
-            float most = top[j], all = 0.0f;
-            for (int64_t r = 1; r < runs_; ++r) most = std::max(most, top[r * columns_ + j]);
-            for (int64_t r = 0; r < runs_; ++r) {
-                float& weight = top[r * columns_ + j];
-                weight = std::exp2(weight - most);
-                all += weight * total[r * columns_ + j];
-            }
-            total[j] = all;
-        }
-        split(x_.dims, kStrip, runs_ * sums_, [&](int64_t first, int64_t end) {
-            for (int64_t at = first; at < end; at += kStrip) {
-                for (int64_t j = 0; j < x_.vectors(); ++j) {
-                    float* to = out.at(j) + at;
-                    std::fill(to, to + kStrip, 0.0f);
-                    for (int64_t r = 0; r < runs_; ++r) {
-                        const float* from = sums + r * sums_ + (at * x_.vectors() + j * kStrip);
-                        ops_.accumulate(from, top[r * columns_ + j], kStrip, to);
-                    }
-                    for (int64_t i = 0; i < kStrip; ++i) to[i] = at + i < x_.dims ? to[i] / total[j] : 0.0f;
-                }
-            }
-        });
     }
 
     // z += read_out concat_h(read_v[h] context[h, m])
@@ -309,30 +289,11 @@ private:
                    out = widened(a_.head_out, dtype, 2, x_.hidden);
         const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden),
                    out_bias = widened(a_.head_out_bias, dtype, 1, 2);
-        const int64_t half = product_steps(kBF16, x_.inputs) * 4, in_pairs_step = 2 * half + 64;
-        const Buffer in_pairs(on_matrix_tiles() ? x_.hidden * in_pairs_step / 4 : 0);
-        for (int64_t i = 0; on_matrix_tiles() && i < x_.hidden; ++i) {
-            char* to = reinterpret_cast<char*>(in_pairs.get()) + i * in_pairs_step;
-            for (int64_t side = 0; side < 2 && x_.inputs; ++side) {
-                std::memcpy(to + side * half, matrix(a_.head_in).row(i), static_cast<size_t>(x_.inputs) * 2);
-            }
-        }
-        const Head head{x_.heads,
-                        x_.queries,
-                        x_.head_values,
-                        x_.direct,
-                        x_.features,
-                        x_.hidden,
-                        x_.inputs,
-                        turned.get(),
-                        in.at(0),
-                        in.step,
-                        on_matrix_tiles() ? reinterpret_cast<const char*>(in_pairs.get()) : nullptr,
-                        in_pairs_step,
-                        out.at(0),
-                        out.step,
-                        in_bias.at(0),
-                        out_bias.at(0)};
+        const int64_t in_pairs_step = twice_bytes(x_.inputs);
+        const Buffer in_pairs = on_matrix_tiles() ? twice(matrix(a_.head_in), x_.hidden, x_.inputs) : Buffer();
+        const Head head{x_.heads,  x_.queries,   x_.head_values, x_.direct,     x_.features,          x_.hidden,
+                        x_.inputs, turned.get(), in.at(0),       in.step,       pairs_data(in_pairs), in_pairs_step,
+                        out.at(0), out.step,     in_bias.at(0),  out_bias.at(0)};
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
         each_run(score_floats(head, columns, tile_), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;

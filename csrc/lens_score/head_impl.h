@@ -15,11 +15,11 @@ constexpr float kLn2 = 0.693147180559945309417f;
 
 // Where a score pass keeps what belongs to kTile entries.
 struct HeadTile {
-    float *turned;                              // [columns, kTile]
-    float *inputs;                              // [X, kTile]: attended values, then:
-    float *match, *direct, *features;           // [heads, kTile], [direct, kTile], [features, kTile]
-    float *hidden, *scores, *total;             // [hidden, kTile], [2, kTile], [kTile]
-    uint32_t* pairs;                            // [panels of kTile, 2 steps, kPanel] of inputs
+    float* turned;                     // [columns, kTile]
+    float* inputs;                     // [X, kTile]: attended values, then:
+    float *match, *direct, *features;  // [heads, kTile], [direct, kTile], [features, kTile]
+    float *hidden, *scores, *total;    // [hidden, kTile], [2, kTile], [kTile]
+    uint32_t* pairs;                   // [panels of kTile, 2 steps, kPanel] of inputs
 
     HeadTile(const Head& h, int64_t columns, float* scratch)
         : turned(scratch),
@@ -55,7 +55,8 @@ inline float log2_of(float x) {
 }
 
 // Products [kTile, step] of `count` entries become rows [column, kTile], each entry's multiplied by its 1 / rms.
-inline void turn_over(const float* products, int64_t step, const float* inverse, int64_t count, int64_t used, float* out) {
+inline void turn_over(const float* products, int64_t step, const float* inverse, int64_t count, int64_t used,
+                      float* out) {
     for (int64_t n = 0; n < kTile; n += Vec::kWidth) {
         for (int64_t j = 0; j < used; j += Vec::kWidth) {
             Vec x[Vec::kWidth];

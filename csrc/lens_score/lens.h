@@ -3,7 +3,8 @@
 //
 // Entries are looked at a tile at a time. A tile is widened to fp32, a span of its dimensions at a time, where later
 // steps find it in the core's own caches, whatever the entries' stride. Where entries and weights are bf16 and the level
-// multiplies that, a tile stays as it is and what it meets is rounded: the vectors, and in a read pass its weights.
+// multiplies that, a tile stays as it is and what it meets is rounded: the vectors, and in a read pass its weights. What else
+// matrix tiles multiply with bf16 weights (the small net, the head) is not rounded, but two numbers of bf16.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@
 
 namespace mc {
 
-constexpr int64_t kPad = 16;    // floats: the widest vector of all levels
-constexpr int64_t kTile = 64;   // entries of a tile
-constexpr int64_t kMostEntries = 256;  // of a tile with bf16 products, a multiple of kTile
-constexpr int64_t kStrip = 64;  // dimensions that are summed at a time
+constexpr int64_t kPad = 16;           // floats: the widest vector of all levels
+constexpr int64_t kTile = 64;          // entries of a tile
+constexpr int64_t kMostEntries = 256;  // of a tile on matrix tiles, a multiple of kTile
+constexpr int64_t kStrip = 64;         // dimensions that are summed at a time
 constexpr int64_t kMostQueries = 16, kMostDirect = 16;
 // Dimensions that are widened at a time: with as much of a panel they fit a second-level cache.
 constexpr int64_t kSpan = 768;
@@ -36,8 +37,8 @@ struct Stream {
     int64_t count, dims;
     const float* panel;
     int64_t columns, tile;  // tile: entries that are looked at at a time
-    float* scratch;  // stream_floats(columns), or for a score pass score_floats
-    float* inverse;  // [count] 1 / rms(x), which the first pass over entries writes
+    float* scratch;         // stream_floats(columns), or for a score pass score_floats
+    float* inverse;         // [count] 1 / rms(x), which the first pass over entries writes
     bool first_pass;
     const MatmulOps* matmul;  // NULL: products are fp32
     const char* pairs;        // the panel in bf16, as pack_panel packs it
@@ -60,9 +61,7 @@ struct ReadRun {
 };
 
 // Floats before the sums of dimension `dim`.
-static inline int64_t sum_at(const ReadRun& a, int64_t dim) {
-    return dim / kStrip * kStrip * a.vectors + dim % kStrip;
-}
+static inline int64_t sum_at(const ReadRun& a, int64_t dim) { return dim / kStrip * kStrip * a.vectors + dim % kStrip; }
 
 // What the head knows beside the entries. X = heads * head_values + heads + direct + features.
 struct Head {
@@ -70,9 +69,10 @@ struct Head {
     const float* values;  // [heads, head_values, queries]
     const float* in;      // [hidden, in_step]
     int64_t in_step;
-    const char* in_pairs;  // the same twice a row in bf16, each time with zeros up to whole steps; NULL: products are fp32
+    const char*
+        in_pairs;  // the same twice a row in bf16, each time with zeros up to whole steps; NULL: products are fp32
     int64_t in_pairs_step;  // bytes
-    const float* out;  // [2, out_step]
+    const float* out;       // [2, out_step]
     int64_t out_step;
     const float *in_bias, *out_bias;  // [hidden], [2]
 };
@@ -116,8 +116,8 @@ struct Absorb {
     const char* w;
     int64_t w_step;  // bytes
     int64_t inputs, outputs;
-    float* out;        // [rows, out_step]
-    int64_t out_step;  // outputs rounded up to kStrip
+    float* out;               // [rows, out_step]
+    int64_t out_step;         // outputs rounded up to kStrip
     const MatmulOps* matmul;  // by matrix tiles; NULL: products are fp32
 };
 

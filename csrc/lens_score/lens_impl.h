@@ -97,8 +97,8 @@ void read(const ReadRun& a) {
             if (s.dims > kSpan) {
                 widen_strip<T>(s.entries + first * s.step, s.step, count, at, s.dims, x, kSpanStep, nullptr);
             }
-            Gather gather{tile.products, 1,           s.columns,   x,          kSpanStep,
-                          count,         a.sums + sum_at(a, at), kStrip, tile.scale, nullptr};
+            Gather gather{tile.products,          1,      s.columns,  x,      kSpanStep, count,
+                          a.sums + sum_at(a, at), kStrip, tile.scale, nullptr};
             gather(a.vectors);
         }
     }

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kRegisterRows = 14;      // of a product: those of a tile in registers
 constexpr int64_t kMatrixRows = 32;        // that matrix tiles multiply at once
 constexpr int64_t kRowsBytes = 256 << 10;  // of rows that meet a panel: they and the next ones fit a second-level cache
-constexpr int64_t kNearBytes = 768 << 10;   // of a tile that is still there when its weights are known
+constexpr int64_t kNearBytes = 768 << 10;  // of a tile that is still there when its weights are known
 constexpr float kRmsEps = 1e-12f;
 
 // Where a pass keeps what belongs to one tile.
@@ -110,8 +110,8 @@ inline void multiply_rows(const Stream& s, int64_t first, int64_t r, int64_t row
         for (int64_t j = 0; j < s.columns; j += kPanel) {
             const char* w = s.pairs + j / kPanel * panel + at / 2 * line;
             const int64_t n = s.columns - j < kPanel ? s.columns - j : kPanel;
-            s.matmul->multiply[kBF16]({x.x, x.step, rows, w, line, steps, tile.products + r * s.columns + j, s.columns, n,
-                                       at > 0, next, bytes});
+            s.matmul->multiply[kBF16]({x.x, x.step, rows, w, line, steps, tile.products + r * s.columns + j, s.columns,
+                                       n, at > 0, next, bytes});
             if (next) next += steps * bytes;
         }
     }
@@ -204,7 +204,7 @@ inline void rescale(const ReadRun& a, const float* scale) {
 inline void gather_pairs(const ReadRun& a, int64_t first, int64_t count, const Tile& tile) {
     const Stream& s = a.stream;
     const int64_t rows = product_steps(kBF16, count) * 2;
-    const bool copied = s.dims % (2 * kTileSteps) || count < rows, far = count * s.dims * BF16::kBytes > kNearBytes;
+    const bool copied = s.dims % (2 * kTileSteps) || count<rows, far = count * s.dims * BF16::kBytes> kNearBytes;
     const int64_t span = copied ? span_of(s, true) : s.dims, step = weight_bytes(s.tile);
     char* weights = reinterpret_cast<char*>(tile.weights);
     pair_weights(tile.products, s.columns, count, rows, weights, step);
@@ -221,8 +221,8 @@ inline void gather_pairs(const ReadRun& a, int64_t first, int64_t count, const T
             pair_entries(x.x + d * BF16::kBytes, x.step, rows, panels, far, pairs[0]);
             for (int64_t p = 0; p < panels; ++p) {
                 s.matmul->multiply[kBF16]({weights, step, a.vectors, reinterpret_cast<const char*>(pairs[p]),
-                                           kPanel * 4, rows / 2, sums + p * kPanel, kStrip, kPanel, first > 0,
-                                           next, next_bytes});
+                                           kPanel * 4, rows / 2, sums + p * kPanel, kStrip, kPanel, first > 0, next,
+                                           next_bytes});
                 if (next) next += a.vectors * kPanel * 4;
             }
         }
