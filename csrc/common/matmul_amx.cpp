@@ -9,7 +9,7 @@
 namespace mc {
 
 const MatmulOps* matmul_amx() {
-    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply_tiles}, Tiles::release, true};
+    static const MatmulOps table = {{matmul_avx512()->multiply[kF32], nullptr, multiply_tiles}, release_tiles, true};
     return &table;
 }
 

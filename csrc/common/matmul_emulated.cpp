@@ -5,7 +5,7 @@
 namespace mc {
 
 const MatmulOps* matmul_emulated() {
-    static const MatmulOps table = {{matmul_scalar()->multiply[kF32], nullptr, multiply_tiles}, Tiles::release, true};
+    static const MatmulOps table = {{matmul_scalar()->multiply[kF32], nullptr, multiply_tiles}, release_tiles, true};
     return &table;
 }
 

@@ -108,9 +108,17 @@ inline int64_t steps_at_once(const Product& p) {
     return (p.steps / parts + kTileSteps - 1) / kTileSteps * kTileSteps;
 }
 
+// The rows that this thread's tiles have shapes for, 0 for none: configuring them waits for all that they do, and the products
+// of a job mostly have the same.
+thread_local int64_t configured = 0;
+
+void release_tiles() {
+    Tiles::release();
+    configured = 0;
+}
+
 void multiply_tiles(const Product& p) {
     Tiles t;
-    int64_t configured = 0;
     const int64_t part = steps_at_once(p);
     int64_t from = 0;
     Fetch fetch(p);

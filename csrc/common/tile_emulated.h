@@ -26,7 +26,7 @@ public:
         config_ = c;
         std::memset(data_, 0, sizeof data_);
     }
-    static void release() {}
+    static void release() { config_ = TileConfig{}; }
 
     template <int kTile>
     void zero() {
@@ -88,8 +88,9 @@ private:
         return flushed(x);
     }
 
-    TileConfig config_;
-    uint8_t data_[8][16][64] = {};
+    // Of a thread, as a processor's are.
+    inline static thread_local TileConfig config_;
+    inline static thread_local uint8_t data_[8][16][64] = {};
 };
 
 }  // namespace

@@ -5,7 +5,8 @@
 // standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
-// sums(a): element i is the sum of a[i], of kWidth vectors.
+// sums(a): element i is the sum of a[i], of kWidth vectors. transpose(a): element j of a[i] and element i of a[j] change
+// places.
 //
 // load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
 // as_loaded floats that lie in order into it.
@@ -109,6 +110,27 @@ inline __m256 sum_fours(const Vec* a) {
 inline Vec sums(const Vec* a) {
     const __m256 x = sum_fours(a), y = sum_fours(a + 4);
     return {_mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31))};
+}
+
+// Of 4 vectors and within 128 bits, then across.
+inline void transpose_lanes(Vec* a) {
+    const __m256d x0 = _mm256_castps_pd(_mm256_unpacklo_ps(a[0].v, a[1].v));
+    const __m256d x1 = _mm256_castps_pd(_mm256_unpackhi_ps(a[0].v, a[1].v));
+    const __m256d y0 = _mm256_castps_pd(_mm256_unpacklo_ps(a[2].v, a[3].v));
+    const __m256d y1 = _mm256_castps_pd(_mm256_unpackhi_ps(a[2].v, a[3].v));
+    a[0].v = _mm256_castpd_ps(_mm256_unpacklo_pd(x0, y0));
+    a[1].v = _mm256_castpd_ps(_mm256_unpackhi_pd(x0, y0));
+    a[2].v = _mm256_castpd_ps(_mm256_unpacklo_pd(x1, y1));
+    a[3].v = _mm256_castpd_ps(_mm256_unpackhi_pd(x1, y1));
+}
+inline void transpose(Vec* a) {
+    transpose_lanes(a);
+    transpose_lanes(a + 4);
+    for (int i = 0; i < 4; ++i) {
+        const __m256 x = a[i].v, y = a[4 + i].v;
+        a[i].v = _mm256_permute2f128_ps(x, y, 0x20);
+        a[4 + i].v = _mm256_permute2f128_ps(x, y, 0x31);
+    }
 }
 
 struct Pair {

@@ -5,7 +5,8 @@
 // standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
-// sums(a): element i is the sum of a[i], of kWidth vectors.
+// sums(a): element i is the sum of a[i], of kWidth vectors. transpose(a): element j of a[i] and element i of a[j] change
+// places.
 //
 // load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
 // as_loaded floats that lie in order into it.
@@ -98,6 +99,31 @@ inline __m512 sum_lanes(__m512 a, __m512 b) {
 }
 inline Vec sums(const Vec* a) {
     return {sum_lanes(sum_lanes(sum_fours(a), sum_fours(a + 4)), sum_lanes(sum_fours(a + 8), sum_fours(a + 12)))};
+}
+
+// Of 4 vectors and within 128 bits, then across.
+inline void transpose_lanes(Vec* a) {
+    const __m512d x0 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0].v, a[1].v));
+    const __m512d x1 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0].v, a[1].v));
+    const __m512d y0 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2].v, a[3].v));
+    const __m512d y1 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2].v, a[3].v));
+    a[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(x0, y0));
+    a[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(x0, y0));
+    a[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(x1, y1));
+    a[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(x1, y1));
+}
+inline void transpose(Vec* a) {
+    for (int i = 0; i < 16; i += 4) transpose_lanes(a + i);
+    for (int i = 0; i < 4; ++i) {
+        const __m512 x0 = _mm512_shuffle_f32x4(a[i].v, a[4 + i].v, 0x88);
+        const __m512 x1 = _mm512_shuffle_f32x4(a[i].v, a[4 + i].v, 0xdd);
+        const __m512 y0 = _mm512_shuffle_f32x4(a[8 + i].v, a[12 + i].v, 0x88);
+        const __m512 y1 = _mm512_shuffle_f32x4(a[8 + i].v, a[12 + i].v, 0xdd);
+        a[i].v = _mm512_shuffle_f32x4(x0, y0, 0x88);
+        a[4 + i].v = _mm512_shuffle_f32x4(x1, y1, 0x88);
+        a[8 + i].v = _mm512_shuffle_f32x4(x0, y0, 0xdd);
+        a[12 + i].v = _mm512_shuffle_f32x4(x1, y1, 0xdd);
+    }
 }
 
 struct Pair {

@@ -5,7 +5,8 @@
 // standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
-// sums(a): element i is the sum of a[i], of kWidth vectors.
+// sums(a): element i is the sum of a[i], of kWidth vectors. transpose(a): element j of a[i] and element i of a[j] change
+// places.
 //
 // load_pair: 2 * kWidth elements in the order that costs least to load; in_order brings it back to that of memory, and
 // as_loaded floats that lie in order into it.
@@ -185,6 +186,16 @@ inline Vec sums(const Vec* a) {
     Vec out;
     for (int i = 0; i < Vec::kWidth; ++i) out.v[i] = sum(a[i]);
     return out;
+}
+
+inline void transpose(Vec* a) {
+    for (int i = 0; i < Vec::kWidth; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float x = a[i].v[j];
+            a[i].v[j] = a[j].v[i];
+            a[j].v[i] = x;
+        }
+    }
 }
 
 struct Pair {

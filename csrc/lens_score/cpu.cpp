@@ -7,15 +7,21 @@
 // (product_impl.h, pairs_impl.h), and each entry comes from memory once a pass. Weights are read once; absorbing them
 // costs Q multiply-adds an element.
 //
+// Matrix tiles do 512 a cycle at best and about 350 with operands from the second-level cache: with H * Q = 64 that is the
+// time of a read at 10 to 15 GB/s a core, so that memory and arithmetic weigh alike, and both what is fetched twice and what
+// is done beside the products show. Of wide entries (E of some thousands) neither a tile and the sums stay in that cache
+// together: they come from beyond it.
+//
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): log2 e is in the absorbed vectors.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "isa.h"
 #include "lens.h"
+#include "merge.h"
 #include "net.h"
 #include "pool.h"
 
@@ -23,7 +29,8 @@ namespace mc {
 namespace {
 
 constexpr int64_t kRun = 512;             // entries of a run, at least
-constexpr int64_t kMostRuns = 32;         // bounds the memory of partial sums
+constexpr int64_t kMostRuns = 16;         // bounds the memory of partial sums
+constexpr int64_t kTileBytes = 1 << 20;   // of a tile of bf16
 constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking a thread for
 constexpr int64_t kTasksPerThread = 4;    // evens out threads that are slowed down
 constexpr double kLog2E = 1.44269504088896340736;
@@ -42,8 +49,10 @@ public:
           matmul_(x_.dtype == kBF16 && x_.weight_dtype == kBF16 && level_.matmul->multiply[kBF16] ? level_.matmul
                                                                                                   : nullptr),
           threads_(default_threads(n_threads)),
-          columns_(round_up(x_.vectors(), kPad)),
-          sums_step_(round_up(x_.dims, kStrip) + kPad),
+          pad_(on_matrix_tiles() ? kPanel : kPad),
+          tile_(tile_entries()),
+          columns_(round_up(x_.vectors(), pad_)),
+          sums_(x_.vectors() * round_up(x_.dims, kStrip)),
           run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
           runs_((x_.entries + run_ - 1) / run_),
           inverse_(x_.entries, false) {}
@@ -60,6 +69,15 @@ public:
     }
 
 private:
+    bool on_matrix_tiles() const { return matmul_ && matmul_->outruns_memory; }
+
+    // On matrix tiles: as many as read and write the weighted sums seldom, but are still near when their weights are
+    // known.
+    int64_t tile_entries() const {
+        if (!on_matrix_tiles()) return kTile;
+        return std::min(std::max(kTileBytes / (x_.dims * 2) / kTile * kTile, kTile), kMostEntries);
+    }
+
     // Threads for so many multiply-adds.
     int threads_for(int64_t work) const {
         return static_cast<int>(std::min<int64_t>(threads_, std::max<int64_t>(work / kThreadWork, 1)));
@@ -75,13 +93,30 @@ private:
         parallel_for(tasks, threads, part);
     }
 
+    // For products with so many inputs: by matrix tiles, which take whole steps; or NULL.
+    const MatmulOps* net_matmul(int64_t inputs) const {
+        return on_matrix_tiles() && inputs % (2 * kTileSteps) == 0 ? matmul_ : nullptr;
+    }
+
+    // x as products on matrix tiles take it, nothing where there are none.
+    Buffer pairs_of(const float* x, int64_t step, int64_t inputs) const {
+        if (!net_matmul(inputs)) return Buffer();
+        Buffer out(panel_bytes(kBF16, inputs) / 4, false);
+        ops_.pair_rows(x, step, x_.queries, inputs, reinterpret_cast<char*>(out.get()));
+        return out;
+    }
+
+    static const char* pairs_data(const Buffer& x) { return reinterpret_cast<const char*>(x.get()); }
+
     // out[m] (+)= w x[m]
     void linear(const Rows& x, const Matrix& w, int64_t outputs, const Rows& out, bool add = false) const {
         Buffer fresh;
         if (add) fresh = Buffer(x.count * out.step, false);
         float* to = add ? fresh.get() : out.at(0);
+        const Buffer pairs = pairs_of(x.at(0), x.step, x.size);
         split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
-            const Linear l{x.at(0), x.step, x.count, w.row(first), w.step, x.size, end - first, to + first, out.step};
+            const Linear l{x.at(0),     x.step,     x.count,  w.row(first),       w.step,           x.size,
+                           end - first, to + first, out.step, net_matmul(x.size), pairs_data(pairs)};
             ops_.linear[x_.weight_dtype](l);
         });
         for (int64_t m = 0; add && m < x.count; ++m) {
@@ -123,7 +158,8 @@ private:
                                  per_head,
                                  end - first,
                                  out.at(h * x_.queries) + first,
-                                 out.step};
+                                 out.step,
+                                 x_.dims % (2 * kTileSteps) ? nullptr : net_matmul(per_head)};
                 ops_.absorb[x_.weight_dtype](one);
             }
         });
@@ -134,9 +170,11 @@ private:
         const int64_t panels = panels_of(rows.count), work = rows.count * x_.dims;
         Buffer panel(matmul_ ? panels * panel_bytes(kBF16, x_.dims) / 4 : x_.dims * columns);
         if (matmul_) {
-            split(panels, 1, work, [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
+            split(panels, 1, work,
+                  [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
         } else {
-            split(x_.dims, kPad, work, [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
+            split(x_.dims, kPad, work,
+                  [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
         }
         return panel;
     }
@@ -150,6 +188,7 @@ private:
                 x_.dims,
                 panel.get(),
                 columns,
+                tile_,
                 scratch,
                 inverse_.get() + first,
                 first_pass,
@@ -174,36 +213,18 @@ private:
         linear(normed(z, a_.read_norm, pass), matrix(a_.read_q, pass), x_.width, q);
         absorb(q, matrix(a_.read_k, pass), vectors);
         const Buffer panel = panel_of(vectors, columns_);
-        const Buffer sums(runs_ * x_.vectors() * sums_step_, false), top(runs_ * columns_), total(runs_ * columns_);
+        const Buffer sums(runs_ * sums_, false), top(runs_ * columns_), total(runs_ * columns_);
         const int64_t work = 2 * x_.entries * x_.dims * x_.vectors();
-        each_run(stream_floats(columns_), work, [&](int64_t r, float* scratch) {
-            const ReadRun one{stream(panel, columns_, r, scratch, pass == 0),
-                              x_.vectors(),
-                              top.get() + r * columns_,
-                              total.get() + r * columns_,
-                              sums.get() + r * x_.vectors() * sums_step_,
-                              sums_step_};
+        each_run(stream_floats(columns_, tile_), work, [&](int64_t r, float* scratch) {
+            const ReadRun one{stream(panel, columns_, r, scratch, pass == 0), x_.vectors(), top.get() + r * columns_,
+                              total.get() + r * columns_, sums.get() + r * sums_};
             ops_.read[x_.dtype](one);
         });
-        split(x_.vectors(), 1, runs_ * x_.vectors() * x_.dims, [&](int64_t first, int64_t end) {
-            for (int64_t j = first; j < end; ++j)
-                merge(top.get() + j, total.get() + j, sums.get() + j * sums_step_, vectors.at(j));
-        });
+        const Runs found{runs_, columns_, sums_, top.get(), total.get(), sums.get()};
+        weigh_runs(found, x_.vectors());
+        split(x_.dims, kStrip, runs_ * sums_,
+              [&](int64_t first, int64_t end) { merge_runs(found, ops_, first, end, vectors); });
         apply_values(z, vectors, pass);
-    }
-
-    // One vector's sums over all entries, by what is right for the greatest score of all runs.
-    void merge(const float* top, const float* total, const float* sums, float* out) const {
-        float most = top[0];
-        for (int64_t r = 1; r < runs_; ++r) most = std::max(most, top[r * columns_]);
-        float all = 0.0f;
-        std::fill(out, out + x_.dims, 0.0f);
-        for (int64_t r = 0; r < runs_; ++r, sums += x_.vectors() * sums_step_) {
-            const float weight = std::exp2(top[r * columns_] - most);
-            all += weight * total[r * columns_];
-            ops_.accumulate(sums, weight, x_.dims, out);
-        }
-        for (int64_t e = 0; e < x_.dims; ++e) out[e] /= all;
     }
 
     // z += read_out concat_h(read_v[h] context[h, m])
@@ -211,12 +232,26 @@ private:
         const Rows values(x_.queries, x_.width);
         const Matrix w = matrix(a_.read_v, pass);
         const int64_t per_head = x_.head_dim();
+        std::vector<Buffer> pairs(static_cast<size_t>(x_.heads));
+        split(x_.heads, 1, x_.vectors() * x_.dims * 8, [&](int64_t first, int64_t end) {
+            for (int64_t h = first; h < end; ++h) {
+                pairs[static_cast<size_t>(h)] = pairs_of(context.at(h * x_.queries), context.step, x_.dims);
+            }
+        });
         split(x_.width, 1, x_.queries * x_.width * x_.dims, [&](int64_t first, int64_t end) {
             for (int64_t at = first; at < end;) {
                 const int64_t h = at / per_head, stop = std::min(end, (h + 1) * per_head);
-                const Linear l{
-                    context.at(h * x_.queries), context.step, x_.queries, w.row(at), w.step, x_.dims, stop - at,
-                    values.at(0) + at,          values.step};
+                const Linear l{context.at(h * x_.queries),
+                               context.step,
+                               x_.queries,
+                               w.row(at),
+                               w.step,
+                               x_.dims,
+                               stop - at,
+                               values.at(0) + at,
+                               values.step,
+                               net_matmul(x_.dims),
+                               pairs_data(pairs[static_cast<size_t>(h)])};
                 ops_.linear[x_.weight_dtype](l);
                 at = stop;
             }
@@ -235,7 +270,7 @@ private:
     }
 
     void score_pass(const Rows& z) const {
-        const int64_t used = x_.vectors() + x_.direct, columns = round_up(used, kPad);
+        const int64_t used = x_.vectors() + x_.direct, columns = round_up(used, pad_);
         const Rows s = normed(z, a_.score_norm, 0), values(x_.queries, x_.heads * x_.head_values);
         Rows keys(x_.queries, x_.width), vectors(used, x_.dims, kStrip);
         linear(s, matrix(a_.score_k), x_.width, keys);
@@ -254,11 +289,13 @@ private:
                    out = widened(a_.head_out, dtype, 2, x_.hidden);
         const Rows in_bias = widened(a_.head_bias, dtype, 1, x_.hidden),
                    out_bias = widened(a_.head_out_bias, dtype, 1, 2);
-        const Head head{x_.heads,  x_.queries, x_.head_values, x_.direct,     x_.features,
-                        x_.hidden, x_.inputs,  turned.get(),   in.at(0),      in.step,
-                        out.at(0), out.step,   in_bias.at(0),  out_bias.at(0)};
+        const int64_t in_pairs_step = twice_bytes(x_.inputs);
+        const Buffer in_pairs = on_matrix_tiles() ? twice(matrix(a_.head_in), x_.hidden, x_.inputs) : Buffer();
+        const Head head{x_.heads,  x_.queries,   x_.head_values, x_.direct,     x_.features,          x_.hidden,
+                        x_.inputs, turned.get(), in.at(0),       in.step,       pairs_data(in_pairs), in_pairs_step,
+                        out.at(0), out.step,     in_bias.at(0),  out_bias.at(0)};
         const int64_t work = x_.entries * (x_.dims * used + x_.hidden * x_.inputs);
-        each_run(score_floats(head, columns), work, [&](int64_t r, float* scratch) {
+        each_run(score_floats(head, columns, tile_), work, [&](int64_t r, float* scratch) {
             const int64_t first = r * run_;
             const ScoreRun one{stream(panel, columns, r, scratch, x_.passes == 0),
                                &head,
@@ -277,7 +314,7 @@ private:
     const LensOps& ops_;
     const MatmulOps* const matmul_;  // NULL: no bf16 products
     const int threads_;
-    const int64_t columns_, sums_step_, run_, runs_;
+    const int64_t pad_, tile_, columns_, sums_, run_, runs_;
     const Buffer inverse_;  // [N] 1 / rms of the entries
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "arrays.h"
 #include "matmul.h"
@@ -46,6 +47,20 @@ inline void pack_pairs(const LensOps& ops, const Rows& rows, int64_t first, int6
         for (int64_t r = 0; r < n; ++r) ops.narrow(rows.at(i * kPanel + r), rows.size, narrow.get() + r * step);
         pack_panel(kBF16, narrow.get(), step, n, rows.size, kBF16, reinterpret_cast<char*>(out) + i * bytes);
     }
+}
+
+// Rows of bf16 twice each, with zeros up to whole steps: they meet numbers that are two of bf16 (pair_inputs).
+inline int64_t twice_bytes(int64_t size) { return 2 * product_steps(kBF16, size) * 4 + 64; }
+inline Buffer twice(const Matrix& m, int64_t rows, int64_t size) {
+    const int64_t step = twice_bytes(size);
+    Buffer out(rows * step / 4);
+    for (int64_t i = 0; i < rows && size; ++i) {
+        char* to = reinterpret_cast<char*>(out.get()) + i * step;
+        for (const int64_t skip : {int64_t{0}, product_steps(kBF16, size) * 4}) {
+            std::memcpy(to + skip, m.row(i), static_cast<size_t>(size) * 2);
+        }
+    }
+    return out;
 }
 
 }  // namespace mc

@@ -30,6 +30,8 @@ BROAD = Case("broad", 130, 1601, 8, 3, 32, 2, 1, 24, 4, 8, 16)
 # Whole steps of a bf16 product: rows that are multiplied where they lie, and rows too many cache lines apart for that.
 WHOLE = Case("whole", 600, 96, 6, 4, 32, 4, 1, 24, 4, 8, 16)
 CROWDED = Case("crowded", 200, 2048, 8, 3, 32, 2, 1, 24, 4, 8, 16)
+# For matrix tiles: a small net of whole steps, a strip of one panel, tiles that no second-level cache keeps.
+MATRIX = Case("matrix", 320, 2080, 16, 3, 192, 2, 1, 64, 4, 8, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def rounds(dtype: torch.dtype) -> bool:
 
 @each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*SMALL, LONG, BROAD, WHOLE, CROWDED], ids=ids)
+@pytest.mark.parametrize("case", [*SMALL, LONG, BROAD, WHOLE, CROWDED, MATRIX], ids=ids)
 def test_error_rule(case: Case, dtype: torch.dtype, backend: str) -> None:
     # fp32 against fp32 compares two roundings; several draws together make that a comparison of sizes, not of luck.
     drawn = []
@@ -130,9 +132,10 @@ def test_strided_weights_and_entries(backend: str) -> None:
 
 
 @each_level
-def test_neither_threads_nor_calls_beside_change_a_result(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_threads_nor_calls_beside_change_a_result(dtype: torch.dtype, backend: str) -> None:
     drawn = [
-        make(dataclasses.replace(LONG, entries=1500 + 100 * i, width=256, ffn_dim=96), torch.float32, i)
+        make(dataclasses.replace(LONG, entries=1500 + 100 * i, embed_dim=96, width=256, ffn_dim=96), dtype, i)
         for i in range(4)
     ]
     alone = [call(*args, backend) for args in drawn]
@@ -192,6 +195,23 @@ def test_a_nan_is_not_lost(backend: str) -> None:
     out = call(weights, None, (entries, marked, queries, *rest), backend)
     assert out[5].isnan().all()
     assert int(out.isnan().sum()) == 2
+
+
+@each_level
+def test_features_that_are_not_finite_stay_with_their_entry(backend: str) -> None:
+    """Also where the head's inputs are rounded in two parts: infinities leave nothing, NaNs are not lost."""
+    weights, _, (entries, features, queries, *_) = make(LONG, torch.bfloat16)
+    weights = dataclasses.replace(weights, head_in=weights.head_in.abs() + 1, head_out=weights.head_out.abs() + 1)
+    rest = weights.tensors()
+    want = call(weights, None, (entries, features, queries, *rest), backend)
+    others = torch.arange(LONG.entries) != 70
+    for odd, score in ((float("inf"), float("inf")), (float("-inf"), float("nan")), (float("nan"), float("nan"))):
+        marked = features.clone()
+        marked[70, 1] = odd
+        out = call(weights, None, (entries, marked, queries, *rest), backend)
+        assert same_bits(out[others], want[others])
+        assert torch.equal(out[70].isnan(), torch.tensor(score).isnan().expand(2))
+        assert not out[70].isfinite().any()
 
 
 def test_fp64_is_for_the_oracle() -> None:
