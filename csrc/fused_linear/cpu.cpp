@@ -25,7 +25,7 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kThreadBytes = 1 << 18;  // of weights that are worth waking a thread for
+constexpr int64_t kThreadBytes = 1 << 16;  // of weights that are worth waking a thread for
 constexpr int64_t kSmallTasks = 2;         // a thread: what evens out threads that are slowed down
 constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
 
