@@ -25,17 +25,9 @@ inline void load_pair(BF16 t, const char* p, Vec& first, Vec& second) {
 
 #include "linear_impl.h"
 #include "narrow_impl.h"
+#include "transpose_impl.h"
 
 namespace mc {
-namespace {
-
-void transpose(const Transpose& a) {
-    for (int64_t i = 0; i < a.rows; ++i) {
-        for (int64_t j = 0; j < a.columns; ++j) std::memcpy(a.out + j * a.out_step + 4 * i, a.x + i * a.x_step + 4 * j, 4);
-    }
-}
-
-}  // namespace
 
 // What bf16 products need is for emulated matrix tiles.
 const LinearOps* linear_scalar() {
