@@ -8,6 +8,9 @@
  * (mc_set_parallel_runner) or else share one small pool of worker threads, started when the first job is large enough
  * for it and asleep between jobs; a caller that finds the pool in use does its work alone. After fork() the child starts
  * a pool of its own. The library must not be unloaded.
+ *
+ * Memory. What a function says it takes is freed at its end; of blocks of 64 KB and more a thread keeps up to 32 MB for its
+ * next call.
  */
 #ifndef MC_KERNELS_H
 #define MC_KERNELS_H
@@ -371,7 +374,7 @@ typedef struct mc_decoder_layers_args {
     float* mass;   /* [L, B, used] contiguous, or NULL: attention probability by slot, summed over heads and entries */
 } mc_decoder_layers_args;
 
-/* Meant for at most some tens of entries. Memory: B T rows of what passes between the parts, and theirs.
+/* Meant for any number of entries of bf16 where the level multiplies that, else for some tens. Memory: B T rows of what passes between the parts, and theirs.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. L, B, T, S or used may be 0. With
  * MC_OUT_OF_MEMORY slots, out and mass may have been written. */
 MC_API int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int32_t n_threads);
@@ -390,7 +393,7 @@ MC_API int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int32_t
  *   out_n = head_out silu(head_in f_n + head_bias) + head_out_bias, exactly 0 where not legal
  *
  * rms(x) = sqrt(mean(x^2) + 1e-12). Entries are read P + 1 times, each time against at most H Q + J vectors; nothing of
- * size N x d exists. Sums are fp32. Memory: 4 * 32 * H * Q * E bytes at most for partial sums, some hundred kilobytes a
+ * size N x d exists. Sums are fp32. Memory: 4 * 16 * H * Q * E bytes at most for partial sums, some hundred kilobytes a
  * thread, and 4 * 3 * H * Q * E bytes for absorbed weights. */
 typedef struct mc_lens_score_args {
     size_t struct_size; /* sizeof(mc_lens_score_args) */
@@ -431,7 +434,7 @@ typedef struct mc_lens_score_args {
 
 /* Sums are fp32. So is what entries are multiplied with, unless entries and weights are bf16 and the instruction set level
  * multiplies bf16: then the vectors that meet the entries, and the entries' weights in a read pass, are rounded to it (and
- * subnormal ones taken for zero).
+ * subnormal ones taken for zero). On matrix tiles z, the queries' vectors and f are then rounded to the sum of two bf16.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. N = 0 writes nothing. */
 MC_API int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_threads);
 
