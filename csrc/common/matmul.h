@@ -51,8 +51,9 @@ struct Product {
 
 struct MatmulOps {
     void (*multiply[kDtypes])(const Product&);  // [type]; NULL: not at this level
-    void (*finish)();                           // after the last product of a job, on its thread; or NULL
-    bool outruns_memory;                        // a panel is multiplied faster than the next one comes by itself
+    // To be called after the last product of a job, on its thread: until then tiles keep the shapes they have. Or NULL.
+    void (*finish)();
+    bool outruns_memory;  // matrix tiles: a panel is multiplied faster than the next one comes by itself
 };
 
 // Rows [0, n) of W, `step` bytes apart, of one panel (n <= kPanel) into `out`, panel_bytes(type, k). type: kF32, or

@@ -12,7 +12,9 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "pool.h"
 #include "scratch.h"
@@ -20,14 +22,15 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kBlock = 64;                 // rows of W, twice where they are gated
-constexpr int64_t kHalfBlock = 32;             // the same where there are few panels: blocks alone occupy the threads
-constexpr int64_t kFewPanels = 4;
-constexpr int64_t kGroupBytes = 3 << 18;       // of panels that all blocks meet in turn: what that cache holds beside a block
-constexpr int64_t kTasksPerThread = 8;         // evens out threads that are slowed down
-constexpr int64_t kThreadWork = 1 << 20;       // multiply-adds that are worth waking a thread for
-constexpr int64_t kTurnedStep = kBlock + 16;   // floats
+constexpr int64_t kBlock = 64;                // rows of W, twice where they are gated
+constexpr int64_t kHalfBlock = 32;            // the same where there are few panels, so that there are tasks enough
+constexpr int64_t kFewPanels = 4;             // of a group, at least
+constexpr int64_t kGroupBytes = 3 << 18;      // of panels that all blocks meet in turn: what that cache holds beside a block
+constexpr int64_t kTasksPerThread = 8;        // evens out threads that are slowed down
+constexpr int64_t kThreadWork = 1 << 20;      // multiply-adds that are worth waking a thread for
+constexpr int64_t kTurnedStep = kBlock + 16;  // floats
 constexpr int64_t kLine = 64;
+constexpr int64_t kBytes = 2;  // of an element of x, W and out
 
 class LinearTiles {
 public:
@@ -56,18 +59,41 @@ public:
             const int64_t wanted = (threads_ * kTasksPerThread + blocks_ - 1) / blocks_;
             groups_ = std::max(groups_, std::min(wanted, panels_ / kFewPanels));
         }
+        scratch_.reserve(static_cast<size_t>(threads_));
+        for (int64_t i = 0; i < threads_; ++i) scratch_.emplace_back(*this);
     }
 
     void run() {
         widen_vector(a_.norm, gain_.get());
         widen_vector(a_.bias, bias_.get());
-        auto pack = [&](int64_t panel) { pack_rows(panel); };
-        parallel_for(panels_, static_cast<int>(threads_), pack);
-        auto part = [&](int64_t i) { multiply(i % blocks_, i / blocks_); };
-        parallel_for(blocks_ * groups_, static_cast<int>(threads_), part);
+        share(panels_, [&](int64_t panel, Work& w) { pack_rows(panel, w); });
+        share(blocks_ * groups_, [&](int64_t i, Work& w) { multiply(i % blocks_, i / blocks_, w); });
     }
 
 private:
+    // Of one thread: rows of x on their way to a panel, and rows of W with zeros behind them, where they need any.
+    struct Work {
+        Scratch<char> x, w[2];
+
+        explicit Work(const LinearTiles& t) {
+            if (t.x_.norm || !t.whole_) x = Scratch<char>(kPanel * t.row_bytes_);
+            for (int64_t h = 0; !t.whole_ && h < t.halves_; ++h) w[h] = Scratch<char>(t.block_ * t.row_bytes_);
+        }
+    };
+
+    // body(item, work) for every item, on all threads.
+    template <class Body>
+    void share(int64_t items, const Body& body) {
+        std::atomic<int64_t> next{0};
+        auto thread = [&](int64_t i) {
+            for (int64_t n; (n = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+                body(n, scratch_[static_cast<size_t>(i)]);
+            }
+            if (matmul_.finish) matmul_.finish();
+        };
+        parallel_for(threads_, static_cast<int>(threads_), thread);
+    }
+
     void widen_vector(const mc_tensor& x, float* out) const {
         if (x.ndim && x.size[0]) {
             ops_.widen[x.dtype][0]({static_cast<const char*>(x.data), x.size[0], x.size[0], nullptr, 0.0f, out});
@@ -75,18 +101,16 @@ private:
     }
 
     // Rows of x, normed, become the columns of a panel; columns beyond the last row are zero.
-    void pack_rows(int64_t panel) const {
+    void pack_rows(int64_t panel, const Work& work) const {
         const int64_t first = panel * kPanel, n = std::min(kPanel, x_.rows - first);
         const char* rows = x_.x + first * x_.x_step;
         int64_t step = x_.x_step;
-        Scratch<char> ready;
-        if (x_.norm || !whole_) {
-            ready = Scratch<char>(n * row_bytes_);
+        if (work.x.get()) {
             for (int64_t r = 0; r < n; ++r) {
                 ops_.narrow({rows + r * step, x_.inputs, 2 * steps_, x_.norm ? gain_.get() : nullptr,
-                             static_cast<float>(a_.eps), ready.get() + r * row_bytes_});
+                             static_cast<float>(a_.eps), work.x.get() + r * row_bytes_});
             }
-            rows = ready.get();
+            rows = work.x.get();
             step = row_bytes_;
         }
         char* out = data_.get() + panel * panel_bytes_;
@@ -95,12 +119,11 @@ private:
     }
 
     // Rows [first, first + n) of W as a product takes them: where they lie, or with zeros behind them in `copy`.
-    const char* rows_of(int64_t first, int64_t n, Scratch<char>& copy, int64_t& step) const {
+    const char* rows_of(int64_t first, int64_t n, const Scratch<char>& copy, int64_t& step) const {
         const char* w = x_.weight + first * x_.weight_step;
         step = x_.weight_step;
         if (whole_) return w;
-        copy = Scratch<char>(n * row_bytes_);
-        const auto bytes = static_cast<size_t>(x_.inputs * BF16Bytes);
+        const auto bytes = static_cast<size_t>(x_.inputs * kBytes);
         for (int64_t r = 0; r < n; ++r) {
             char* to = copy.get() + r * row_bytes_;
             std::memcpy(to, w + r * step, bytes);
@@ -111,13 +134,12 @@ private:
     }
 
     // Outputs of a block, of the rows of x in a group of panels.
-    void multiply(int64_t block, int64_t group) const {
+    void multiply(int64_t block, int64_t group, const Work& work) const {
         const int64_t first = block * block_, n = std::min(block_, x_.outputs - first);
         const int64_t begin = group * panels_ / groups_, end = (group + 1) * panels_ / groups_;
-        Scratch<char> copies[2];
         const char* w[2];
         int64_t step = 0;
-        for (int64_t h = 0; h < halves_; ++h) w[h] = rows_of(h * x_.outputs + first, n, copies[h], step);
+        for (int64_t h = 0; h < halves_; ++h) w[h] = rows_of(h * x_.outputs + first, n, work.w[h], step);
         // The next block, or a half of it, in as many parts as there are panels.
         const bool more = first + n < x_.outputs && matmul_.outruns_memory && whole_;
         const int64_t ahead = more ? (n * step / (end - begin) + kLine - 1) / kLine * kLine : 0;
@@ -144,7 +166,6 @@ private:
             }
             finish(panel * kPanel, first, n, turned[0], turned[1]);
         }
-        if (matmul_.finish) matmul_.finish();
     }
 
     // Outputs [first, first + n) of the rows of a panel.
@@ -156,14 +177,12 @@ private:
             f.bias = x_.bias ? bias_.get() + first : nullptr;
             f.up = a_.swiglu ? up : nullptr;
             f.up_bias = x_.bias && a_.swiglu ? bias_.get() + x_.outputs + first : nullptr;
-            f.residual = x_.residual ? x_.residual + row * x_.residual_step + first * BF16Bytes : nullptr;
+            f.residual = x_.residual ? x_.residual + row * x_.residual_step + first * kBytes : nullptr;
             f.n = n;
-            f.out = x_.out + row * x_.out_step + first * BF16Bytes;
+            f.out = x_.out + row * x_.out_step + first * kBytes;
             ops_.finish[kBF16](f);
         }
     }
-
-    static constexpr int64_t BF16Bytes = 2;
 
     const mc_fused_linear_args& a_;
     const Linear& x_;
@@ -174,6 +193,7 @@ private:
     const Scratch<char> data_;
     const Scratch<float> gain_, bias_;
     int64_t threads_, block_, blocks_, groups_;
+    std::vector<Work> scratch_;
 };
 
 }  // namespace
