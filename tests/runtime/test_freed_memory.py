@@ -30,6 +30,5 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_memory_is_kept_for_the_next_step() -> None:
-    kept = faults("keep")
-    assert kept < 100
-    assert kept < faults("leave")
+    # Ten times the block's pages, against at most once: where the heap grows a last time.
+    assert 4 * faults("keep") < faults("leave")
