@@ -1,4 +1,4 @@
-"""Layers of a decoder over a cache of slots, for the few entries of a decode step, in one native call.
+"""Layers of a decoder over a cache of slots in one native call.
 
 With norm(x, g) = x / sqrt(mean(x^2) + eps) * g, for each layer:
 

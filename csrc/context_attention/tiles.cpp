@@ -15,13 +15,12 @@
 // where mass is wanted also a float for each tile and entry. A tile is one task: the result does not depend on the threads.
 #include "tiles.h"
 
-#include <atomic>
 #include <cmath>
 #include <memory>
 
 #include "isa.h"
 #include "key_panels.h"
-#include "pool.h"
+#include "share.h"
 
 namespace mc {
 namespace {
@@ -107,14 +106,7 @@ private:
     // body(item, work) for every item, on all threads.
     template <class Body>
     void share(int64_t items, const Body& body) {
-        std::atomic<int64_t> next{0};
-        auto thread = [&](int64_t i) {
-            for (int64_t n; (n = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-                body(n, scratch_[static_cast<size_t>(i)]);
-            }
-            if (level_.matmul->finish) level_.matmul->finish();
-        };
-        parallel_for(threads_, static_cast<int>(threads_), thread);
+        share_items(items, scratch_, *level_.matmul, body);
     }
 
     // KV heads [first, first + count) of sequence b.

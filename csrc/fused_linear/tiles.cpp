@@ -12,12 +12,11 @@
 #include "tiles.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
-#include "pool.h"
 #include "scratch.h"
+#include "share.h"
 
 namespace mc {
 namespace {
@@ -31,6 +30,8 @@ constexpr int64_t kThreadWork = 1 << 20;      // multiply-adds that are worth wa
 constexpr int64_t kTurnedStep = kBlock + 16;  // floats
 constexpr int64_t kLine = 64;
 constexpr int64_t kBytes = 2;  // of an element of x, W and out
+// Rows up to which one stream over W is no slower than matrix tiles, by measurement (bench/README.md).
+constexpr int64_t kFewRows = kPackedX;
 
 class LinearTiles {
 public:
@@ -84,14 +85,7 @@ private:
     // body(item, work) for every item, on all threads.
     template <class Body>
     void share(int64_t items, const Body& body) {
-        std::atomic<int64_t> next{0};
-        auto thread = [&](int64_t i) {
-            for (int64_t n; (n = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-                body(n, scratch_[static_cast<size_t>(i)]);
-            }
-            if (matmul_.finish) matmul_.finish();
-        };
-        parallel_for(threads_, static_cast<int>(threads_), thread);
+        share_items(items, scratch_, matmul_, body);
     }
 
     void widen_vector(const mc_tensor& x, float* out) const {
@@ -201,7 +195,7 @@ private:
 bool serves_linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops) {
     if (a.x.dtype != MC_BF16 || a.weight.dtype != MC_BF16 || !level.matmul->multiply[kBF16] || !ops.transpose) return false;
     if (x.inputs == 0) return false;
-    return x.rows >= (level.matmul->outruns_memory ? (a.packed.data ? kPackedX + 1 : 2) : kXRows + 1);
+    return x.rows > (level.matmul->outruns_memory ? kFewRows : kXRows);
 }
 
 void linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops,

@@ -8,10 +8,10 @@
 // - Few windows (decoding: one): all threads work on all of them and share the weights by columns (stages.h).
 // An element of the result is computed in the same way in either case, so that it depends on nothing but its window.
 #include <algorithm>
-#include <atomic>
 #include <memory>
+#include <utility>
 
-#include "pool.h"
+#include "share.h"
 #include "stages.h"
 #include "windows.h"
 
@@ -29,10 +29,6 @@ constexpr int64_t kThreadWork = 1 << 20;  // multiply-adds that are worth waking
 
 int64_t multiply_adds(const Net& net, int64_t rows) {
     return rows * net.width * (net.embed + net.layers * (4 * net.width + 3 * net.ffn));
-}
-
-void finish_thread(const Encoding& e) {
-    if (e.level.matmul->finish) e.level.matmul->finish();
 }
 
 void share_windows(const Encoding& e, int64_t n, int threads) {
@@ -54,7 +50,7 @@ void share_windows(const Encoding& e, int64_t n, int threads) {
                 windows.batch_item(static_cast<int>(step) - group_steps, i);
             }
         });
-        finish_thread(e);
+        if (e.level.matmul->finish) e.level.matmul->finish();
     };
     parallel_for(threads, threads, work);
 }
@@ -80,21 +76,12 @@ void split_windows(const Encoding& e, int64_t n, int threads) {
     const int64_t group = std::max<int64_t>(1, std::min(batch, kGroupBytes / e.window_bytes()));
     const int64_t batches = (n + batch - 1) / batch;
     const int64_t workers = std::min<int64_t>(threads, batches);
-    std::vector<std::unique_ptr<Windows>> windows;
-    std::vector<std::unique_ptr<ItemScratch>> scratch;
-    for (int64_t i = 0; i < workers; ++i) {
-        windows.push_back(std::make_unique<Windows>(e, batch, group, false));
-        scratch.push_back(std::make_unique<ItemScratch>(e, group));
-    }
-    std::atomic<int64_t> next{0};
-    auto work = [&](int64_t worker) {
-        for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < batches;) {
-            const auto w = static_cast<size_t>(worker);
-            encode_batch(*windows[w], *scratch[w], b * batch, std::min(batch, n - b * batch), group);
-        }
-        finish_thread(e);
-    };
-    parallel_for(workers, static_cast<int>(workers), work);
+    std::vector<std::pair<Windows, ItemScratch>> memories;
+    memories.reserve(static_cast<size_t>(workers));
+    for (int64_t i = 0; i < workers; ++i) memories.emplace_back(Windows(e, batch, group, false), ItemScratch(e, group));
+    share_items(batches, memories, *e.level.matmul, [&](int64_t b, std::pair<Windows, ItemScratch>& own) {
+        encode_batch(own.first, own.second, b * batch, std::min(batch, n - b * batch), group);
+    });
 }
 
 void check_threads(int32_t n) {

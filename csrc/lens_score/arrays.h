@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
 
 #include "lens.h"
+#include "scratch.h"
 #include "tensor.h"
 
 namespace mc {
@@ -15,17 +14,13 @@ namespace mc {
 class Buffer {
 public:
     Buffer() = default;
-    explicit Buffer(int64_t n, bool zero = true)
-        : data_(static_cast<float*>(::operator new[](static_cast<size_t>(n) * sizeof(float), std::align_val_t{64}))) {
+    explicit Buffer(int64_t n, bool zero = true) : data_(n) {
         if (zero) std::fill(data_.get(), data_.get() + n, 0.0f);
     }
     float* get() const { return data_.get(); }
 
 private:
-    struct Free {
-        void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-    };
-    std::unique_ptr<float[], Free> data_;
+    Scratch<float> data_;
 };
 
 // Rows of floats that end in zeros up to a multiple of `pad`.

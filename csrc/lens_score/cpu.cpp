@@ -98,12 +98,12 @@ private:
         return on_matrix_tiles() && inputs % (2 * kTileSteps) == 0 ? matmul_ : nullptr;
     }
 
-    // x as products on matrix tiles take it, nothing where there are none.
-    Buffer pairs_of(const float* x, int64_t step, int64_t inputs) const {
-        if (!net_matmul(inputs)) return Buffer();
-        Buffer out(panel_bytes(kBF16, inputs) / 4, false);
-        ops_.pair_rows(x, step, x_.queries, inputs, reinterpret_cast<char*>(out.get()));
-        return out;
+    // Room for rows of so many inputs as products on matrix tiles take them, nothing where there are none.
+    Buffer room_for_pairs(int64_t inputs) const {
+        return net_matmul(inputs) ? Buffer(panel_bytes(kBF16, inputs) / 4, false) : Buffer();
+    }
+    void pair(const float* x, int64_t step, int64_t inputs, const Buffer& out) const {
+        if (out.get()) ops_.pair_rows(x, step, x_.queries, inputs, reinterpret_cast<char*>(out.get()));
     }
 
     static const char* pairs_data(const Buffer& x) { return reinterpret_cast<const char*>(x.get()); }
@@ -113,7 +113,8 @@ private:
         Buffer fresh;
         if (add) fresh = Buffer(x.count * out.step, false);
         float* to = add ? fresh.get() : out.at(0);
-        const Buffer pairs = pairs_of(x.at(0), x.step, x.size);
+        const Buffer pairs = room_for_pairs(x.size);
+        pair(x.at(0), x.step, x.size, pairs);
         split(outputs, kPad, x.count * x.size * outputs, [&](int64_t first, int64_t end) {
             const Linear l{x.at(0),     x.step,     x.count,  w.row(first),       w.step,           x.size,
                            end - first, to + first, out.step, net_matmul(x.size), pairs_data(pairs)};
@@ -232,10 +233,11 @@ private:
         const Rows values(x_.queries, x_.width);
         const Matrix w = matrix(a_.read_v, pass);
         const int64_t per_head = x_.head_dim();
-        std::vector<Buffer> pairs(static_cast<size_t>(x_.heads));
+        std::vector<Buffer> pairs;
+        for (int64_t h = 0; h < x_.heads; ++h) pairs.push_back(room_for_pairs(x_.dims));
         split(x_.heads, 1, x_.vectors() * x_.dims * 8, [&](int64_t first, int64_t end) {
             for (int64_t h = first; h < end; ++h) {
-                pairs[static_cast<size_t>(h)] = pairs_of(context.at(h * x_.queries), context.step, x_.dims);
+                pair(context.at(h * x_.queries), context.step, x_.dims, pairs[static_cast<size_t>(h)]);
             }
         });
         split(x_.width, 1, x_.queries * x_.width * x_.dims, [&](int64_t first, int64_t end) {

@@ -41,7 +41,7 @@ def ids(case: Case) -> str:
 
 def in_bf16(backend: str, rows: int = 1) -> bool:
     """Whether the level multiplies so many rows of bf16 with bf16: a normed x is rounded to it then."""
-    levels = ("avx512bf16", "amx") if rows == 1 else ("avx512bf16", "amx", "amx-emulated")
+    levels = ("avx512bf16", "amx") if rows <= 4 else ("avx512bf16", "amx", "amx-emulated")
     return backend == "cpu" and native.library().cpu_isa() in levels
 
 
