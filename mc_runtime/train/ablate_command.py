@@ -42,7 +42,8 @@ def ablate(
     """Train variants of a gist training alike and print the held-out loss of each, paired with the first.
 
     A variant changes settings of `mc train gist` by name: kind, levels, block_size, gists, width, layers, pool, rank,
-    keep_vectors, objective, teacher, recon, contrast, curriculum (as 0.2:0.2), true_positions, tokens, lr.
+    keep_vectors, objective, teacher, recon, contrast, curriculum (as 0.2:0.2), true_positions, tokens, lr; and what
+    GistNet reads, which no memory gives it: inputs (as hidden:4) and left_context.
 
     Example: mc train ablate docs/ --held novel.txt --run runs/ablate -v recon=0.1 -v gists=2 -v kind=embedding
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from mc_kernels import GistEncodeWeights, GistPoolWeights
 from mc_runtime.config import BLOCK_SIZES, GistKind
@@ -14,13 +15,16 @@ from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet, Projector
 from mc_runtime.model.decoder import Decoder
 
+from .block_inputs import EMBEDDINGS, BlockInputs
 from .corpus import Corpus
-from .gist_kinds import OUTSIDE, EmbeddingMaker, GistMaker, PooledMaker, ProjectedMaker, split_blocks
+from .gist_kinds import GistMaker
 from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource
 from .gist_task import GistTask
 from .layouts import LayoutOptions
+from .pooled_maker import OUTSIDE, PooledMaker, split_blocks
 from .ridge import collect, ridge_projector
+from .vector_makers import EmbeddingMaker, ProjectedMaker
 
 HEAD_WIDTH = 64
 # Peak learning rates that trained well for 100 steps and more.
@@ -36,6 +40,8 @@ ONLY = {
     "rank": ("projected",),
     "ridge_blocks": ("projected",),
     "keep_vectors": ("projected",),
+    "inputs": ("projected",),
+    "left_context": ("projected", "embedding"),
 }
 
 
@@ -45,7 +51,8 @@ class GistSettings:
 
     kind, levels (1 or 2), block_size: as in a memory. gists: per block. train_levels: which levels learn; None: all.
     width, layers, pool: of GistNet. rank: of the projector, which starts from `ridge_blocks` blocks. keep_vectors:
-    train the projector alone. The others are those of `GistTaskOptions` and `LayoutOptions`.
+    train the projector alone. inputs, left_context: see `block_inputs`. The others are those of `GistTaskOptions` and
+    `LayoutOptions`.
     """
 
     kind: GistKind = "pooled"
@@ -59,6 +66,8 @@ class GistSettings:
     rank: int = 192
     ridge_blocks: int = 4000
     keep_vectors: bool = False
+    inputs: str = EMBEDDINGS
+    left_context: bool = False
     objective: str = LOGITS
     teacher: float = 0.7
     reconstruct: float = 0.0
@@ -89,6 +98,9 @@ class GistSettings:
         for name in ("teacher", "true_positions", "questions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        BlockInputs.parse(self.inputs)
+        if self.left_context and (self.layers == 0 or any(self.curriculum)):
+            raise InputError("left_context: expected layers that attend to it, and no curriculum")
         for f in fields(self):
             if getattr(self, f.name) != f.default and self.kind not in ONLY.get(f.name, (self.kind,)):
                 raise InputError(f"{f.name}: {self.kind} gists have no such setting")
@@ -139,14 +151,21 @@ def _maker(
         frozen = [level for level in range(1, settings.levels + 1) if level not in trained]
         return PooledMaker(_pools(decoder, settings, start), frozen)
     encode = _encoder(decoder, settings, start, seed)
+    inputs = BlockInputs.measured(decoder, corpora, BlockInputs.parse(settings.inputs), seed=seed)
+    if inputs.layers:
+        encode = replace(encode, mu=torch.zeros_like(encode.mu))  # the inputs are centred
     if settings.kind == "embedding":
-        return EmbeddingMaker(encode, settings.block_size, settings.levels)
+        return EmbeddingMaker(encode, settings.block_size, settings.levels, left_context=settings.left_context)
     projector = start.projector
     if not isinstance(projector, Projector):
-        projector = _fresh_projector(decoder, corpora, settings, start, encode, resumes, seed, say)
+        vectors = EmbeddingMaker(encode, settings.block_size, inputs=inputs, left_context=settings.left_context)
+        projector = _fresh_projector(decoder, corpora, settings, start, vectors, resumes, seed, say)
     elif len(projector.down) != settings.rank:
         raise InputError(f"rank: the projector to start from has {len(projector.down)}, got {settings.rank}")
-    return ProjectedMaker(encode, projector, settings.block_size, settings.levels, trained=not settings.keep_vectors)
+    return ProjectedMaker(
+        encode, projector, settings.block_size, settings.levels,
+        trained=not settings.keep_vectors, inputs=inputs, left_context=settings.left_context,
+    )  # fmt: skip
 
 
 def _pools(decoder: Decoder, settings: GistSettings, start: GistNet) -> list[GistPoolWeights]:
@@ -191,7 +210,7 @@ def _encoder(decoder: Decoder, settings: GistSettings, start: GistNet, seed: int
 
 
 def _fresh_projector(
-    decoder: Decoder, corpora: Sequence[Corpus], settings: GistSettings, start: GistNet, encode: GistEncodeWeights,
+    decoder: Decoder, corpora: Sequence[Corpus], settings: GistSettings, start: GistNet, vectors: EmbeddingMaker,
     resumes: bool, seed: int, say: Callable[[str], None],
 ) -> Projector:  # fmt: skip
     c = decoder.config
@@ -203,10 +222,12 @@ def _fresh_projector(
     pool = start.pool_weights[0]
     if pool.n_gists != 1:
         raise InputError(f"start: a projector needs pooled gists of one per block to aim at, got {pool.n_gists}")
-    maker = EmbeddingMaker(encode, settings.block_size)
-    fit, held_out = collect(
-        decoder, corpora, lambda rows: maker.vectors(rows)[0], pool, blocks=settings.ridge_blocks, seed=seed
-    )
+
+    @torch.no_grad()
+    def encode(ids: Tensor) -> Tensor:
+        return vectors.vectors(vectors.inputs.rows(decoder, ids))[0]
+
+    fit, held_out = collect(decoder, corpora, encode, pool, blocks=settings.ridge_blocks, seed=seed)
     projector, share, full = ridge_projector(decoder, fit, held_out, settings.rank)
     say(
         f"ridge on {fit.n} blocks: rank {len(projector.down)} explains {share:.1%} of the variance of {held_out.n} "

@@ -27,12 +27,13 @@ from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
 from .crowd import Crowd
-from .gist_kinds import GistMaker, LevelGists, PooledMaker, read_text
+from .gist_kinds import GistMaker, LevelGists, read_text
 from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource, open_answers
 from .gist_runs import GistRuns
 from .layouts import Entry, LayoutOptions, draw_layout
 from .losses import distillation_loss, hidden_loss, neighbour_loss
+from .pooled_maker import PooledMaker
 from .reconstruction import BagReader
 
 

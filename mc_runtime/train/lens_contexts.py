@@ -22,7 +22,7 @@ from mc_runtime.model.decoder import Decoder, DecoderOutput
 from mc_runtime.model.stores import ConcatStore
 from mc_runtime.timeline import Entries
 
-from .gist_kinds import pool_levels
+from .pooled_maker import pool_levels
 
 # Share of layouts that open nothing; of complete runs of gists that become one of level 2.
 ALL_GISTS, LEVEL_2 = 0.4, 0.5

@@ -1,7 +1,10 @@
 """A reader that is trained along and thrown away: from a gist to the bag of the tokens that it stands for.
 
 A gist from which its tokens can be read back has kept what they were, also where the text that follows does not ask for
-it. Code = gist's features . down; hidden = code . up + bias; logits by the model's tied embedding.
+it. Code = gist's features . down / sqrt(F); hidden = code . up / sqrt(rank) + bias; logits by the model's embedding.
+
+The roots are there for Adam, whose every step moves each weight by about the learning rate: without them a code of
+F = 11,520 features of size one moves by more than its own size, and the reader forgets what it has learnt.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class BagReader:
         draw = torch.Generator().manual_seed(0)
         width = decoder.config.embed_dim
         start = {
-            "aux/down": torch.randn(features, rank, generator=draw) * features**-0.5,
+            "aux/down": torch.randn(features, rank, generator=draw),
             "aux/up": torch.zeros(rank, width),
             "aux/bias": torch.zeros(width),
         }
@@ -44,6 +47,7 @@ class BagReader:
                 continue
             tokens = ids[:, : count * gists.span].unflatten(1, (count, gists.span)).flatten(0, 1)
             chosen = torch.tensor(rng.sample(range(len(tokens)), min(self.rows, len(tokens))), device=ids.device)
-            hidden = features.flatten(0, 1)[chosen] @ down @ up + bias
+            code = features.flatten(0, 1)[chosen] @ down * down.shape[0] ** -0.5
+            hidden = code @ up * up.shape[0] ** -0.5 + bias
             parts.append(bag_loss(hidden, tokens[chosen], self.decoder.head))
         return torch.stack(parts).mean()

@@ -25,7 +25,7 @@ from mc_runtime.model.decoder import Decoder
 from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
-from .gist_kinds import pool_levels
+from .pooled_maker import pool_levels
 
 # Candidates for the strength of the penalty, over the mean variance of an input.
 STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -113,7 +113,7 @@ def collect(
 ) -> tuple[Moments, Moments]:
     """Moments of (vector, pooled key and value) of about `blocks` blocks, and of a ninth as many more held out.
 
-    encode: embeddings [B, N, E] -> vectors [B, N // K, E]. pool: of one gist per block; untrained, their means.
+    encode: ids [B, N] -> vectors [B, N // K, E]. pool: of one gist per block; untrained, their means.
     """
     c = decoder.config
     sizes = (c.embed_dim, c.n_layers * 2 * c.n_kv_heads * c.head_dim)
@@ -122,13 +122,13 @@ def collect(
     turn = 0
     while fit.n < blocks or not held_out.n:
         ids = torch.from_numpy(sample_mixture(corpora, rng, batch, length)).to(decoder.device)
-        store, rows = ConcatStore(), decoder.embed(ids)
-        decoder(rows, torch.arange(length, device=ids.device).expand(ids.shape), store)
+        store = ConcatStore()
+        decoder(decoder.embed(ids), torch.arange(length, device=ids.device).expand(ids.shape), store)
         ((k, v),) = pool_levels(store.keys, store.values, [pool], pool.block_size)
         y = torch.stack((k, v), dim=1).permute(2, 4, 0, 1, 3, 5).flatten(2)  # [B, M, L * 2 * Hkv * D]
         # The first block holds the sink, whose keys and values are like no other's, and which no gist replaces.
         into = held_out if turn % 10 == 4 else fit
-        into.add(encode(rows)[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1))
+        into.add(encode(ids)[:, 1:].flatten(0, 1), y[:, 1:].flatten(0, 1))
         turn += 1
     return fit, held_out
 

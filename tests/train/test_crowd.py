@@ -14,10 +14,10 @@ from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.crowd import Crowd
-from mc_runtime.train.gist_kinds import PooledMaker
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import Entry, LayoutOptions, gather_layouts, split_entries
+from mc_runtime.train.pooled_maker import PooledMaker
 
 K, FAR, NEAR = 4, 32, 8
 Corpora = Callable[..., Corpus]

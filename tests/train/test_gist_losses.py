@@ -17,10 +17,12 @@ from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
+from mc_runtime.train.gist_kinds import LevelGists
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.losses import hidden_loss
-from mc_runtime.train.trainer import Trainer, TrainOptions
+from mc_runtime.train.reconstruction import BagReader
+from mc_runtime.train.trainer import BETAS, Trainer, TrainOptions
 
 Corpora = Callable[..., Corpus]
 
@@ -54,6 +56,29 @@ def test_tokens_can_be_read_back(name: str, tmp_path: Path, model: LoadedModel, 
     net = task.maker.install(GistNet.untrained(model.decoder, K), task.parameters)
     net.save(tmp_path / "net.safetensors")
     assert b"aux/" not in (tmp_path / "net.safetensors").read_bytes()
+
+
+def test_the_reader_learns_of_many_features(model: LoadedModel) -> None:
+    """At the learning rate of pooled gists it never falls behind the uniform guess, also of as many features as a gist
+    of 30 layers has: there each step of Adam once moved the code by more than its own size."""
+    draw = torch.Generator().manual_seed(0)
+    n, heads, dim = 64, 90, 64
+    common = torch.randn(2, 1, 1, heads, 1, dim, generator=draw)  # what all gists share, as they do
+    reader = BagReader(model.decoder, 2 * heads * dim, 64, n)
+    uniform = torch.tensor(float(model.config.vocab_size)).log().item()
+    optimizer = torch.optim.AdamW(reader.parameters.values(), lr=3e-3, betas=BETAS)
+    losses = []
+    for _ in range(30):
+        # Each text has a few words of its own, which its gists know nothing of.
+        kv = common + 0.5 * torch.randn(2, 1, 1, heads, n, dim, generator=draw)
+        words = torch.randint(model.config.vocab_size, (10,), generator=draw)
+        ids = words[torch.randint(10, (1, n * K), generator=draw)]
+        optimizer.zero_grad()
+        loss = reader.loss([LevelGists(K, kv=(kv[0], kv[1]))], ids, random.Random(0))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert max(losses) < 1.1 * uniform, losses
 
 
 def test_a_gist_is_read_as_its_own_tokens(model: LoadedModel, corpus: Corpora) -> None:

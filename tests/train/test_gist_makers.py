@@ -17,19 +17,13 @@ from mc_runtime.errors import InputError, ModelError
 from mc_runtime.gistnet import GistNet, Projector
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_kinds import (
-    OUTSIDE,
-    EmbeddingMaker,
-    GistMaker,
-    PooledMaker,
-    ProjectedMaker,
-    pool_levels,
-    split_blocks,
-)
+from mc_runtime.train.gist_kinds import GistMaker
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import Entry, LayoutOptions, draw_layout, gather_layouts
+from mc_runtime.train.pooled_maker import OUTSIDE, PooledMaker, pool_levels, split_blocks
 from mc_runtime.train.trainer import Trainer, TrainOptions
+from mc_runtime.train.vector_makers import EmbeddingMaker, ProjectedMaker
 
 K = 8
 SMALL: dict[str, Any] = {"lengths": (32,), "length_weights": (1,), "cuts": (2,), "near": 8, "tokens": 160}

@@ -15,12 +15,12 @@ from mc_kernels import GistPoolWeights
 from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_kinds import PooledMaker
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_questions import QuestionSource, open_answers
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
 from mc_runtime.train.lens_questions import read_articles
+from mc_runtime.train.pooled_maker import PooledMaker
 
 K, FAR, NEAR = 8, 320, 64
 OPTIONS = GistTaskOptions(

@@ -18,8 +18,8 @@ from mc_runtime.gistnet import GistNet, Projector
 from mc_runtime.model import LoadedModel
 from mc_runtime.train import gist_start
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_kinds import PooledMaker
 from mc_runtime.train.gist_start import GistSettings, make_task
+from mc_runtime.train.pooled_maker import PooledMaker
 
 K = 8
 NARROW: dict[str, Any] = {"block_size": K, "width": 64, "layers": 1}

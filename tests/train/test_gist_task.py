@@ -11,10 +11,10 @@ import torch
 from mc_kernels import GistPoolWeights
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_kinds import pool_levels
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import Entry, LayoutOptions, draw_layout, gather_layouts
+from mc_runtime.train.pooled_maker import pool_levels
 
 K = 4
 

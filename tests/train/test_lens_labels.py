@@ -13,9 +13,9 @@ from mc_kernels import GistPoolWeights
 from mc_runtime.model import LoadedModel
 from mc_runtime.model.stores import ConcatStore
 from mc_runtime.timeline import Entries
-from mc_runtime.train.gist_kinds import pool_levels
 from mc_runtime.train.lens_contexts import Scene, attention_mass, draw_opened, layout_of, read_scene
 from mc_runtime.train.lens_labels import collapsed_layout, expanded_layout, gate_labels, layout_nll, measured_labels
+from mc_runtime.train.pooled_maker import pool_levels
 
 K, FAR, RECENT, TARGETS = 8, 64, 16, 8
 

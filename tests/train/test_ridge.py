@@ -13,11 +13,12 @@ from torch import Tensor
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.gist_kinds import EmbeddingMaker, GistMaker, ProjectedMaker
+from mc_runtime.train.gist_kinds import GistMaker
 from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
 from mc_runtime.train.ridge import Moments, collect, fit_ridge, group_scale, ridge_projector
+from mc_runtime.train.vector_makers import EmbeddingMaker, ProjectedMaker
 
 RANK, INPUTS, OUTPUTS = 3, 12, 40
 
@@ -94,7 +95,12 @@ def test_projected_gists_start_near_pooled_ones(model: LoadedModel, corpus: Call
     base = GistNet.untrained(model.decoder, K)
     vectors = EmbeddingMaker(base.encode_weights, K)
     fit, held_out = collect(
-        model.decoder, [text], lambda rows: vectors.vectors(rows)[0], base.pool_weights[0], blocks=400, length=128
+        model.decoder,
+        [text],
+        lambda ids: vectors.vectors(model.decoder.embed(ids))[0],
+        base.pool_weights[0],
+        blocks=400,
+        length=128,
     )
     assert fit.n >= 400
     assert held_out.n > 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from mc_kernels import GistPoolWeights
 from mc_runtime.gistnet import GistNet
 
-from ...train.gist_kinds import pool_levels
+from ...train.pooled_maker import pool_levels
 from ..pasts import Kept, Past, hidden_behind
 from . import KeepingRival
 from .compressive import span_centres
