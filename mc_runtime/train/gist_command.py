@@ -73,7 +73,8 @@ def gist(
     """Train gists: what follows a text must be as likely after its gists as after the text itself.
 
     Several processes train together under `torchrun --nproc-per-node 2 -- $(which mc) train gist ...`. The run's folder
-    holds the checkpoint, a log, and a plot of the losses at the end. Kinds projected and embedding share GistNet's vectors: training one moves the other's.
+    holds the checkpoint, a log, and a plot of the losses at the end. Kinds projected and embedding share GistNet's
+    vectors: training one moves the other's.
 
     Example: mc train gist books/=2 docs/ --run runs/gist --out gist.safetensors --minutes 60
     """
