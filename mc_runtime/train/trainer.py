@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mc_runtime.errors import InputError
 
+from .freed_memory import give_back_freed_memory
+
 STATE, LOG = "state.pt", "log.jsonl"
 BETAS = (0.9, 0.95)
 
@@ -107,6 +109,7 @@ class Trainer:
                     file.write(json.dumps(line) + "\n")
             if self.step % self.options.save_every == 0:
                 self.save()
+                give_back_freed_memory()
         self.save()
         return line
 
