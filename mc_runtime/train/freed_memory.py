@@ -1,9 +1,8 @@
 """Memory that a training step frees, kept for the next one.
 
 glibc gives large blocks back to the system at once, and a step asks for hundreds of them again: a fault for each page,
-which was a fifth of the time of a step on a CPU. But blocks of ever other sizes leave ever more holes in a heap that never
-shrinks: two processes on 24 GB came to 10 GB each, of which a step used a third. So what lies free is given back once
-in a while.
+which was a fifth of the time of a step on a CPU. But a heap that never shrinks gets holes of ever other sizes: two
+processes on 24 GB grew to 10 GB each within half an hour. So what lies free is given back once in a while.
 """
 
 from __future__ import annotations
