@@ -109,7 +109,7 @@ def gist(
         with console.status("tokenising"):
             corpora = [Corpus.open(p, loaded.tokenizer, cache_dir() / "tokens", weight=w) for p, w in files]
         net = GistNet.untrained(decoder, block_size) if start is None else GistNet.load(start, decoder, block_size)
-        if settings.kind == "pooled":
+        if settings.kind != "embedding":
             settings = replace(settings, gist_bias=net.gist_bias if gist_bias is None else gist_bias)
             net = replace(net, gist_bias=settings.gist_bias)
         elif gist_bias:

@@ -33,7 +33,7 @@ DEFAULT_LR: dict[GistKind, float] = {"pooled": 3e-3, "projected": 6e-4, "embeddi
 ONLY = {
     "gists": ("pooled",),
     "train_levels": ("pooled",),
-    "gist_bias": ("pooled",),
+    "gist_bias": ("pooled", "projected"),
     "width": ("projected", "embedding"),
     "layers": ("projected", "embedding"),
     "pool": ("projected", "embedding"),

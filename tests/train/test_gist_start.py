@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_gist_makers import maker_of
 from typer.testing import CliRunner
@@ -149,6 +150,19 @@ def test_all_kinds_into_one_file(train: Callable[..., Path], tmp_path: Path, mod
     # A finished run has nothing left to do; its ridge start is not made again, its weights are read from the state.
     again = train("both", *SHORT, "--kind", "projected", "--rank", 8, "--start", pooled, *narrow)
     assert all(torch.equal(x, b[name]) for name, x in load_file(again).items())
+
+
+def test_projected_gists_are_trained_at_the_weight_of_the_file(train: Callable[..., Path]) -> None:
+    """A memory weighs gists of both kinds alike: by what the file says, which the training of a projector keeps."""
+    pooled = train("pooled", *SHORT, "--gist-bias", -1)
+    narrow = ("--width", 64, "--layers", 0, "--rank", 8, "--ridge-blocks", 1000, "--keep-vectors")
+    made = {}
+    for name, more in (("kept", ()), ("other", ("--gist-bias", 0))):
+        path = train(name, *SHORT, "--kind", "projected", "--start", pooled, *narrow, *more)
+        with safe_open(path, "pt") as file:
+            made[name] = float(file.metadata()["gist_bias"]), file.get_tensor("project/up")
+    assert [bias for bias, _ in made.values()] == [-1.0, 0.0]
+    assert not torch.equal(made["kept"][1], made["other"][1])
 
 
 def test_other_shapes(train: Callable[..., Path], model: LoadedModel) -> None:
