@@ -171,8 +171,9 @@ private:
         const int64_t panels = panels_of(rows.count), work = rows.count * x_.dims;
         Buffer panel(matmul_ ? panels * panel_bytes(kBF16, x_.dims) / 4 : x_.dims * columns);
         if (matmul_) {
+            const Scratch<char> narrow(rows.count * x_.dims * 2);  // before threads start, which must not throw
             split(panels, 1, work,
-                  [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, panel.get()); });
+                  [&](int64_t first, int64_t end) { pack_pairs(ops_, rows, first, end, narrow.get(), panel.get()); });
         } else {
             split(x_.dims, kPad, work,
                   [&](int64_t first, int64_t end) { turn(rows, columns, first, end, panel.get()); });
