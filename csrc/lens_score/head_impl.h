@@ -170,7 +170,12 @@ inline void score_entries(const ScoreRun& a, const float* products, int64_t firs
     std::memcpy(t.direct, t.turned + vectors * kTile, static_cast<size_t>(h.direct * kTile) * sizeof(float));
     for (int64_t n = 0; n < count; ++n) {
         const char* row = a.features + (first + n) * a.features_step;
-        for (int64_t f = 0; f < h.features; ++f) std::memcpy(t.features + f * kTile + n, row + f * 4, 4);
+        for (int64_t f = 0; f < h.features; ++f) {
+            float x;
+            std::memcpy(&x, row + f * 4, 4);
+            // Of a NaN as it comes the upper half may be an infinity's (pair_inputs).
+            t.features[f * kTile + n] = x == x ? x : __builtin_nanf("");
+        }
     }
     first_layer(a, t);
     for (int64_t i = 0; i < h.hidden; ++i) silu(t.hidden + i * kTile);
