@@ -27,9 +27,10 @@ int32_t guarded(Body&& body) noexcept {
         set_last_error(e.what());
         return e.status;
     } catch (const std::bad_alloc&) {
-        set_last_error("out of memory: no scratch for the call; nothing was written");
-        return MC_OUT_OF_MEMORY;
+    } catch (const std::length_error&) {  // of a vector: more than there can be
     }
+    set_last_error("out of memory: no scratch for the call; nothing was written");
+    return MC_OUT_OF_MEMORY;
 }
 
 }  // namespace mc

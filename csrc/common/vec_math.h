@@ -26,5 +26,13 @@ inline Vec exp2(Vec x) {
     return mul(y, power_of_two(t));
 }
 
+// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow: (positive part - negative part e^-|x|) by
+// (1 + e^-|x|). gist_encode has a shorter one, which is wrong for -infinity.
+inline Vec silu(Vec x) {
+    const Vec zero = Vec::all(0.0f), minus = sub(zero, x), above = greater(zero, x), below = greater(zero, minus);
+    const Vec e = exp2(mul(greater(x, minus), Vec::all(-kLog2E)));
+    return div(fnmadd(below, e, above), add(Vec::all(1.0f), e));
+}
+
 }  // namespace
 }  // namespace mc

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
+
 namespace mc {
 namespace {
 
@@ -27,18 +29,6 @@ struct F16 {
 struct BF16 {
     static constexpr int kBytes = 2;
 };
-
-inline float as_float(uint32_t u) {
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-
-inline uint32_t as_bits(float f) {
-    uint32_t u;
-    std::memcpy(&u, &f, 4);
-    return u;
-}
 
 inline float decode(F32, uint32_t u) { return as_float(u); }
 inline float decode(BF16, uint16_t u) { return as_float(static_cast<uint32_t>(u) << 16); }

@@ -89,6 +89,7 @@ void put_even_first(float* x, int64_t n) {
 
 void write_phase(const RowOps& ops, const Frequencies& f, const double* turns, int64_t position, double scale,
                  float* out) {
+    if (f.width == 0) return;  // nothing turns; there may be no `out`
     const int64_t used = f.interleaved ? 2 * f.half : f.half;
     ops.phases(turns, f.half, position, scale, f.interleaved, out);
     // Cosines, then sines, each to its padded place: from the end, the source is not overwritten.

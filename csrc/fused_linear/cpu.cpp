@@ -64,7 +64,6 @@ public:
     }
 
     void run() {
-        if (x_.rows == 0 || x_.outputs == 0) return;
         make_ready();
         const int64_t units = (x_.outputs + kUnit - 1) / kUnit;
         // A long stream for each thread, since every task begins with misses; and short ones, for who is done first.
@@ -167,6 +166,7 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
         const mc::Linear x = mc::check_fused_linear(*args);
         const mc::IsaLevel& level = mc::isa_level();
+        if (x.rows == 0 || x.outputs == 0) return;  // the other of the two may be more than there is memory for
         const mc::LinearOps& ops = mc::linear_ops(level);
         if (mc::serves_linear_tiles(*args, x, level, ops)) return mc::linear_tiles(*args, x, level, ops, n_threads);
         mc::Call(*args, x, ops, n_threads).run();

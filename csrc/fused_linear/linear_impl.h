@@ -117,14 +117,6 @@ void dot(const DotRows& a) {
     }
 }
 
-// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow: (positive part + negative part e^-|x|) by
-// (1 + e^-|x|).
-inline Vec silu(Vec x) {
-    const Vec zero = Vec::all(0.0f), above = greater(zero, x), below = greater(zero, sub(zero, x));
-    const Vec e = exp2(mul(sub(zero, add(above, below)), Vec::all(kLog2E)));
-    return div(fnmadd(below, e, above), add(Vec::all(1.0f), e));
-}
-
 template <class T>
 void finish(const FinishRow& a) {
     for (int64_t i = 0; i < a.n; i += Vec::kWidth) {

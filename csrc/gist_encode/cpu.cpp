@@ -84,6 +84,10 @@ void split_windows(const Encoding& e, int64_t n, int threads) {
     });
 }
 
+void check_there(const char* name, const void* p) {
+    if (!p) invalid(std::string(name) + ": expected an address, got NULL");
+}
+
 void check_threads(int32_t n) {
     if (n < 0) invalid("n_threads: expected at least 0, got " + std::to_string(n));
 }
@@ -116,6 +120,8 @@ void encode(const mc_gist_encode_args& a, const Packed& weights, int32_t n_threa
 
 extern "C" int32_t mc_gist_encode_packed_bytes(const mc_gist_encode_weights* weights, int32_t dtype, int64_t* bytes) {
     return mc::guarded([&] {
+        mc::check_there("weights", weights);
+        mc::check_there("bytes", bytes);
         const mc::Net net = mc::check_weights(*weights);
         *bytes = mc::Packed(net, mc::product_type(*weights, dtype, mc::isa_level()), nullptr).bytes();
     });
@@ -124,6 +130,7 @@ extern "C" int32_t mc_gist_encode_packed_bytes(const mc_gist_encode_weights* wei
 extern "C" int32_t mc_gist_encode_pack_cpu(const mc_gist_encode_weights* weights, int32_t dtype, void* packed,
                                            int64_t bytes, int32_t n_threads) {
     return mc::guarded([&] {
+        mc::check_there("weights", weights);
         const mc::Net net = mc::check_weights(*weights);
         mc::check_threads(n_threads);
         const mc::Packed out(net, mc::product_type(*weights, dtype, mc::isa_level()), static_cast<char*>(packed));
@@ -139,6 +146,7 @@ extern "C" int32_t mc_gist_encode_pack_cpu(const mc_gist_encode_weights* weights
 
 extern "C" int32_t mc_gist_encode_cpu(const mc_gist_encode_args* args, int32_t n_threads) {
     return mc::guarded([&] {
+        mc::check_there("args", args);
         mc::check_threads(n_threads);
         const mc::IsaLevel& level = mc::isa_level();
         const mc::Packed packed = mc::Packed::open(args->packed, args->packed_bytes);

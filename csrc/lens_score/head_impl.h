@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "bits.h"
 #include "product_impl.h"
 
 namespace mc {
@@ -33,23 +34,12 @@ struct HeadTile {
           pairs(reinterpret_cast<uint32_t*>(total + kTile)) {}
 };
 
-inline uint32_t bits_of(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    return u;
-}
-inline float float_of(uint32_t u) {
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
-}
-
 // log2 of finite x >= 2^-126: with m in [sqrt 1/2, sqrt 2), 2 atanh((m - 1) / (m + 1)), whose series errs by 4e-9.
 inline float log2_of(float x) {
     constexpr uint32_t kRootOfHalf = 0x3f3504f3;
-    const uint32_t u = bits_of(x) - kRootOfHalf;
+    const uint32_t u = as_bits(x) - kRootOfHalf;
     const float exponent = static_cast<float>(static_cast<int32_t>(u) >> 23);
-    const float m = float_of((u & 0x007fffff) + kRootOfHalf), s = (m - 1.0f) / (m + 1.0f), t = s * s;
+    const float m = as_float((u & 0x007fffff) + kRootOfHalf), s = (m - 1.0f) / (m + 1.0f), t = s * s;
     const float series = 1.0f + t * (0.333333333f + t * (0.2f + t * (0.142857143f + t * 0.111111111f)));
     return exponent + 2.0f * kLog2E * s * series;
 }
@@ -108,11 +98,11 @@ inline void pair_inputs(const float* inputs, int64_t count, uint32_t* out) {
             uint32_t* held = out + (n / kPanel * 2 * steps + i / 2) * kPanel;
             uint32_t* left = held + steps * kPanel;
             for (int64_t k = 0; k < kPanel; ++k) {
-                const uint32_t x = bits_of(a[n + k]), y = bits_of(b[n + k]);
-                const float p = a[n + k] - float_of(x & kUpper), q = b[n + k] - float_of(y & kUpper);
+                const uint32_t x = as_bits(a[n + k]), y = as_bits(b[n + k]);
+                const float p = a[n + k] - as_float(x & kUpper), q = b[n + k] - as_float(y & kUpper);
                 held[k] = x >> 16 | (y & kUpper);
                 // Of infinities nothing is left; NaNs stay ones in what is held.
-                left[k] = (p == p ? bits_of(p) >> 16 : 0) | (q == q ? bits_of(q) & kUpper : 0);
+                left[k] = (p == p ? as_bits(p) >> 16 : 0) | (q == q ? as_bits(q) & kUpper : 0);
             }
         }
     }
@@ -134,16 +124,6 @@ inline void first_layer(const ScoreRun& a, const HeadTile& t) {
         const uint32_t* w = t.pairs + n * steps;
         a.stream.matmul->multiply[kBF16]({h.in_pairs, h.in_pairs_step, h.hidden, reinterpret_cast<const char*>(w),
                                           kPanel * 4, steps, t.hidden + n, kTile, kPanel, true});
-    }
-}
-
-inline void silu(float* x) {
-    float e[kTile];
-    for (int64_t n = 0; n < kTile; ++n) e[n] = __builtin_fabsf(x[n]) * -kLog2E;
-    for (int64_t n = 0; n < kTile; n += Vec::kWidth) store(e + n, exp2(load(e + n)));
-    for (int64_t n = 0; n < kTile; ++n) {  // exp(-|x|) cannot overflow
-        const float above = x[n] < 0.0f ? e[n] : 1.0f;
-        x[n] = x[n] * above / (1.0f + e[n]);
     }
 }
 
@@ -170,10 +150,15 @@ inline void score_entries(const ScoreRun& a, const float* products, int64_t firs
     std::memcpy(t.direct, t.turned + vectors * kTile, static_cast<size_t>(h.direct * kTile) * sizeof(float));
     for (int64_t n = 0; n < count; ++n) {
         const char* row = a.features + (first + n) * a.features_step;
-        for (int64_t f = 0; f < h.features; ++f) std::memcpy(t.features + f * kTile + n, row + f * 4, 4);
+        for (int64_t f = 0; f < h.features; ++f) {
+            float x;
+            std::memcpy(&x, row + f * 4, 4);
+            // Of a NaN as it comes the upper half may be an infinity's (pair_inputs).
+            t.features[f * kTile + n] = x == x ? x : __builtin_nanf("");
+        }
     }
     first_layer(a, t);
-    for (int64_t i = 0; i < h.hidden; ++i) silu(t.hidden + i * kTile);
+    for (int64_t i = 0; i < h.hidden * kTile; i += Vec::kWidth) store(t.hidden + i, silu(load(t.hidden + i)));
     Gather last_layer{h.out, h.out_step, 1, t.hidden, kTile, h.hidden, t.scores, kTile, nullptr, h.out_bias};
     last_layer(2);
     write_scores(a, first, count, t.scores);

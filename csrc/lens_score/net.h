@@ -7,7 +7,6 @@
 
 #include "arrays.h"
 #include "matmul.h"
-#include "scratch.h"
 
 namespace mc {
 
@@ -38,14 +37,14 @@ inline void turn(const Rows& rows, int64_t columns, int64_t first, int64_t end, 
     }
 }
 
-// Panels [first, end) of all rows' in bf16, as matmul.h has them.
-inline void pack_pairs(const LensOps& ops, const Rows& rows, int64_t first, int64_t end, float* out) {
+// Panels [first, end) of all rows' in bf16, as matmul.h has them. narrow: scratch, all rows in bf16.
+inline void pack_pairs(const LensOps& ops, const Rows& rows, int64_t first, int64_t end, char* narrow, float* out) {
     const int64_t bytes = panel_bytes(kBF16, rows.size), step = rows.size * 2;
-    const Scratch<char> narrow(kPanel * step);
     for (int64_t i = first; i < end; ++i) {
         const int64_t n = std::min(kPanel, rows.count - i * kPanel);
-        for (int64_t r = 0; r < n; ++r) ops.narrow(rows.at(i * kPanel + r), rows.size, narrow.get() + r * step);
-        pack_panel(kBF16, narrow.get(), step, n, rows.size, kBF16, reinterpret_cast<char*>(out) + i * bytes);
+        char* to = narrow + i * kPanel * step;
+        for (int64_t r = 0; r < n; ++r) ops.narrow(rows.at(i * kPanel + r), rows.size, to + r * step);
+        pack_panel(kBF16, to, step, n, rows.size, kBF16, reinterpret_cast<char*>(out) + i * bytes);
     }
 }
 

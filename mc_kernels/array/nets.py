@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,21 +58,21 @@ class GistEncodeWeights:
         self.n_heads, self.target_rms, self.max_block_size = n_heads, target_rms, max_block_size
         self.pool, self.rope_theta = pool, rope_theta
         self._packed: dict[tuple[str, str], npt.NDArray[np.uint8]] = {}
-        self._lock = threading.Lock()
 
     def packed(self, dtype: str, n_threads: int) -> npt.NDArray[np.uint8]:
         """What the kernel reads for blocks of `dtype` at the instruction set level in use."""
         library, code = extension.library(), extension.dtype_code(dtype)
         key = dtype, library.cpu_isa()
-        with self._lock:
-            if key not in self._packed:
-                views = [x.view() for x in self.arrays]
-                size = library.gist_encode_packed_bytes(views, *self.constants, code)
-                memory = np.empty(size + ALIGNMENT - 1, dtype=np.uint8)
-                packed = memory[-memory.ctypes.data % ALIGNMENT :][:size]
-                library.gist_encode_pack(views, *self.constants, code, packed.ctypes.data, size, n_threads)
-                self._packed[key] = packed
-            return self._packed[key]
+        found = self._packed.get(key)
+        if found is not None:
+            return found
+        views = [x.view() for x in self.arrays]
+        size = library.gist_encode_packed_bytes(views, *self.constants, code)
+        memory = np.empty(size + ALIGNMENT - 1, dtype=np.uint8)
+        packed = memory[-memory.ctypes.data % ALIGNMENT :][:size]
+        library.gist_encode_pack(views, *self.constants, code, packed.ctypes.data, size, n_threads)
+        # No lock, which a child of fork() might find taken. Two threads may both pack: it costs time and nothing else.
+        return self._packed.setdefault(key, packed)
 
 
 def gist_encode(blocks: Any, weights: GistEncodeWeights, *, level: int = 1, n_threads: int = 0) -> Any:

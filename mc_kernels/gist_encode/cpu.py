@@ -8,6 +8,7 @@ in weights that require a gradient: those are packed in every call.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -34,8 +35,12 @@ class _PackedWeights:
     """Packed weights by the memory, version and use of what they were made from."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may run while its own thread holds it
         self._kept: OrderedDict[Any, tuple[Tensor, list[Any]]] = OrderedDict()
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """In a child of fork() the lock may be held by a thread that is not there."""
+        self._lock = threading.RLock()  # a finalizer may run while its own thread holds it
 
     def get(self, tensors: tuple[Tensor, ...], dtype: torch.dtype, *constants: Any) -> Tensor:
         library = native.library()
@@ -77,6 +82,8 @@ class _PackedWeights:
 
 
 _packed = _PackedWeights()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _packed.renew_lock())
 
 
 @register("gist_encode", "cpu", available=native.available, supports=_supports)

@@ -340,3 +340,24 @@ def test_the_base_call_is_accepted() -> None:
     native.library().fused_linear(**call.args)
     want = plain(call.x, call.weight, norm=call.norm, eps=0.0, bias=call.bias, swiglu=True, residual=call.residual)
     assert max_error(call.out, want) < 1e-5
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2**40, 2**57, 2**61])
+def test_rows_without_outputs_need_no_memory(rows: int, dtype: torch.dtype) -> None:
+    """However many views say that there are: nothing of them is read or kept."""
+    data = torch.zeros(64, dtype=dtype)
+    address, code = data.data_ptr(), native.dtype_code(dtype)
+    x, weight, out = ((address, code, (n, m), (0, 1)) for n, m in ((rows, 64), (0, 64), (rows, 0)))
+    native.library().fused_linear(x, weight, None, 0.0, None, False, None, out, 1)
+
+
+@needs_library
+def test_more_than_there_can_be_is_a_lack_of_memory() -> None:
+    """A vector refuses by another exception than the allocator: it ended the process."""
+    data = torch.zeros(64)
+    shapes = (2, 1), (2, 2**60), (1, 2**60)
+    out, x, weight = ((data.data_ptr() + 64 * i, 0, n, (int(i == 0), 1)) for i, n in enumerate(shapes))
+    with pytest.raises(MemoryError):
+        native.library().fused_linear(x, weight, None, 0.0, None, False, None, out, 1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -209,3 +212,28 @@ def test_weights_that_are_trained_are_packed_anew() -> None:
         after = gist_encode(blocks, trained, backend="cpu")
         torch.testing.assert_close(after, gist_encode(blocks, trained, backend="ref"), rtol=1e-4, atol=1e-5)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    blocks, weights = GISTS.make(torch.bfloat16)
+    want = gist_encode(blocks, weights, backend="cpu")
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with cpu._packed._lock:
+            held.set()
+            go_on.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        got = gist_encode(blocks, weights, backend="cpu")
+        os._exit(0 if (got.view(torch.int16).numpy() == want.view(torch.int16).numpy()).all() else 3)
+    status = os.waitpid(child, 0)[1]
+    go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -205,7 +205,10 @@ def test_features_that_are_not_finite_stay_with_their_entry(backend: str) -> Non
     rest = weights.tensors()
     want = call(weights, None, (entries, features, queries, *rest), backend)
     others = torch.arange(LONG.entries) != 70
-    for odd, score in ((float("inf"), float("inf")), (float("-inf"), float("nan")), (float("nan"), float("nan"))):
+    # A signalling NaN whose upper half is an infinity's.
+    low = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)
+    inf, nan = float("inf"), float("nan")
+    for odd, score in ((inf, inf), (-inf, nan), (nan, nan), (low, nan)):
         marked = features.clone()
         marked[70, 1] = odd
         out = call(weights, None, (entries, marked, queries, *rest), backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -271,3 +272,16 @@ def test_the_base_call_is_accepted() -> None:
         call.run()
         assert torch.equal(call.tensors["v"][..., 1:4, :], before[..., 2:5, :])
         assert torch.equal(call.tensors["v"][..., 5, :], before[..., 5, :])
+
+
+@built
+def test_no_arguments_at_all_are_refused() -> None:
+    library = ctypes.CDLL(str(extension.FOLDER / f"libmc_kernels.{'dylib' if sys.platform == 'darwin' else 'so'}"))
+    library.mc_last_error.restype = ctypes.c_char_p
+    ops = ("kv_splice", "context_attention", "gist_pool", "collapse", "fused_linear", "decoder_layers", "lens_score")
+    for op in (*ops, "gist_encode"):
+        assert getattr(library, f"mc_{op}_cpu")(None, 1) == 1, op
+        assert library.mc_last_error() == b"args: expected an address, got NULL"
+    assert library.mc_gist_encode_pack_cpu(None, 2, None, ctypes.c_int64(0), 1) == 1
+    assert library.mc_gist_encode_packed_bytes(None, 2, None) == 1
+    assert library.mc_last_error() == b"weights: expected an address, got NULL"
