@@ -116,10 +116,10 @@ class SessionLife:
         *,
         fast: bool,
         progress: Progress | None = None,
-        score: float | None = None,
+        scores: Sequence[float | None] | None = None,
     ) -> list[Document]:
         documents = ingest_documents(
-            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, score=score
+            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, scores=scores
         )
         self.retrieval.update()  # now, where time goes with the text, and not when the first question waits
         return documents
