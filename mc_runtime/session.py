@@ -146,10 +146,11 @@ class Session(SessionLife):
 
     def focus_on(self, target: str | Span | None) -> None:
         """A hint: bring what matches a text, or a span of tokens, into detail now. A span keeps a claim on the budget
-        until the next hint; None takes it back. A document or a hit of `search` stands for its span."""
+        until the next hint, a text too; None takes it back. A document or a hit of `search` stands for its span."""
         self._check_idle()
-        if target is None:
+        if target is None or isinstance(target, str):
             self.focus.hints = {}
+        if target is None:
             return
         query = target if isinstance(target, str) else ""
         label = query
