@@ -102,8 +102,10 @@ class StopStrings:
             _, start = min(found)
             shown, self._held, self.hit = self._held[:start], "", True
             return shown
-        keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        held = len(self._held)  # a stop string may be far longer
+        starts = (n for s in self.stop for n in range(1, min(len(s), held + 1)) if self._held.endswith(s[:n]))
+        keep = max(starts, default=0)
+        shown, self._held = self._held[: held - keep], self._held[held - keep :]
         return shown
 
     def flush(self) -> str:

@@ -148,6 +148,21 @@ def test_stop_strings_cut_as_if_the_text_were_whole(pieces: list[str], stop: lis
     assert shown == cut("".join(pieces), tuple(stop))
 
 
+def test_a_long_stop_string_costs_what_the_text_does() -> None:
+    """One of a megabyte is compared with no more than what is there."""
+
+    class Counted(str):
+        taken = 0
+
+        def __getitem__(self, index: Any) -> str:
+            Counted.taken += 1
+            return str(self)[index]
+
+    stops = StopStrings((Counted("a" * 5000),))
+    assert stops.push("a" * 20 + "b" * 20) == "a" * 20 + "b" * 20
+    assert Counted.taken <= 50
+
+
 def test_a_session_stops_at_a_stop_string(memory: Callable[..., Session]) -> None:
     session = memory("one")
     full = session.generate("and the sea?", max_new_tokens=60)
