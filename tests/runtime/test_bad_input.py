@@ -15,6 +15,7 @@ from tiny import tiny_model
 from mc_runtime import MegaContextError, MemoryConfig, Session
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.errors import BudgetError, InputError, ModelError, TreeError
+from mc_runtime.focus import RecencyPolicy
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 
@@ -40,6 +41,10 @@ Memory = Callable[..., Session]
         ({"ingest_chunk": "x"}, "ingest_chunk: expected an integer"),
         ({"archive_kv": 1.5}, "archive_kv: expected an integer"),
         ({"policy": "best"}, "policy: expected one of .*, got 'best'"),
+        ({"policy": 5}, "policy: expected a name or an object with `needs_mass` and `utilities`, got int"),
+        ({"policy": RecencyPolicy}, "policy: expected a name or an object .*, got the class RecencyPolicy"),
+        ({"config": {"budget": 512}}, "config: expected a MemoryConfig, got dict"),
+        ({"ingest_chunk": 8000}, "ingest_chunk: .* more than the 4096 positions .* give a smaller ingest_chunk"),
         ({"system_prompt": None}, "system_prompt: expected text"),
         ({"focus": "sharp"}, "focus: expected FocusParams"),
     ],
@@ -158,7 +163,8 @@ def test_a_system_prompt_that_leaves_no_room(memory: Memory, tmp_path: Path) -> 
         BudgetError, "system_prompt: its 1010 tokens always stay .* give a shorter one, or a budget of at least"
     ):
         memory(system_prompt="x" * 1000)
-    session = memory(system_prompt="x" * 100)  # and the folder can still be used
+    assert not (tmp_path / "memory").exists()
+    session = memory(system_prompt="x" * 100, block_size=16)  # and the folder can still be used, by any settings
     session.generate("hello", max_new_tokens=12)
     check_session(session)
 
