@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import check_session, kv_by_rank, refused, words
@@ -70,6 +71,14 @@ def test_settings_override_a_config(tmp_path: Path, model: LoadedModel) -> None:
         (lambda s: s.generate("hi", max_tokens=3), "sampling: max_tokens: expected max_new_tokens, "),
         (lambda s: s.generate("hi", temperature=-1), "temperature: expected"),
         (lambda s: s.generate("hi", stop="x"), "stop: expected a tuple"),
+        (lambda s: s.generate("hi", temperature=10**400), "temperature: expected"),
+        (lambda s: s.generate("hi", seed=True), "seed: expected"),
+        (lambda s: s.ingest({"title": "a", "text": "b"}), "source: expected a path, text, .* got dict"),
+        (lambda s: s.ingest({"one", "two"}), "source: expected a path, text, .* got set"),
+        (lambda s: s.ingest(torch.ones(3, dtype=torch.bfloat16)), "source: expected a list of integer token ids"),
+        (lambda s: s.ingest(torch.ones(3, requires_grad=True)), "source: expected a list of integer token ids"),
+        (lambda s: s.ingest_evidence([{"text": "a", "score": 10**400}]), "hits.0.: expected a finite number"),
+        (lambda s: s.ingest_evidence([{"text": "a", "score": np.complex64(1)}]), "hits.0.: expected a finite number"),
         (lambda s: s.ingest("text", mode="slow"), "mode: expected one of contextual, fast, got 'slow'"),
         (lambda s: s.generate(None), "prompt: expected text, or a list of texts, .* got NoneType"),
         (lambda s: s.generate(Path("question.txt")), "prompt: expected text, or a list of texts, .* got PosixPath"),

@@ -112,6 +112,7 @@ def test_seeds() -> None:
     [
         {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"temperature": -1}, {"temperature": float("nan")},
         {"temperature": "hot"}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": None}, {"top_k": -1}, {"top_k": 2.0},
+        {"max_new_tokens": True}, {"seed": True},
         {"seed": "x"}, {"seed": 2**70}, {"seed": -1}, {"stop": "text"}, {"stop": ("",)}, {"stop": (3,)}, {"stop": None},
     ],
     ids=str,
