@@ -6,6 +6,8 @@ Without arguments: every op, every backend that this machine has, a handful of n
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,7 +81,11 @@ def ops(
     if plot is not None:
         require_matplotlib()
     begin = time.perf_counter()
+    if not re.fullmatch(r"(cpu|cuda)(:[0-9]+)?", device):
+        raise typer.BadParameter(f"--device: expected cpu or cuda, got {device}")
     where = torch.device(device)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise typer.BadParameter(f"--seconds: expected a number above 0, got {seconds}")
     if where.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device: expected a device that is here, got cuda (no CUDA device)")
     if unknown := [b for b in backend or () if b not in BACKENDS]:

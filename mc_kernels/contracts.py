@@ -30,8 +30,13 @@ class Strided(Protocol):
 
 @functools.singledispatch
 def describe(value: object) -> str:
-    """What came, in a few words."""
-    return f"{type(value).__name__} {value!r}"
+    """What came, in a few words. Plans, specs and weights exist twice, on tensors and on arrays: they are told apart by
+    their full names, without their numbers."""
+    kind = type(value)
+    if kind.__module__.startswith("mc_kernels.") and not isinstance(value, tuple):
+        arrays = kind.__module__.startswith(("mc_kernels.array.", "mc_kernels.splicing"))
+        return f"a mc_kernels.{'array.' if arrays else ''}{kind.__name__}"
+    return f"{kind.__name__} {value!r}"
 
 
 def is_finite(value: float) -> bool:

@@ -2,8 +2,8 @@
 
 A head's first D_rot dimensions are D_rot/2 pairs; pair b at position p is rotated by the angle p * inv_freq[b].
 `interleaved=False` pairs dimension b with b + D_rot/2 (GPT-NeoX, Llama in Hugging Face layout), `True` pairs 2b with
-2b + 1 (GPT-J). Dimensions beyond D_rot pass unchanged (partial rotary). `attention_scaling` is YaRN's magnitude
-(Peng et al. 2023): it multiplies a *fresh* rotation of queries and keys, never a re-rotation.
+2b + 1 (GPT-J). Dimensions beyond D_rot are not rotated (partial rotary). `attention_scaling` is YaRN's magnitude
+(Peng et al. 2023): it multiplies a *fresh* rotation of queries and keys, all dimensions of them, never a re-rotation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class RopeSpec:
 
     inv_freq: [D_rot/2] or, where layers differ, [R, D_rot/2] (R: rows of a cache: layers x batch), radians per
         position, fp32 or fp64.
-    interleaved: pairing of dimensions, see the module.
-    attention_scaling: magnitude of a freshly rotated vector.
+    interleaved: pairs dimension 2b with 2b + 1 (GPT-J) instead of b with b + D_rot/2 (Llama in Hugging Face layout).
+    attention_scaling: magnitude of a freshly rotated vector (YaRN): multiplies all dimensions, also those beyond D_rot.
+        Models that are partially rotary and scale the rotated dimensions alone (Hugging Face's Phi-4-mini) are not
+        served by it.
     """
 
     inv_freq: Tensor

@@ -39,16 +39,16 @@ def ingest_documents(
     *,
     fast: bool,
     progress: Progress | None = None,
-    score: float | None = None,
+    scores: Sequence[float | None] | None = None,
 ) -> list[Document]:
-    """Write documents (text and kind of each) and all their nodes in one transaction: if anything fails, tree and
-    builder are as before."""
+    """Write documents (text and kind of each, score where it has one) and all their nodes in one transaction: if
+    anything fails, tree and builder are as before."""
     stop, written = tree.length, []
     try:
         with tree.begin() as transaction:
             ids = np.concatenate([source.ids for source, _ in parts])
             ingest_tokens(tree, transaction, builder, engine, config, ids, fast=fast, progress=progress)
-            for source, kind in parts:
+            for (source, kind), score in zip(parts, scores or [None] * len(parts), strict=True):
                 start, stop = stop, stop + len(source.ids)
                 document = transaction.add_document(
                     kind=kind,
@@ -112,7 +112,10 @@ def fast_nodes(engine: CacheEngine, net: GistNet, blocks: Tokens) -> Iterator[No
 def contextual_nodes(
     tree: Tree, engine: CacheEngine, net: GistNet, config: MemoryConfig, first: int, tokens: Tokens
 ) -> Iterator[Nodes]:
-    """Nodes of whole blocks `tokens`, which stand at `first` in the history, read in its context."""
+    """Nodes of whole blocks `tokens`, which stand at `first` in the history, read in its context. None are no work: the
+    context is not read either."""
+    if not len(tokens):
+        return
     size, window = config.block_size, config.ingest_window
     chunk = _Chunks(engine, sink=size, window=window, chunk=config.ingest_chunk)
     if first:

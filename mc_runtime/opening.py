@@ -32,6 +32,8 @@ class Parts:
 def read_settings(config: MemoryConfig | None, settings: Mapping[str, Any], *, has_lensnet: bool) -> MemoryConfig:
     """`config` with `settings` in place of its fields; refuses unknown ones, unknown policies, and weights of LensNet
     (`has_lensnet`) that the policy does not use."""
+    if config is not None and not isinstance(config, MemoryConfig):
+        raise InputError(f"config: expected a MemoryConfig, got {type(config).__name__}")
     try:
         config = replace(config or MemoryConfig(), **settings)
     except TypeError as error:
@@ -56,10 +58,8 @@ def load_parts(
     engine: see `make_engine`."""
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     c, size = loaded.config, config.block_size
-    for name, needed in (
-        ("budget", config.budget),
-        ("ingest_window", size + config.ingest_window + config.ingest_chunk),
-    ):
+    larger = "ingest_window" if config.ingest_window >= config.ingest_chunk else "ingest_chunk"
+    for name, needed in (("budget", config.budget), (larger, size + config.ingest_window + config.ingest_chunk)):
         if needed > c.max_positions:
             raise InputError(
                 f"{name}: {needed} slots are more than the {c.max_positions} positions that the model was trained "
@@ -86,6 +86,14 @@ def load_parts(
         gistnet=net.fingerprint,
     )
     return Parts(loaded, make_engine(engine, decoder), net, lens, spec)
+
+
+def check_policy(policy: object) -> None:
+    """Refuse what is no focus policy, a class of policies too, before a memory is opened with it."""
+    missing = [name for name in ("needs_mass", "utilities") if not hasattr(policy, name)]
+    if isinstance(policy, type) or missing:
+        got = f"the class {policy.__name__}" if isinstance(policy, type) else type(policy).__name__
+        raise InputError(f"policy: expected a name or an object with `needs_mass` and `utilities`, got {got}")
 
 
 def check_room(head: int, config: MemoryConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed"):
+            if isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1):
             raise InputError(f"max_new_tokens: expected an integer of at least 1, got {self.max_new_tokens!r}")
         for name in ("temperature", "top_p"):
@@ -31,7 +34,7 @@ class SamplingParams:
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if not (self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**63)):
             raise InputError(f"seed: expected None or an integer from 0 to 2**63 - 1, got {self.seed!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= sys.float_info.max:
             raise InputError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p: expected a number above 0, up to 1, got {self.top_p!r}")
@@ -102,8 +105,10 @@ class StopStrings:
             _, start = min(found)
             shown, self._held, self.hit = self._held[:start], "", True
             return shown
-        keep = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        held = len(self._held)  # a stop string may be far longer
+        starts = (n for s in self.stop for n in range(1, min(len(s), held + 1)) if self._held.endswith(s[:n]))
+        keep = max(starts, default=0)
+        shown, self._held = self._held[: held - keep], self._held[held - keep :]
         return shown
 
     def flush(self) -> str:

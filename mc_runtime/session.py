@@ -76,16 +76,17 @@ class Session(SessionLife):
         return self._ingest(parts, fast=self.config.ingest == "fast") if parts else []
 
     def ingest_evidence(self, hits: Iterable[Mapping[str, Any] | Hit]) -> list[Document]:
-        """Remember retrieved passages: mappings with `text`, and `source` and `score` where known.
+        """Remember retrieved passages: mappings with `text`, and `source` and `score` where known; all or nothing.
 
-        They are part of the history from then on, at full detail until the focus moves.
+        They are part of the history from then on, with the claim on the budget of a span in `focus_on`.
         """
         self._check_idle()
         passages = read_evidence(hits, self.model.tokenizer)
-        fast = self.config.ingest == "fast"
-        documents = [self._ingest([(s, "evidence")], fast=fast, score=score)[0] for s, score in passages]
-        if documents:
-            self.focus.hint_span(documents[0].start, documents[-1].stop)
+        if not passages:
+            return []
+        sources, scores = [(source, "evidence") for source, _ in passages], [score for _, score in passages]
+        documents = self._ingest(sources, fast=self.config.ingest == "fast", scores=scores)
+        self.focus.hint_span(documents[0].start, documents[-1].stop)
         return documents
 
     # -- out of the memory ------------------------------------------------------------------------------------------
@@ -145,10 +146,11 @@ class Session(SessionLife):
 
     def focus_on(self, target: str | Span | None) -> None:
         """A hint: bring what matches a text, or a span of tokens, into detail now. A span keeps a claim on the budget
-        until the next hint; None takes it back. A document or a hit of `search` stands for its span."""
+        until the next hint, a text too; None takes it back. A document or a hit of `search` stands for its span."""
         self._check_idle()
-        if target is None:
+        if target is None or isinstance(target, str):
             self.focus.hints = {}
+        if target is None:
             return
         query = target if isinstance(target, str) else ""
         label = query

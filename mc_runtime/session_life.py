@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -23,12 +24,13 @@ from .gists import gist_reader
 from .ingest import Progress, ingest_documents
 from .model import DEFAULT_MODEL, LoadedModel
 from .nodes import NodeBuilder
-from .opening import Parts, check_room, load_parts, read_settings
+from .opening import Parts, check_policy, check_room, load_parts, read_settings
 from .retrieval import BlockIndex
 from .shipped import SHIPPED
 from .snapshot import load_snapshot, save_snapshot
 from .sources import Source
 from .tree import Document, Tree
+from .tree.layout import CATALOGUE
 
 logger = logging.getLogger("mc_runtime")
 
@@ -81,11 +83,15 @@ class SessionLife:
         """
         if isinstance(policy, str):
             settings["policy"], policy = policy, None
+        elif policy is not None:
+            check_policy(policy)
         config = read_settings(config, settings, has_lensnet=lensnet is not None)
         parts = load_parts(model, config, gistnet, lensnet, engine)
         if config.gist_bias is None:
             asked = parts.gistnet.gist_bias if config.gist_kind == "pooled" else 0.0
             config = replace(config, gist_bias=asked)
+        if not os.path.exists(Path(path) / CATALOGUE):
+            _head_ids(parts.model, config)  # what cannot be made leaves no empty memory with settings of its own
         tree = Tree.open(path, parts.spec)
         try:
             session = cls(Path(path), tree, config, parts)
@@ -98,11 +104,8 @@ class SessionLife:
 
     def _write_head(self) -> None:
         """The system prompt opens the history; its first token is the attention sink."""
-        ids = np.asarray(self.model.chat.system_ids(self.config.system_prompt), np.int64)
-        if not len(ids):
-            raise InputError("system_prompt: expected text that gives at least one token, got none")
-        check_room(len(ids), self.config)
-        self._ingest([(Source(ids, "system prompt", None), "system")], fast=False)
+        ids = _head_ids(self.model, self.config)
+        self._ingest([(Source(np.asarray(ids, np.int64), "system prompt", None), "system")], fast=False)
 
     def _compare_head(self) -> None:
         head, given = self.tree.documents()[0], self.config.system_prompt
@@ -116,10 +119,10 @@ class SessionLife:
         *,
         fast: bool,
         progress: Progress | None = None,
-        score: float | None = None,
+        scores: Sequence[float | None] | None = None,
     ) -> list[Document]:
         documents = ingest_documents(
-            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, score=score
+            self.tree, self.builder, self.engine, self.config, parts, fast=fast, progress=progress, scores=scores
         )
         self.retrieval.update()  # now, where time goes with the text, and not when the first question waits
         return documents
@@ -157,3 +160,12 @@ class SessionLife:
             raise InputError("session: it is closed; open the memory again")
         if self._streaming:
             raise InputError("session: an answer is still streaming; exhaust or close its iterator first")
+
+
+def _head_ids(model: LoadedModel, config: MemoryConfig) -> list[int]:
+    """Tokens of the system prompt. Raises InputError and BudgetError for one that no memory can begin with."""
+    ids = model.chat.system_ids(config.system_prompt)
+    if not len(ids):
+        raise InputError("system_prompt: expected text that gives at least one token, got none")
+    check_room(len(ids), config)
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
         text, name = source, title or _first_words(source)
     elif isinstance(source, np.ndarray | torch.Tensor):
         return Source(_check_ids(source, tokenizer), title or "token ids", None)
-    elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray):
+    elif isinstance(source, Iterable) and not isinstance(source, bytes | bytearray | Mapping | set | frozenset):
         pieces = list(source)
         if pieces and not any(isinstance(piece, str) for piece in pieces):
             return Source(_check_ids(pieces, tokenizer), title or "token ids", None)
@@ -72,7 +73,7 @@ def read_evidence(hits: Iterable[object], tokenizer: Tokenizer) -> list[tuple[So
         text, score = fields.get("text"), fields.get("score")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"hits[{number}]: expected a mapping with a non-empty 'text', got {hit!r}")
-        if score is not None and not (isinstance(score, int | float | np.number) and np.isfinite(score)):
+        if score is not None and not _is_finite(score):
             raise InputError(f"hits[{number}]: expected a finite number as 'score', got {score!r}")
         origin = str(fields["source"]) if fields.get("source") is not None else None
         ids = np.asarray(tokenizer.encode(text.rstrip() + "\n\n"), np.int64)
@@ -80,6 +81,13 @@ def read_evidence(hits: Iterable[object], tokenizer: Tokenizer) -> list[tuple[So
             (Source(ids, origin or f"passage {number + 1}", origin), None if score is None else float(score))
         )
     return passages
+
+
+def _is_finite(number: object) -> bool:
+    try:
+        return isinstance(number, int | float | np.integer | np.floating) and math.isfinite(number)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def read_text(path: Path) -> str:
@@ -120,6 +128,9 @@ def _first_words(text: str) -> str:
 
 def _check_ids(given: object, tokenizer: Tokenizer) -> NDArray[np.int64]:
     try:
+        if isinstance(given, torch.Tensor):  # also one that NumPy has no dtype for, to be named below
+            given = given.detach().cpu()
+            given = given.float() if given.is_floating_point() else given
         ids: NDArray[np.generic] = np.asarray(given)
     except ValueError as error:
         raise InputError(f"source: expected a list of integer token ids, got a nested one ({error})") from error

@@ -18,7 +18,7 @@ class RopeSpec:
     inv_freq: [D_rot/2] or, where layers differ, [R, D_rot/2] (R: rows of a cache: layers x batch), radians per
         position, fp32 or fp64, any kind of array; kept as contiguous fp64.
     interleaved: pairs dimension 2b with 2b + 1 (GPT-J) instead of b with b + D_rot/2 (Llama in Hugging Face layout).
-    attention_scaling: magnitude of a freshly rotated vector (YaRN).
+    attention_scaling: magnitude of a freshly rotated vector (YaRN): multiplies all dimensions, also those beyond D_rot.
 
     Raises TypeError (dtype) or ValueError (shape, value).
     """

@@ -139,7 +139,7 @@ def kv_splice_(
     Not differentiable: with gradients enabled, tensors that require them are refused.
     Source: RoFormer (Su et al. 2021); re-rotation composes because rotations by p and d multiply to one by p + d.
     """
-    plans = (plan,) if isinstance(plan, SplicePlan) else tuple(plan)
+    plans = tuple(plan) if not isinstance(plan, SplicePlan) and isinstance(plan, Sequence) else (plan,)
     kk, vv, n_rows, n_slots = check_cache(k, v, k_new, v_new, pages)
     row_plans = check_plans(plans, rows, n_rows, n_slots, k_new.shape[2])
     check_positions("positions", positions, rope, [p.length for p in plans], k.device)

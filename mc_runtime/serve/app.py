@@ -55,7 +55,8 @@ class ServeApp(FastAPI):
         ) -> Response:
             self._check_model(body.model)
             sampling = body.sampling(settings.sampling)
-            folder = folder_of(memory_name(x_session_id, body.user))
+            given_as = "user" if x_session_id is None else "X-Session-ID"
+            folder = folder_of(memory_name(x_session_id, body.user), given_as)
             assert self.service is not None, "requests come between startup and shutdown"
             completion = self.service.start(folder, Conversation.of(body.messages), sampling)
             envelope = Envelope(f"chatcmpl-{uuid.uuid4().hex}", settings.model_name, model.fingerprint)

@@ -28,10 +28,11 @@ class Work(Protocol):
 
 
 class OpenMemory:
-    """A session, and the turns that it holds."""
+    """A session, and the turns that it holds. head_is_new: the memory was made for the request that comes next, with
+    its instructions."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, head_is_new: bool) -> None:
+        self.session, self.head_is_new = session, head_is_new
         self.history = History(session.tree, session.model)
 
 
@@ -82,7 +83,8 @@ class Memories:
     def _open_memory(self, folder: str, instructions: str | None) -> OpenMemory:
         """In the worker's thread."""
         root, session = self.settings.root, dict(self.settings.session)
-        if not (root / folder).exists():
+        new = not (root / folder).exists()
+        if new:
             if sum(entry.is_dir() for entry in root.iterdir()) >= self.settings.max_memories:
                 raise ApiError(
                     429,
@@ -93,7 +95,7 @@ class Memories:
             if instructions is not None:
                 session["system_prompt"] = instructions
                 check_instructions(instructions, self.model, session.get("budget"))
-        return OpenMemory(Session.open(root / folder, self.model, **session))
+        return OpenMemory(Session.open(root / folder, self.model, **session), new and instructions is not None)
 
 
 def check_instructions(text: str, model: LoadedModel, budget: int | None) -> None:

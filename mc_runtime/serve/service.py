@@ -137,7 +137,10 @@ class Service:
                 f"{self.settings.max_memory_tokens}",
                 code="memory_full",
             )
-        completion.usage = Usage(prompt=reading.total, read=reading.read, completion=0)
+        # The head of a memory that was made just now was read for this request, although the memory holds it by now.
+        head = count if text is not None and memory.head_is_new else 0
+        memory.head_is_new = False
+        completion.usage = Usage(prompt=reading.total, read=reading.read + head, completion=0)
         if text is not None:
             self._instruct(memory, text, held)
         session.ingest_messages([message for turn in reading.new for message in turn.messages()])

@@ -300,6 +300,10 @@ def test_a_wrong_peer_does_not_fail_the_run(tiny_cli: Callable[..., Any], monkey
         (["--dtype", "fp8"], "fp8"),
         (["--peers", "nobody"], "nobody"),
         (["--out", "report.txt"], "report.txt"),
+        (["--device", "tpu"], "tpu"),
+        (["--device", "meta"], "meta"),
+        (["--seconds", "0"], "--seconds"),
+        (["--seconds", "nan"], "nan"),
     ],
 )
 def test_cli_names_what_it_cannot_take(tiny_cli: Callable[..., Any], arguments: list[str], message: str) -> None:

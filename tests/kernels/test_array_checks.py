@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Callable[[dict[str, Any]], Any]], type[Except
     "new in k": ({"k_new": lambda a: a["k"][:, :, :1]}, ValueError, "k_new: expected memory apart from k"),
     "torch's plan": (
         {"plan": lambda a: __import__("mc_kernels").SplicePlan.from_edits(5, [], capacity=6)}, TypeError,
-        "expected a SplicePlan",
+        "expected a SplicePlan, got a mc_kernels.SplicePlan",
     ),
     "capacity": (
         {"plan": lambda a: SplicePlan.from_edits(5, [Edit(1, 2, 1)], capacity=7)}, ValueError, "plan: expected cap",

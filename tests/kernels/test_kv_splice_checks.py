@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from splice_model import same_bits
 from torch import Tensor
 
-from mc_kernels import BackendError, Edit, PageTable, RopeSpec, SplicePlan, kv_splice_
+from mc_kernels import BackendError, Edit, PageTable, RopeSpec, SplicePlan, array, kv_splice_
 from mc_kernels.checks import can_read
 from mc_kernels.kv_splice import checks
 from mc_kernels.kv_splice.op import pack_plans
@@ -83,6 +83,14 @@ REFUSED: dict[str, tuple[Callable[[], Args], type[Exception], str]] = {
         "plan: expected capacity <= 12",
     ),
     "not a plan": (lambda: {"plan": [PLAN, 3], "rows": [0] * R}, TypeError, "plan[1]: expected a SplicePlan"),
+    "plan None": (lambda: {"plan": None}, TypeError, "plan: expected a SplicePlan, got NoneType"),
+    "plan of arrays": (
+        lambda: {"plan": PLAN.arrays}, TypeError, "plan: expected a SplicePlan, got a mc_kernels.array.SplicePlan",
+    ),
+    "rope of arrays": (
+        lambda: {"rope": array.RopeSpec.from_theta(100.0, D)}, TypeError,
+        "rope: expected a RopeSpec or None, got a mc_kernels.array.RopeSpec",
+    ),
     "no plan": (lambda: {"plan": []}, ValueError, "plan: expected at least one"),
     "mixed": (lambda: {"plan": [PLAN, SLOTS], "rows": [0] * R}, ValueError, "plan[1]: expected discipline 'ordered'"),
     "rows missing": (lambda: {"plan": [PLAN, PLAN]}, ValueError, "rows: expected the plan of each of R=4"),

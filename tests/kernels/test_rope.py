@@ -66,6 +66,8 @@ def test_magnitude() -> None:
     scaled = RopeSpec(plain.inv_freq, attention_scaling=1.5)
     x, positions = normal(4, 8), torch.arange(4)
     torch.testing.assert_close(apply_rope(x, positions, scaled), 1.5 * apply_rope(x, positions, plain))
+    partial = RopeSpec(plain.inv_freq[:2], attention_scaling=1.5)
+    assert same_bits(apply_rope(x, positions, partial)[:, 4:], 1.5 * x[:, 4:])  # not rotated, and multiplied
     cos, sin = phases(positions, scaled.inv_freq)
     torch.testing.assert_close(rotate(x, cos, sin, False).norm(dim=-1), x.norm(dim=-1))  # a re-rotation has none
 

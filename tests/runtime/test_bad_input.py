@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import check_session, kv_by_rank, refused, words
@@ -15,6 +16,7 @@ from tiny import tiny_model
 from mc_runtime import MegaContextError, MemoryConfig, Session
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.errors import BudgetError, InputError, ModelError, TreeError
+from mc_runtime.focus import RecencyPolicy
 from mc_runtime.gistnet import GistNet
 from mc_runtime.model import LoadedModel
 
@@ -40,6 +42,10 @@ Memory = Callable[..., Session]
         ({"ingest_chunk": "x"}, "ingest_chunk: expected an integer"),
         ({"archive_kv": 1.5}, "archive_kv: expected an integer"),
         ({"policy": "best"}, "policy: expected one of .*, got 'best'"),
+        ({"policy": 5}, "policy: expected a name or an object with `needs_mass` and `utilities`, got int"),
+        ({"policy": RecencyPolicy}, "policy: expected a name or an object .*, got the class RecencyPolicy"),
+        ({"config": {"budget": 512}}, "config: expected a MemoryConfig, got dict"),
+        ({"ingest_chunk": 8000}, "ingest_chunk: .* more than the 4096 positions .* give a smaller ingest_chunk"),
         ({"system_prompt": None}, "system_prompt: expected text"),
         ({"focus": "sharp"}, "focus: expected FocusParams"),
     ],
@@ -65,6 +71,14 @@ def test_settings_override_a_config(tmp_path: Path, model: LoadedModel) -> None:
         (lambda s: s.generate("hi", max_tokens=3), "sampling: max_tokens: expected max_new_tokens, "),
         (lambda s: s.generate("hi", temperature=-1), "temperature: expected"),
         (lambda s: s.generate("hi", stop="x"), "stop: expected a tuple"),
+        (lambda s: s.generate("hi", temperature=10**400), "temperature: expected"),
+        (lambda s: s.generate("hi", seed=True), "seed: expected"),
+        (lambda s: s.ingest({"title": "a", "text": "b"}), "source: expected a path, text, .* got dict"),
+        (lambda s: s.ingest({"one", "two"}), "source: expected a path, text, .* got set"),
+        (lambda s: s.ingest(torch.ones(3, dtype=torch.bfloat16)), "source: expected a list of integer token ids"),
+        (lambda s: s.ingest(torch.ones(3, requires_grad=True)), "source: expected a list of integer token ids"),
+        (lambda s: s.ingest_evidence([{"text": "a", "score": 10**400}]), "hits.0.: expected a finite number"),
+        (lambda s: s.ingest_evidence([{"text": "a", "score": np.complex64(1)}]), "hits.0.: expected a finite number"),
         (lambda s: s.ingest("text", mode="slow"), "mode: expected one of contextual, fast, got 'slow'"),
         (lambda s: s.generate(None), "prompt: expected text, or a list of texts, .* got NoneType"),
         (lambda s: s.generate(Path("question.txt")), "prompt: expected text, or a list of texts, .* got PosixPath"),
@@ -158,7 +172,8 @@ def test_a_system_prompt_that_leaves_no_room(memory: Memory, tmp_path: Path) -> 
         BudgetError, "system_prompt: its 1010 tokens always stay .* give a shorter one, or a budget of at least"
     ):
         memory(system_prompt="x" * 1000)
-    session = memory(system_prompt="x" * 100)  # and the folder can still be used
+    assert not (tmp_path / "memory").exists()
+    session = memory(system_prompt="x" * 100, block_size=16)  # and the folder can still be used, by any settings
     session.generate("hello", max_new_tokens=12)
     check_session(session)
 

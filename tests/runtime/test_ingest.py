@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks import check_session, relative_error, words
+from checks import check_session, counted_forwards, relative_error, words
 from torch import Tensor
 
 from mc_runtime import Session
@@ -163,6 +163,33 @@ def test_fast_ingest_never_runs_the_model(memory: Memory, monkeypatch: pytest.Mo
     head = session.tree.documents()[0].stop // 8
     assert (session.tree.flags(1)[head:] == 0).all()
     session.generate("who?", max_new_tokens=4)
+    check_session(session)
+
+
+def test_what_completes_no_block_costs_no_forward(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands before it is read for the blocks' sake alone."""
+    session = memory()
+    session.ingest([65] * (8 - session.tree.length % 8 + 400))
+    with counted_forwards(monkeypatch) as runs:
+        session.ingest([66] * 3)
+        session.ingest([66] * 4)
+    assert runs == []
+    assert session.tree.length % 8 == 7
+    with counted_forwards(monkeypatch) as runs:
+        session.ingest([66])
+    assert runs
+    check_session(session)
+
+
+def test_passages_are_read_in_one_go(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on its own would read the window before it once more."""
+    session = memory()
+    session.ingest(words(400))
+    passages = [words(20, seed=i) for i in range(10)]
+    with counted_forwards(monkeypatch) as runs:
+        session.ingest_evidence([{"text": text, "score": i} for i, text in enumerate(passages)])
+    assert sum(runs) <= session.config.ingest_window + 8 + 10 * 24 + 8
+    assert [d.score for d in session.tree.documents()[-10:]] == list(range(10))
     check_session(session)
 
 

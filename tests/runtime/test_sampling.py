@@ -112,6 +112,7 @@ def test_seeds() -> None:
     [
         {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"temperature": -1}, {"temperature": float("nan")},
         {"temperature": "hot"}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": None}, {"top_k": -1}, {"top_k": 2.0},
+        {"max_new_tokens": True}, {"seed": True},
         {"seed": "x"}, {"seed": 2**70}, {"seed": -1}, {"stop": "text"}, {"stop": ("",)}, {"stop": (3,)}, {"stop": None},
     ],
     ids=str,
@@ -146,6 +147,21 @@ def test_stop_strings_cut_as_if_the_text_were_whole(pieces: list[str], stop: lis
         assert not held or any(s.startswith(held) for s in stop)
     shown += stops.flush()
     assert shown == cut("".join(pieces), tuple(stop))
+
+
+def test_a_long_stop_string_costs_what_the_text_does() -> None:
+    """One of a megabyte is compared with no more than what is there."""
+
+    class Counted(str):
+        taken = 0
+
+        def __getitem__(self, index: Any) -> str:
+            Counted.taken += 1
+            return str(self)[index]
+
+    stops = StopStrings((Counted("a" * 5000),))
+    assert stops.push("a" * 20 + "b" * 20) == "a" * 20 + "b" * 20
+    assert Counted.taken <= 50
 
 
 def test_a_session_stops_at_a_stop_string(memory: Callable[..., Session]) -> None:

@@ -183,6 +183,15 @@ def test_instructions_that_change_are_read_and_kept_in_detail(server: Live, mode
     assert [text for kind, text in documents(server) if kind == "system"] == systems
 
 
+def test_instructions_of_a_new_memory_count_as_read(server: Live, model: LoadedModel) -> None:
+    """Once: the memory holds them from then on."""
+    system = {"role": "system", "content": "be kind"}
+    first, second = (server.ask([system, {"role": "user", "content": text}]).usage for text in ("one?", "two?"))
+    assert first.prompt_tokens_details.cached_tokens == 0
+    assert second.prompt_tokens_details.cached_tokens == len(model.chat.system_ids("be kind"))
+    assert first.prompt_tokens == second.prompt_tokens
+
+
 def test_stop_strings_and_the_end_token(server: Live, model: LoadedModel) -> None:
     whole = said(server.ask("hm", max_tokens=30))
     stop = next(c for c in whole[5:] if whole.index(c) >= 5 and c.isascii())

@@ -100,7 +100,7 @@ def say(*messages: tuple[str, Any]) -> dict[str, Any]:
         (change(logprobs=True), "logprobs: this server cannot do that"),
         (change(frequency_penalty=0.5), "frequency_penalty: this server cannot do that"),
         (change(user="x" * 300), "user: expected 1 to 256 characters"),
-        (change(user="  "), "user: expected 1 to 256 characters"),
+        (change(user="  "), "user: expected 1 to 256 characters that are not all blank, got '  '"),
         (say(("system", "be brief " * 9), ("user", "hello")), "the system message has"),
     ],
     ids=str,
@@ -304,7 +304,7 @@ def test_a_name_is_the_same_in_a_header(tmp_path: Path, model: LoadedModel) -> N
         server.ask("hello", user="änn")
         assert post(server, HELLO, x_session_id="änn".encode().decode("latin-1"))[0] == 200  # as UTF-8
         assert post(server, HELLO, x_session_id="änn")[0] == 200  # as latin-1
-        check_error(post(server, HELLO, x_session_id=""), 400, "user: expected 1 to 256 characters")
+        check_error(post(server, HELLO, x_session_id=""), 400, "X-Session-ID: expected 1 to 256 characters")
     assert os.listdir(tmp_path / "root") == [folder_of("änn")]
 
 

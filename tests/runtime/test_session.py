@@ -170,6 +170,8 @@ def test_a_hint_brings_a_span_into_detail(memory: Memory) -> None:
     assert session.focus.hints == {}
     session.focus_on(document)  # more than fits: as much as the budget allows
     check_session(session)
+    session.focus_on("hm")  # the next hint: the span has no claim any more
+    assert session.focus.hints == {}
 
 
 def test_a_text_to_focus_on_is_found(memory: Memory) -> None:
