@@ -29,7 +29,8 @@ class MemoryConfig:
     block_size: children per gist, K.
     gist_kind: how a gist is put in front of the model (see `mc_runtime.gists`).
     gist_bias: what a gist weighs in attention beside a token, as a logarithm (0: alike): hundreds of gists together
-        draw attention from the passages that are open. None: what the gists' weights ask for (untrained: 0).
+        draw attention from the passages that are open. None: what the gists' weights ask for of keys and values, 0 of
+        embeddings and of untrained gists.
     ingest: `contextual` runs the text through the model, `fast` only through GistNet.
     refresh: what is recomputed after the edits of a user turn (see `mc_runtime.refresh`); refresh_decode: after those
         of a refocus while decoding, or between the parts of a prompt that is longer than the free slots.

@@ -88,7 +88,7 @@ class SessionLife:
         config = read_settings(config, settings, has_lensnet=lensnet is not None)
         parts = load_parts(model, config, gistnet, lensnet, engine)
         if config.gist_bias is None:
-            asked = parts.gistnet.gist_bias if config.gist_kind == "pooled" else 0.0
+            asked = parts.gistnet.gist_bias if config.gist_kind != "embedding" else 0.0
             config = replace(config, gist_bias=asked)
         if not os.path.exists(Path(path) / CATALOGUE):
             _head_ids(parts.model, config)  # what cannot be made leaves no empty memory with settings of its own

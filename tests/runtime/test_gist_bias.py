@@ -14,6 +14,7 @@ from checks import SMALL, bring_in, words
 from torch import Tensor
 
 from mc_runtime import Session
+from mc_runtime.config import GistKind
 from mc_runtime.errors import InputError
 from mc_runtime.gistnet import GistNet
 from mc_runtime.kv_cache import KVCache
@@ -71,6 +72,15 @@ def test_weights_say_what_they_weigh(memory: Memory, model: LoadedModel, tmp_pat
     assert_right(session, -1.25)
     session.close()
     assert memory(budget=256, gistnet=tmp_path / "net.safetensors", gist_bias=0.0).context.cache.bias is None
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("projected", -1.25), ("embedding", 0.0)])
+def test_they_say_it_of_keys_and_values(
+    memory: Memory, model: LoadedModel, tmp_path: Path, kind: GistKind, weight: float
+) -> None:
+    """Of gists that were trained to be read as keys and values, not of input embeddings."""
+    replace(GistNet.untrained(model.decoder, SMALL["block_size"]), gist_bias=-1.25).save(tmp_path / "net.safetensors")
+    assert memory(budget=256, gistnet=tmp_path / "net.safetensors", gist_kind=kind).config.gist_bias == weight
 
 
 def test_gists_of_no_weight_are_not_there(memory: Memory, model: LoadedModel) -> None:
