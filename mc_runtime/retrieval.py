@@ -112,6 +112,7 @@ class BlockIndex:
         return {
             "tree": f"{first.created if first is not None else 0.0!r}",
             "tokenizer": self.tree.spec.tokenizer,
+            "text": "documents apart",  # how `text` reads them
             "block_size": str(size),
             "last_block": hashlib.sha256(last.tobytes()).hexdigest(),
         }
@@ -122,8 +123,16 @@ class BlockIndex:
             self._index.save(self._directory, self._about)
 
     def text(self, start: int, stop: int) -> str:
-        """The text of a span of tokens, cut to the history."""
-        return self.tokenizer.decode(self.tree.tokens(max(start, 0), min(stop, self.tree.length)).tolist())
+        """The text of a span of tokens, cut to the history. Where one document meets the next without a space, a line
+        break stands between them: the last word of the one and the first of the other are two words."""
+        at, stop, whole = max(start, 0), min(stop, self.tree.length), ""
+        while at < stop:
+            document = self.tree.document_at(at)
+            end = stop if document is None else min(document.stop, stop)
+            piece = self.tokenizer.decode(self.tree.tokens(at, end).tolist())
+            meet = whole and piece and not (whole[-1].isspace() or piece[0].isspace())
+            whole, at = whole + ("\n" if meet else "") + piece, end
+        return whole
 
     def _read(self, first: int, stop: int) -> list[list[str]]:
         """Stems of blocks [first, stop)."""

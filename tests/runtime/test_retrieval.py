@@ -50,6 +50,17 @@ def test_a_block_of_several_texts_is_of_the_one_that_has_most_of_it(memory: Memo
     assert (hit.start, hit.source) == (start - start % 32, "after")
 
 
+def test_words_at_the_ends_of_texts_are_found(memory: Memory) -> None:
+    """Texts that were handed over without a space at their ends, and a question behind them."""
+    session = memory(block_size=32, budget=256)
+    for text in ("The cat is called Tom", "Alice likes tea, and has a quiet brother who is called Bob"):
+        session.ingest(text)
+    session.generate("who likes tea?", max_new_tokens=40)
+    for word in ("Tom", "Alice", "Bob"):
+        assert session.search(word), word
+    assert session.search("TomAlice") == []
+
+
 def test_the_index_follows_the_tree(memory: Memory) -> None:
     session = memory(block_size=32, budget=256)
     index = session.retrieval
