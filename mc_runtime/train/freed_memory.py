@@ -24,8 +24,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give the system what this process has freed and kept, where its allocator can (glibc's does, from the middle of
-    its heap too)."""
+    """Give the system what this process has freed and kept. glibc's allocator does, from the middle of its heap too;
+    with another one nothing happens."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
