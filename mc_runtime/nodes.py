@@ -44,6 +44,9 @@ class Nodes:
         """Rounded as the tree stores them: parents are computed from what a later start will read back."""
         return self._map(lambda x: x.detach().to("cpu", dtype))
 
+    def to(self, device: torch.device) -> Nodes:
+        return self._map(lambda x: x.to(device))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Nodes:
         rest = (None if x is None else change(x) for x in (self.hidden, self.k, self.v))
         return Nodes(change(self.summary), *rest)
@@ -114,6 +117,7 @@ class NodeBuilder:
             self.push(transaction, _join(list(alike)), level + 1)
 
     def _parent(self, children: Nodes, level: int) -> Nodes:
+        children = children.to(self.net.encode_weights.mu.device)  # they stand as they are stored, on the CPU
         summary = self.net.encode(children.summary[None], level=level)
         if children.k is None or children.v is None:
             return Nodes(summary)
