@@ -89,9 +89,10 @@ def check_context(context: WorkingContext) -> None:
     entries, size = context.entries, context.config.block_size
     assert context.used <= context.cache.capacity
     assert context.used == len(context.slots)
-    assert torch.equal(context.slots.sort().values, torch.arange(context.used))
+    ranks = torch.arange(context.used, device=context.slots.device)
+    assert torch.equal(context.slots.sort().values, ranks)
     positions = torch.full_like(context.cache.pos[0], -1)
-    positions[context.slots] = torch.arange(context.used)
+    positions[context.slots] = ranks
     assert torch.equal(context.cache.pos[0], positions)
     if not context.used:
         return

@@ -28,7 +28,9 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(inner, eos_ids=(end,))
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, max_positions: int = 4096) -> LoadedModel:
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, max_positions: int = 4096, device: str = "cpu"
+) -> LoadedModel:
     tokenizer = tiny_tokenizer()
     config = ModelConfig(
         architecture="llama",
@@ -46,5 +48,5 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, max_positions:
         eos_ids=tuple(tokenizer.eos_ids),
     )
     # Weights large enough that attention is peaked: an error in what is attended to must show in the logits.
-    decoder = Decoder.random(config, seed=seed, std=0.3, dtype=dtype)
+    decoder = Decoder.random(config, seed=seed, std=0.3, dtype=dtype, device=torch.device(device))
     return LoadedModel(decoder, tokenizer, ChatTemplate(tokenizer, CHATML), config, f"tiny-{seed}", Path("tiny"))
