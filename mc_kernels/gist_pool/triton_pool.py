@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_backend import interpreted
+from ..triton_math import exp_of_nonpositive
 from ..triton_report import Compilation
 
 RMS_EPS = tl.constexpr(1e-12)  # as ref.RMS_EPS
@@ -50,7 +51,7 @@ def attend(k, v, inv_rms, wk, wv, b, inside):
     """n . w and p, [KP] each."""
     nw = tl.sum(k * wk[None, :] + v * wv[None, :], axis=1) * inv_rms
     logits = tl.where(inside, nw + b, float("-inf"))
-    weights = tl.exp(logits - tl.max(logits, axis=0))
+    weights = exp_of_nonpositive(logits - tl.max(logits, axis=0))
     return nw, weights / tl.sum(weights, axis=0)
 
 
