@@ -146,6 +146,11 @@ class SlotWriter:
         """For layers that are run as one call."""
         return CacheSlots(self.cache.k, self.cache.v, self.slots, self.pos, self.kv_bias)
 
+    def whole_cache(self) -> CacheSlots:
+        """For layers that are recorded once for any number of entries."""
+        c = self.cache
+        return CacheSlots(c.k, c.v, self.slots, c.pos, c.bias)
+
     def begin(self, positions: Tensor) -> None:
         """What all layers read alike is brought into one piece once a forward."""
         self.pos = self.cache.pos[:, : self.used].contiguous()

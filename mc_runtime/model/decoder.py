@@ -12,7 +12,8 @@ Keys leave a layer unrotated: `context_attention` rotates them while it reads th
 On a CPU without gradients a few rows, which is what a decode step is, and in bf16 any number of them go through
 `fused_linear`: a weight is read at the rate of memory, and norms, activation and residuals cost no calls of their own.
 Results agree within rounding. Where such rows run over a slot cache, one native call does all layers
-(`native_layers.py`). Up to four rows read weights that came quantised as they were (`packing.py`).
+(`native_layers.py`). Up to four rows read weights that came quantised as they were (`packing.py`). On a GPU a decode
+step over a slot cache is a CUDA graph (`graphed_layers.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mc_kernels.packed_weight import PackedWeight
 from mc_runtime.errors import InputError
 from mc_runtime.huge_pages import HugePages
 from mc_runtime.model.config import ModelConfig
+from mc_runtime.model.graphed_layers import GraphedLayers, graphs
 from mc_runtime.model.layers import Layer, Like, RMSNorm
 from mc_runtime.model.native_layers import NativeLayers
 from mc_runtime.model.stores import KVStore, SelfStore
@@ -79,6 +81,7 @@ class Decoder(nn.Module):
         # Who has put a hook on a part of a layer wants its calls.
         self._hookable = tuple(m for layer in self.layers for m in layer.modules() if m is not layer)
         self._native_layers = NativeLayers()
+        self._graphed_layers = GraphedLayers()
         self.eval()
 
     @classmethod
@@ -131,6 +134,13 @@ class Decoder(nn.Module):
         """
         n_layers = self.check_forward(x, positions, stop_layer, hidden_layer)
         context = SelfStore() if store is None else store
+        if graphs(x) and n_layers and hidden_layer is None:
+            norm = self.norm if stop_layer is None else None
+            replayed = self._graphed_layers.run(
+                self.layers, x, positions, context, self.rope, n_layers, return_mass, norm
+            )
+            if replayed is not None:
+                return DecoderOutput(*replayed)
         begin = getattr(context, "begin", None)
         if begin is not None:
             begin(positions)

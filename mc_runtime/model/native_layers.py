@@ -8,9 +8,7 @@ that are exactly this package's, without hooks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from operator import attrgetter, is_
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +18,10 @@ from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
 from mc_kernels.registry import ENV_BACKEND
 from mc_kernels.rope import RopeSpec
 from mc_runtime.model.layers import Attention, FeedForward, Layer, Linear, RMSNorm
+from mc_runtime.model.module_tree import ModuleTree
 from mc_runtime.model.stores import KVStore
 
 _PARTS = (Layer, Attention, FeedForward, Linear, RMSNorm)
-_eps = attrgetter("eps")
-_entry: Callable[[dict[str, Any], str], Any] = dict.get
 
 
 class NativeLayers:
@@ -35,7 +32,7 @@ class NativeLayers:
 
     def __init__(self) -> None:
         # In one piece: several threads may run a decoder.
-        self._prepared: tuple[_Tree, RopeSpec, DecoderLayers | None] | None = None
+        self._prepared: tuple[ModuleTree, RopeSpec, DecoderLayers | None] | None = None
 
     def __reduce__(self) -> tuple[type[NativeLayers], tuple[()]]:
         return NativeLayers, ()
@@ -69,7 +66,7 @@ class NativeLayers:
     def _call(self, layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
         prepared = self._prepared
         if prepared is None or not prepared[0].is_of(layers) or prepared[1] is not rope:
-            self._prepared = prepared = _Tree(layers), rope, _prepare(layers, rope)
+            self._prepared = prepared = ModuleTree(layers), rope, _prepare(layers, rope)
         return None if prepared[0].hooked() else prepared[2]
 
 
@@ -91,37 +88,6 @@ def _cache(x: Tensor, store: KVStore) -> CacheSlots | None:
         return None
     cache: CacheSlots | None = in_slots()
     return None if cache is None or cache.k.dtype != x.dtype or cache.k.device.type != "cpu" else cache
-
-
-class _Tree:
-    """The modules and parameters below a module, to be compared by identity. It is asked for at every decode step,
-    when nothing of it is in the caches: so no Python code runs for each of some thousand objects."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._root = root
-        self._modules = tuple(root.modules())
-        self._types = list(map(type, self._modules))
-        tables = [t for m in self._modules for t in (m._modules, m._parameters)]
-        self._tables: list[dict[str, Any]] = tables
-        self._sizes = list(map(len, tables))
-        self._holders = [table for table in tables for _ in table]
-        self._names = [name for table in tables for name in table]
-        self._items = [x for table in tables for x in table.values()]
-        self._norms = [m for m in self._modules if isinstance(m, RMSNorm)]
-        self._eps = [m.eps for m in self._norms]
-        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-
-    def is_of(self, root: nn.Module) -> bool:
-        return (
-            root is self._root
-            and list(map(type, self._modules)) == self._types
-            and list(map(len, self._tables)) == self._sizes
-            and all(map(is_, map(_entry, self._holders, self._names), self._items))
-            and list(map(_eps, self._norms)) == self._eps
-        )
-
-    def hooked(self) -> bool:
-        return any(self._hooks)
 
 
 def _prepare(layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
