@@ -85,7 +85,7 @@ PlanList words_of(const mc_kv_splice_args& a, int64_t n_rows, bool explicit_posi
     return out;
 }
 
-// Heads and columns of a lane: as many as leave `wanted` blocks. Columns are cut where `entries` (ordered: 0) are no tiles.
+// Heads and columns of a lane: as many as leave `wanted` blocks. Columns are cut where entries (ordered: 0) are no tiles.
 Split split(int64_t rows, int64_t heads, int64_t items, int64_t item_bytes, int64_t heads_wanted, int threads,
             int64_t entries, int64_t wanted) {
     Split s{};
@@ -197,7 +197,8 @@ void kv_splice(const mc_kv_splice_args& a, void* workspace, int64_t workspace_by
         Split& s = c.split[kind];
         s = split(c.n_rows, c.heads, items[kind], turns ? 2 * item : item,
                   turns && c.explicit_positions ? c.heads : heads, threads, turns ? listed : moved, wanted);
-        const int64_t own = items[kind] == 0 ? 0 : static_cast<int64_t>(c.n_rows) * s.groups.by * s.parts.by * s.tiles.by;
+        const int64_t lanes = static_cast<int64_t>(c.n_rows) * s.groups.by * s.parts.by;
+        const int64_t own = items[kind] == 0 ? 0 : lanes * s.tiles.by;
         s.blocks = static_cast<int32_t>(std::min(own, kMostBlocks));
         blocks += own;
     }

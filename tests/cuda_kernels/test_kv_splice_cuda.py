@@ -228,7 +228,8 @@ def test_slots_of_any_number_of_heads(heads: int, dim: int, paged: bool, device:
     """A thread has up to eight heads of an entry; entries move and come in, no key turns."""
     emulate(device, threads=16)
     p = SplicePlan.from_edits(40, [Edit(3, 6, 1), Edit(20, 2, 3), Edit(30, 5, 2)], capacity=48, discipline="slots")
-    assert p.moves.shape[0] and p.n_insert
+    assert p.moves.shape[0]
+    assert p.n_insert
     k, v = (normal(2, heads, 48, dim, seed=i).bfloat16().to(device) for i in range(2))
     fresh = [normal(2, heads, p.n_insert, dim, seed=i).bfloat16().to(device) for i in (2, 3)]
     wants = [contents(x.cpu(), y.cpu(), p) for x, y in zip((k, v), fresh, strict=True)]
