@@ -122,13 +122,12 @@ MC_DEVICE void attend_queries(const Head& head, int rows, int dims, int first) {
     }
 }
 
-// All heads of all windows, a warp at a time, from and to the workspace.
+MC_BOTH int query_units(const EncodeCall& c) { return c.windows * c.heads * query_tiles(c); }
+
+// A tile of queries, from and to the workspace.
 template <class E>
-__global__ void __launch_bounds__(kAttendThreads) attend_windows(const __grid_constant__ EncodeCall c) {
-    const int warps = static_cast<int>(blockDim.x) / 32, tiles = query_tiles(c);
-    const int unit = static_cast<int>(blockIdx.x) * warps + static_cast<int>(threadIdx.x) / 32;
-    if (unit >= c.windows * c.heads * tiles) return;
-    const int n = unit / tiles / c.heads, first = unit / tiles % c.heads * 2 * c.half;
+MC_DEVICE void attend_unit(const EncodeCall& c, int unit) {
+    const int tiles = query_tiles(c), n = unit / tiles / c.heads, first = unit / tiles % c.heads * 2 * c.half;
     const int64_t row = static_cast<int64_t>(n) * c.rows_each;
     using M = TensorMath<E>;
     const char* const q = row_of<M>(c.turned, row, 3 * c.width) + 2 * first;
@@ -141,6 +140,14 @@ __global__ void __launch_bounds__(kAttendThreads) attend_windows(const __grid_co
     } else {
         attend_queries<E, 128>(head, c.rows_each, 2 * c.half, query);
     }
+}
+
+// All heads of all windows, a warp at a time.
+template <class E>
+__global__ void __launch_bounds__(kAttendThreads) attend_windows(const __grid_constant__ EncodeCall c) {
+    const int warps = static_cast<int>(blockDim.x) / 32;
+    const int unit = static_cast<int>(blockIdx.x) * warps + static_cast<int>(threadIdx.x) / 32;
+    if (unit < query_units(c)) attend_unit<E>(c, unit);
 }
 
 }  // namespace mc::cuda

@@ -5,6 +5,7 @@
 #include "kernel.cuh"
 #include "launch.cuh"
 #include "plan.cuh"
+#include "stream_kernel.cuh"
 
 namespace mc::cuda {
 namespace {
@@ -142,6 +143,16 @@ void run_units(EncodeCall& c, int first, int last, bool together, void* stream) 
     }
 }
 
+// All in one, heads in pieces of 16 bytes. In the emulation what threads hold bounds how few they are.
+template <class E>
+void run_stream(EncodeCall& c, void* stream) {
+    const int threads = std::max(block_threads(kEncodeThreads), 32);
+    int64_t most = 1;
+    for (int i = 0; i < c.stages(); ++i) most = std::max(most, most_units(c, i));
+    launch("gist_encode (streaming)", encode_stream<E>, std::min<int64_t>(most, multiprocessors()), threads,
+           stream_bytes(c, threads / 32), stream, c, true);
+}
+
 // One linear map by tiles: the widest that give every multiprocessor one.
 template <class E>
 void run_tiles(EncodeCall& c, int stage, void* stream) {
@@ -208,6 +219,8 @@ void run(EncodeCall& c, const Plan& p, void* stream) {
         run_resident<E>(c, p, stream);
     } else if (p.way == Way::kTiled) {
         run_tiled<E>(c, stream);
+    } else if (p.way == Way::kStreamed && c.half % 4 == 0) {
+        run_stream<E>(c, stream);
     } else {
         run_units<TensorMath<E>>(c, 0, c.stages(), p.way == Way::kStreamed, stream);
     }

@@ -1,18 +1,20 @@
 // gist_encode on a GPU: windows of embeddings through a small transformer. Contract: mc_kernels.h. Forward only.
 //
 // Four ways (plan.cuh chooses by shape and device):
-//   streaming  up to 264 rows together (8 windows of 32, class tokens included): one launch of this file's kernel, a loop
-//              over stages (net.cuh), each cut into units that blocks take in turn, a barrier of all blocks between
+//   streaming  up to 264 rows together (8 windows of 32, class tokens included): one launch, a loop over stages (net.cuh),
+//              each cut into units that blocks take in turn, a barrier of all blocks between; in 16 bits stream.cuh's
+//              kernel, else this file's
 //   resident   many windows: those of a block stay in its shared memory from the first product to the pooling (resident.cuh)
 //   tiles      wider nets, and too few windows to give every multiprocessor a group: a launch a linear map (tiled.cuh)
 //   units      fp32, mixed dtypes, odd widths and layouts: this file's kernel, a launch a stage, a chunk of windows at a time
 //
-// Floor, streaming: one read of the weights, 16 MB for the default net (Eg 512, F 1792, two layers) at E = 576 in bf16: 5
-// us at 3.35 TB/s, 3.4 us at 4.8. Every block asks for its share of all weights to come to L2 before it begins, so that
-// they stream at full rate while the first stages run. What stays are 13 barriers between 14 stages, 1 to 1.5 us each with
-// the latency of a stage's first loads: an estimate of 20 to 25 us for one window, 4 to 5 times the floor. A unit is 16
-// outputs by 32 rows with the inner dimension shared by eight warps: 96 units for queries, keys and values of one window,
-// 112 for gate and up, 32 for the others, so that those leave most multiprocessors idle, each reading 16 to 57 KB.
+// Floor, streaming: one read of the weights, 16 MB for the default net (Eg 512, F 1792, two layers) at E = 576 in bf16: 7
+// us at an H100's 2.4 TB/s. Every block asks for its share of all weights to come to L2 before it begins, so that
+// they stream at full rate while the first stages run. What stays are 13 barriers between 14 stages, 1.2 to 1.5 us each,
+// and each stage's chain of loads and instructions: this file's kernel took 109 us on an H100, 6 us a stage beside the
+// barrier, its attention and pooling 2 bytes a load. A unit is 16 outputs by 32 rows with the inner dimension shared by
+// eight warps: 96 units for queries, keys and values of one window, 112 for gate and up, 32 for the others, so that those
+// leave most multiprocessors idle, each reading 16 to 57 KB.
 //
 // Why a barrier and not a chain of launches: a launch's end and the next one's start are 2 us and more where no graph holds
 // them, a barrier is half of that.
@@ -37,27 +39,10 @@
 
 #include "grid.cuh"
 #include "pieces.cuh"
+#include "prefetch.cuh"
 #include "product.cuh"
 
 namespace mc::cuda {
-
-MC_DEVICE void prefetch_rows(const Matrix& m, int layers, int rows, int64_t bytes) {
-    const int64_t lines = (bytes + 127) / 128, all = layers * static_cast<int64_t>(rows) * lines;
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
-        prefetch(m.at(static_cast<int>(i / lines / rows), i / lines % rows) + i % lines * 128);
-    }
-}
-
-MC_DEVICE void prefetch_weights(const EncodeCall& c) {
-    const int64_t bytes = c.weights_dtype == 0 ? 4 : 2;
-    prefetch_rows(c.w_in, 1, c.width, bytes * c.embed);
-    prefetch_rows(c.qkv, c.layers, 3 * c.width, bytes * c.width);
-    prefetch_rows(c.attn_out, c.layers, c.width, bytes * c.width);
-    prefetch_rows(c.gate_up, c.layers, 2 * c.ffn, bytes * c.width);
-    prefetch_rows(c.down, c.layers, c.width, bytes * c.ffn);
-    prefetch_rows(c.w_out, 1, c.embed, bytes * c.width);
-}
 
 // Units of the first stage's product.
 MC_BOTH int products_of(const EncodeCall& c, const Linear& linear) { return c.beside ? 0 : linear.units(); }
@@ -72,7 +57,7 @@ MC_BOTH int units_of(const EncodeCall& c, Step step, const Linear& linear) {
 template <class M>
 __global__ void __launch_bounds__(kEncodeThreads, 1) encode(const __grid_constant__ EncodeCall c) {
     MC_SHARED_MEMORY(memory);
-    if (c.together) prefetch_weights(c);
+    if (c.together) prefetch_weights(c, c.weights_dtype == 0 ? 4 : 2);
     for (int stage = c.first_stage; stage < c.last_stage; ++stage) {
         const Step step = c.step(stage);
         const Linear linear(c, step, step == kFirst || step >= kPool ? 0 : c.layer(stage));

@@ -24,17 +24,20 @@ MC_BOTH int first_units(const EncodeCall& c) {
     return 1 + c.windows * ((c.embed + kColumns - 1) / kColumns) + (c.rows_each > c.tokens && c.h ? c.windows : 0);
 }
 
+// Of row i / half of a window, band i % half.
+MC_DEVICE void write_phase(const EncodeCall& c, int i) {
+    const double frequency = exp2(-c.log2_theta * (i % c.half) / c.half);
+    float cos, sin;
+    cos_sin(turn_of(i / c.half, step_of(frequency)), cos, sin);
+    write(c.phases + 2 * i, cos);
+    write(c.phases + 2 * i + 1, sin);
+}
+
 template <class M>
 MC_DEVICE void first_unit(const EncodeCall& c, int unit) {
     const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
     if (unit == 0) {
-        for (int i = thread; i < c.rows_each * c.half; i += size) {
-            const double frequency = exp2(-c.log2_theta * (i % c.half) / c.half);
-            float cos, sin;
-            cos_sin(turn_of(i / c.half, step_of(frequency)), cos, sin);
-            write(c.phases + 2 * i, cos);
-            write(c.phases + 2 * i + 1, sin);
-        }
+        for (int i = thread; i < c.rows_each * c.half; i += size) write_phase(c, i);
         return;
     }
     const int each = (c.embed + kColumns - 1) / kColumns, means = c.windows * each;

@@ -34,12 +34,9 @@ struct Linear {
     MC_BOTH int units() const {
         return (outputs + kUnitOutputs - 1) / kUnitOutputs * ((rows + kUnitRows - 1) / kUnitRows);
     }
-    // The rows of the weight that output i is made of: gate and up, or both members of a pair that turns.
-    MC_DEVICE int first(const EncodeCall& c, int i) const {
-        if (step != kQkv) return i;
-        const int third = i / (c.width / 2), pair = i % (c.width / 2);
-        return third * c.width + pair / c.half * 2 * c.half + pair % c.half;
-    }
+    // The rows of the weight that output i is made of: gate and up, or both members of a pair that turns (heads have `half`
+    // pairs each, one head after another through queries, keys and values).
+    MC_DEVICE int first(const EncodeCall& c, int i) const { return step == kQkv ? i + i / c.half * c.half : i; }
     MC_DEVICE int second(const EncodeCall& c, int i) const { return step == kQkv ? first(c, i) + c.half : c.ffn + i; }
     MC_DEVICE int row(const EncodeCall& c, int i, bool other) const { return other ? second(c, i) : first(c, i); }
     MC_DEVICE const char* weight(const EncodeCall& c, int i, bool other) const { return w.at(layer, row(c, i, other)); }

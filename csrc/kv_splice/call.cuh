@@ -15,10 +15,30 @@ struct FreshSteps {
     int64_t row, head, entry;
 };
 
+// A number below 2^31 by one that the host knows, in two instructions: a division of integers is some 25, and five of them
+// were a third of what a thread did. With 2^(s - 1) < by <= 2^s the factor is 2^(31 + s) / by, rounded up, and fits.
+struct Divider {
+    int32_t by;
+    uint32_t factor, shift;
+
+    MC_BOTH int quotient(int n) const {
+        return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor >> shift);
+    }
+    MC_BOTH int remainder(int n) const { return n - quotient(n) * by; }
+};
+
+inline Divider divider(int64_t by) {
+    uint32_t s = 0;
+    while (int64_t{1} << s < by) ++s;
+    const auto whole = static_cast<uint64_t>(by);
+    return {static_cast<int32_t>(by), static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + whole - 1) / whole), 31 + s};
+}
+
 // How the columns of one kind of lane are dealt out. An item is what a thread holds of an entry: V bands (two packs) of
 // a key that turns, or one pack. A lane has `columns` of them, the last one of `parts` perhaps fewer.
 struct Split {
-    int32_t items, columns, parts, heads, tiles;  // heads of a lane; tiles: see splice_slots
+    Divider columns, parts, tiles, groups;  // tiles: see splice_slots; groups: of heads
+    int32_t items, heads, group, blocks;    // heads of a lane; entries that a block covers at once; blocks of the kind
 };
 
 enum Kind : int { kTurn, kKeyRest, kValue, kKinds };
@@ -41,7 +61,8 @@ struct SpliceCall {
     const double* inv_freq;
     int64_t inv_freq_row;  // doubles from row to row
     float scaling;
-    int32_t n_rows, batch, heads, page, half;
+    int32_t n_rows, heads, half;
+    Divider batch, page;
     bool wide_table, interleaved, rotates, explicit_positions;
     Split split[kKinds];
     int32_t rows_at, plans_at;  // in words; rows_at < 0: plan 0 for all rows

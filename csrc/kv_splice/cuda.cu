@@ -11,8 +11,8 @@
 namespace mc::cuda {
 namespace {
 
-// Lanes that keep all multiprocessors of today's largest devices busy, two blocks each.
-constexpr int64_t kWantedLanes = 264;
+// Blocks, of all kinds of lanes together, that keep all multiprocessors of today's largest devices busy, two each.
+constexpr int64_t kWantedBlocks = 264;
 // What DRAM delivers at once: a lane's share of an entry is not cut below it.
 constexpr int64_t kLeastBytes = 64;
 
@@ -85,32 +85,36 @@ PlanList words_of(const mc_kv_splice_args& a, int64_t n_rows, bool explicit_posi
     return out;
 }
 
-// Heads and columns of a lane: as many as leave enough lanes to keep the device busy.
+// Heads and columns of a lane: as many as leave `wanted` blocks. Columns are cut where entries (ordered: 0) are no tiles.
 Split split(int64_t rows, int64_t heads, int64_t items, int64_t item_bytes, int64_t heads_wanted, int threads,
-            bool cut_columns) {
+            int64_t entries, int64_t wanted) {
     Split s{};
-    const auto groups = [&](int64_t h) { return (heads + h - 1) / h; };
-    int64_t h = std::max<int64_t>(std::min(heads, heads_wanted), 1);
-    while (h > 1 && rows * groups(h) < kWantedLanes) h = (h + 1) / 2;
+    const auto over = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
     int64_t columns = std::max<int64_t>(std::min<int64_t>(items, threads), 1);
-    while (cut_columns && columns * item_bytes > kLeastBytes &&
-           rows * groups(h) * ((items + columns - 1) / columns) < kWantedLanes) {
+    const int64_t tiles = std::max<int64_t>(over(entries, threads / columns), 1);
+    int64_t h = std::max<int64_t>(std::min(heads, heads_wanted), 1);
+    while (h > 1 && rows * over(heads, h) * over(items, columns) * tiles < wanted) h = (h + 1) / 2;
+    while (entries == 0 && columns * item_bytes > kLeastBytes &&
+           rows * over(heads, h) * over(items, columns) < wanted) {
         columns = (columns + 1) / 2;
     }
     s.items = static_cast<int32_t>(items);
-    s.columns = static_cast<int32_t>(columns);
-    s.parts = static_cast<int32_t>((items + columns - 1) / columns);
+    s.columns = divider(columns);
+    s.parts = divider(std::max<int64_t>(over(items, columns), 1));
     s.heads = static_cast<int32_t>(h);
-    s.tiles = 1;
+    s.tiles = divider(narrow("segments", tiles));
+    s.groups = divider(over(heads, h));
+    s.group = static_cast<int32_t>(threads / columns);
     return s;
 }
 
 template <class E>
 void launch_with(bool packs, bool ordered, int64_t blocks, int threads, void* stream, const SpliceCall& c) {
     constexpr int V = 16 / sizeof(typename E::Bits);
-    const auto kernel = ordered ? packs ? splice_ordered<E, V> : splice_ordered<E, 1>
-                        : packs ? splice_slots<E, V>
-                                : splice_slots<E, 1>;
+    const auto kernel = ordered     ? packs ? splice_ordered<E, V> : splice_ordered<E, 1>
+                        : c.rotates ? packs ? splice_slots<E, V, true> : splice_slots<E, 1, true>
+                        : packs     ? splice_slots<E, V, false>
+                                    : splice_slots<E, 1, false>;
     launch(ordered ? "kv_splice (ordered)" : "kv_splice (slots)", kernel, blocks, threads, 0, stream, c);
 }
 
@@ -150,9 +154,9 @@ void set_memory(SpliceCall& c, const mc_kv_splice_args& a, const Cache& cache) {
         c.table_page = a.table.stride[1] * bytes;
         c.wide_table = bytes == 8;
     }
-    c.page = narrow("k", cache.block);
+    c.page = divider(std::max<int64_t>(narrow("k", cache.block), 1));
     c.n_rows = narrow("k", cache.layers * cache.batch);
-    c.batch = narrow("k", cache.batch);
+    c.batch = divider(std::max<int64_t>(narrow("k", cache.batch), 1));
     c.heads = narrow("k", cache.heads);
     c.half = a.inv_freq_rows ? narrow("half", a.half) : 0;
     c.rotates = a.inv_freq_rows != 0;
@@ -180,19 +184,23 @@ void kv_splice(const mc_kv_splice_args& a, void* workspace, int64_t workspace_by
     const int pack = static_cast<int>(16 / cache.bytes), threads = block_threads(kThreads);
     const bool packs = cache.dim % pack == 0 && c.half % pack == 0 && rows_on_16(a.k) && rows_on_16(a.v) &&
                        rows_on_16(a.k_new) && rows_on_16(a.v_new);
-    const int64_t v = packs ? pack : 1, item = v * cache.bytes, heads = w.ordered ? 1 : c.heads;
-    c.split[kTurn] =
-        split(c.n_rows, c.heads, c.half / v, 2 * item, c.explicit_positions ? c.heads : heads, threads, w.ordered);
-    c.split[kKeyRest] = split(c.n_rows, c.heads, (cache.dim - 2 * c.half) / v, item, heads, threads, w.ordered);
-    c.split[kValue] = split(c.n_rows, c.heads, cache.dim / v, item, heads, threads, w.ordered);
+    const int64_t v = packs ? pack : 1, item = v * cache.bytes;
+    const int64_t heads = w.ordered ? 1 : c.rotates ? c.heads : std::min(c.heads, kSlotItems);
+    const int64_t items[kKinds] = {c.half / v, (cache.dim - 2 * c.half) / v, cache.dim / v};
+    // An ordered plan has no tiles, which entries would make. Where nothing is listed for a kind its blocks end at once.
+    const int64_t moved = w.ordered ? 0 : std::max<int64_t>(w.most_moved, 1), listed = w.ordered ? 0 : w.most_listed;
+    // Small edits are over before a block's start is: what they need is many loads at once, twice the blocks.
+    const int64_t wanted = (w.ordered ? 1 : 2) * kWantedBlocks / (items[kTurn] && items[kKeyRest] ? 3 : 2);
     int64_t blocks = 0;
     for (int kind = 0; kind < kKinds; ++kind) {
+        const bool turns = kind == kTurn;
         Split& s = c.split[kind];
-        if (!w.ordered) {
-            const int64_t group = threads / s.columns, entries = kind == kTurn ? w.most_listed : w.most_moved;
-            s.tiles = narrow("segments", std::max<int64_t>((entries + group - 1) / group, 1));
-        }
-        blocks += static_cast<int64_t>(c.n_rows) * ((c.heads + s.heads - 1) / s.heads) * s.parts * s.tiles;
+        s = split(c.n_rows, c.heads, items[kind], turns ? 2 * item : item,
+                  turns && c.explicit_positions ? c.heads : heads, threads, turns ? listed : moved, wanted);
+        const int64_t lanes = static_cast<int64_t>(c.n_rows) * s.groups.by * s.parts.by;
+        const int64_t own = items[kind] == 0 ? 0 : lanes * s.tiles.by;
+        s.blocks = static_cast<int32_t>(std::min(own, kMostBlocks));
+        blocks += own;
     }
     if (blocks == 0) return;
     if (blocks > kMostBlocks) {

@@ -173,31 +173,47 @@ MC_DEVICE int move_of(const SpliceCall& c, const PlanWords& plan, int i) {
 }
 
 // A lane has as many blocks as the largest plan has groups of entries, inserted ones at the end of the list; those that
-// a row's own plan does not have end at once. A thread has one entry, for all heads of the lane.
-template <class E, int V>
-__global__ void __launch_bounds__(kThreads, 2) splice_slots(const __grid_constant__ SpliceCall c) {
+// a row's own plan does not have end at once. A thread has one entry, for all heads of the lane. What a block costs before
+// its first load is some microsecond, so blocks are few and threads have all their heads' loads on their way at once: 132
+// entries of Llama-3-8B are 576 blocks, of which five fit a multiprocessor where nothing turns (no phases to hold).
+template <class E, int V, bool kTurns>
+__global__ void __launch_bounds__(kThreads, kTurns ? 2 : 5) splice_slots(const __grid_constant__ SpliceCall c) {
     const Lane lane = lane_of<E, V>(c, static_cast<int>(blockIdx.x));
     PlanWords plan;
     if (!lane.active || !c.plan_of(lane.row, plan)) return;
-    const bool turns = lane.kind == kTurn;
-    const int listed = plan.moved + (turns ? plan.stayed : 0), i = lane.tile * lane.group + lane.entry;
-    const Positions at{c, plan};
-    if (i >= listed) {
-        const int j = i - listed;
-        if (j >= plan.n_inserts) return;
-        turns ? insert_turned<E, V>(c, lane, plan, at, j) : insert_plain<E, V>(c, lane, plan, j);
-        return;
-    }
-    const int m = move_of(c, plan, i), e = i - c.word[kMoveWords * m + 3];
-    const int source = c.word[kMoveWords * m] + e, destination = c.word[kMoveWords * m + 1] + e;
-    const int64_t delta = turns ? at.after(destination) - at.before(source) : 0;
-    if (delta == 0 && source == destination) return;
-    const char* from = lane.slot(source);
-    char* to = lane.slot(destination);
-    if (turns) {
-        turn_entry<E, V>(c, lane, from, lane.steps.head, to, delta, 1.0f);
+    const bool turns = kTurns && lane.kind == kTurn;
+    const int listed = plan.moved + (turns ? plan.stayed : 0), i = lane.tile * lane.group + lane.entry, j = i - listed;
+    if (j >= plan.n_inserts) return;
+    if constexpr (!kTurns) {
+        const char* from;
+        int destination;
+        if (j >= 0) {
+            from = lane.inserted(j);
+            destination = c.word[plan.first_insert + j];
+        } else {
+            const int m = move_of(c, plan, i), e = i - c.word[kMoveWords * m + 3];
+            from = lane.slot(c.word[kMoveWords * m] + e);
+            destination = c.word[kMoveWords * m + 1] + e;
+        }
+        copy_bits<E, V>(lane, from + lane.column, j >= 0 ? lane.fresh_steps.head : lane.steps.head,
+                        destination);
     } else {
-        copy_entry<E, V>(lane, from, lane.steps.head, to);
+        const Positions at{c, plan};
+        if (j >= 0) {
+            turns ? insert_turned<E, V>(c, lane, plan, at, j) : insert_plain<E, V>(c, lane, plan, j);
+            return;
+        }
+        const int m = move_of(c, plan, i), e = i - c.word[kMoveWords * m + 3];
+        const int source = c.word[kMoveWords * m] + e, destination = c.word[kMoveWords * m + 1] + e;
+        const int64_t delta = turns ? at.after(destination) - at.before(source) : 0;
+        if (delta == 0 && source == destination) return;
+        const char* from = lane.slot(source);
+        char* to = lane.slot(destination);
+        if (turns) {
+            turn_entry<E, V>(c, lane, from, lane.steps.head, to, delta, 1.0f);
+        } else {
+            copy_entry<E, V>(lane, from, lane.steps.head, to);
+        }
     }
 }
 

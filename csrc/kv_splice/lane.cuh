@@ -1,12 +1,16 @@
 // A thread's share of a splice: where the entries of its lane lie, phases, and entries moved for all heads of the lane.
 #pragma once
 
+#include <type_traits>
+
 #include "call.cuh"
 
 namespace mc::cuda {
 
 // kTurnItems pairs or kCopyItems packs of 16 bytes a thread are a tile: 16 KB a block.
 constexpr int kThreads = 256, kTurnItems = 2, kCopyItems = 4;
+// In the slots discipline: heads of an entry that a thread has on their way together where nothing turns.
+constexpr int kSlotItems = 8;
 
 template <class E, int V>
 struct Pair {
@@ -27,10 +31,10 @@ struct Lane {
 
     MC_DEVICE char* slot(int s) const {
         if (!c.table) return base + s * steps.slot;
-        const int page = s / c.page;
-        const char* at = c.table + (row % c.batch) * c.table_b + page * c.table_page;
+        const int page = c.page.quotient(s);
+        const char* at = c.table + c.batch.remainder(row) * c.table_b + page * c.table_page;
         const int64_t id = c.wide_table ? read_constant<int64_t>(at) : read_constant<int32_t>(at);
-        return base + id * steps.b_or_page + (s - page * c.page) * steps.slot;
+        return base + id * steps.b_or_page + (s - page * c.page.by) * steps.slot;
     }
     MC_DEVICE const char* inserted(int j) const { return fresh + j * fresh_steps.entry; }
 };
@@ -39,24 +43,18 @@ struct Lane {
 template <class E, int V>
 MC_DEVICE Lane lane_of(const SpliceCall& c, int block) {
     int kind = 0;
-    for (; kind < kKinds - 1; ++kind) {
-        const Split& s = c.split[kind];
-        const int blocks = c.n_rows * ((c.heads + s.heads - 1) / s.heads) * s.parts * s.tiles;
-        if (block < blocks) break;
-        block -= blocks;
-    }
+    for (; kind < kKinds - 1 && block >= c.split[kind].blocks; ++kind) block -= c.split[kind].blocks;
     const Split& s = c.split[kind];
-    const int groups = (c.heads + s.heads - 1) / s.heads, bytes = sizeof(typename E::Bits);
-    const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(blockDim.x);
-    const int tile = block % s.tiles, part = block / s.tiles % s.parts,
-              head = block / s.tiles / s.parts % groups * s.heads;
-    const int row = block / s.tiles / s.parts / groups, item = part * s.columns + thread % s.columns;
+    const int bytes = sizeof(typename E::Bits), thread = static_cast<int>(threadIdx.x);
+    const int tiled = s.tiles.quotient(block), parted = s.parts.quotient(tiled), row = s.groups.quotient(parted);
+    const int part = s.parts.remainder(tiled), head = s.groups.remainder(parted) * s.heads;
+    const int item = part * s.columns.by + s.columns.remainder(thread), layer = c.batch.quotient(row);
     const bool key = kind != kValue;
     const CacheSteps& steps = key ? c.k_steps : c.v_steps;
     const FreshSteps& fresh_steps = key ? c.k_new_steps : c.v_new_steps;
     Lane lane{c};
-    lane.base = (key ? c.k : c.v) + row / c.batch * steps.layer + head * steps.head;
-    if (!c.table) lane.base += row % c.batch * steps.b_or_page;
+    lane.base = (key ? c.k : c.v) + layer * steps.layer + head * steps.head;
+    if (!c.table) lane.base += c.batch.remainder(row) * steps.b_or_page;
     lane.fresh = (key ? c.k_new : c.v_new) + row * fresh_steps.row + head * fresh_steps.head;
     lane.steps = steps;
     lane.fresh_steps = fresh_steps;
@@ -69,11 +67,11 @@ MC_DEVICE Lane lane_of(const SpliceCall& c, int block) {
     }
     lane.row = row;
     lane.kind = kind;
-    lane.tile = tile;
+    lane.tile = s.tiles.remainder(block);
     lane.heads = min(s.heads, c.heads - head);
     lane.band = item * V;
-    lane.entry = thread / s.columns;
-    lane.group = size / s.columns;
+    lane.entry = s.columns.quotient(thread);
+    lane.group = s.group;
     lane.active = lane.entry < lane.group && item < s.items;
     return lane;
 }
@@ -175,14 +173,15 @@ MC_DEVICE void turn_entry(const SpliceCall& c, const Lane& lane, const char* fro
 template <class E, int V>
 MC_DEVICE void copy_entry(const Lane& lane, const char* from, int64_t from_head, char* to, float scale = 1.0f) {
     using P = Pack<typename E::Bits, V>;
-    for (int h = 0; h < lane.heads; h += kCopyItems) {
-        P p[kCopyItems];
+    constexpr int N = kCopyItems;
+    for (int h = 0; h < lane.heads; h += N) {
+        P p[N];
 #pragma unroll
-        for (int n = 0; n < kCopyItems; ++n) {
+        for (int n = 0; n < N; ++n) {
             if (h + n < lane.heads) p[n] = read<P>(from + (h + n) * from_head + lane.column);
         }
 #pragma unroll
-        for (int n = 0; n < kCopyItems; ++n) {
+        for (int n = 0; n < N; ++n) {
             if (h + n >= lane.heads) continue;
             if (scale != 1.0f) {
 #pragma unroll
@@ -190,6 +189,23 @@ MC_DEVICE void copy_entry(const Lane& lane, const char* from, int64_t from_head,
             }
             write(to + (h + n) * lane.steps.head + lane.column, p[n]);
         }
+    }
+}
+
+// As it is, to slot `to`, at most kSlotItems heads: words of 32 bits, which the compiler does not take apart.
+template <class E, int V>
+MC_DEVICE void copy_bits(const Lane& lane, const char* from, int64_t from_head, int to) {
+    constexpr int N = kSlotItems, bytes = V * sizeof(typename E::Bits);
+    using P = std::conditional_t<bytes == 16, Pack<uint32_t, 4>, Pack<typename E::Bits, V>>;
+    P p[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        if (n < lane.heads) p[n] = read<P>(from + n * from_head);
+    }
+    char* at = lane.slot(fresh(to)) + lane.column;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        if (n < lane.heads) write(at + n * lane.steps.head, p[n]);
     }
 }
 

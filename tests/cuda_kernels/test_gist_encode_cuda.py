@@ -26,6 +26,10 @@ LONG = SMALL[9]
 # More rows together than go through in one launch.
 BULK = Case("bulk", 40, 7, 16, 8, 1, 1, 8)
 BULK_CLS = Case("bulk-cls", 40, 7, 16, 8, 1, 1, 24, 1, "cls", 2)
+# name, N, K, E, Eg, layers, heads, F, G, pool, level
+WIDE = Case("wide", 2, 9, 1040, 288, 1, 3, 1064, 2)
+WIDE_CLS = Case("wide-cls", 1, 32, 40, 144, 2, 2, 48, 1, "cls", 2)
+NARROW_HEADS = Case("narrow-heads", 3, 7, 24, 24, 1, 2, 40)
 CASES = [case for case in SMALL if case != LONG]
 
 
@@ -66,6 +70,20 @@ def test_long_windows_and_many(case: Case, dtype: torch.dtype, device: str) -> N
     emulate(device)
     weights, tensors = make(case, dtype)
     assert_within_error_rule(encode(case, tensors[0], weights, device), *exact(case, weights, tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [WIDE, WIDE_CLS, NARROW_HEADS], ids=lambda c: c.name)
+def test_few_windows_in_16_bits(case: Case, dtype: torch.dtype, device: str) -> None:
+    """More inner chunks than weights that are held, several units a block, heads of more than 64 and of odd sizes, a
+    final norm that does not begin on 16 bytes."""
+    emulate(device, threads=64)
+    weights, tensors = make(case, dtype)
+    want = exact(case, weights, tensors)
+    assert_within_error_rule(encode(case, tensors[0], weights, device), *want)
+    norm = weights.final_norm
+    off = [torch.cat((x[:1], x))[1:] if x is norm else x for x in weights.tensors()]
+    assert_within_error_rule(encode(case, tensors[0], weights.with_tensors(*off), device), *want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
