@@ -16,6 +16,8 @@ constexpr float kLensEps = 1e-12f;                // mc_kernels/lens_score/ref.p
 struct LensRows {
     const char* data;
     int64_t pass, row;
+
+    MC_BOTH const char* of(int read_pass) const { return data + read_pass * pass; }
 };
 
 struct LensCall {

@@ -23,7 +23,7 @@ namespace mc::cuda {
 
 // p[v, n] = exp(a[v, n] - tops[v, tile]) / rms(x_n), totals[v, tile] = the sum of the exponentials. Grid: tiles.
 template <class E>
-MC_DEVICE void logits(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void logits(const LensCall& c, const LensMemory<E>& memory) {
     using Bits = typename E::Bits;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, count = c.vectors_n();
     for (int tile = static_cast<int>(blockIdx.x); tile < c.tiles; tile += static_cast<int>(gridDim.x)) {
@@ -62,7 +62,7 @@ MC_DEVICE void logits(const LensCall& c, const LensMemory<E>& memory) {
 }
 
 // The maxima of all vectors' logits over all tiles, by each block for itself. Ends with a barrier.
-MC_CALLED void find_maxima(const LensCall& c, Span<float> maxima) {
+MC_DEVICE void find_maxima(const LensCall& c, Span<float> maxima) {
     for (int v = static_cast<int>(threadIdx.x) / kWarp; v < c.vectors_n(); v += kLensWarps) {
         const float top = top_of_all(c, v);
         if (threadIdx.x % kWarp == 0) maxima[v] = top;
@@ -73,7 +73,7 @@ MC_CALLED void find_maxima(const LensCall& c, Span<float> maxima) {
 // sums[split, v, columns] = sum over the split's entries of p[v, n] x_n, p relative to the maximum over all tiles. Grid:
 // (tiles of columns, splits).
 template <class E>
-MC_DEVICE void weighted_sums(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void weighted_sums(const LensCall& c, const LensMemory<E>& memory) {
     const int thread = static_cast<int>(threadIdx.x), count = c.vectors_n(), wide = (c.e + kTile - 1) / kTile;
     const int per_split = (c.tiles + c.splits - 1) / c.splits;
     find_maxima(c, memory.of_vectors);
@@ -102,16 +102,16 @@ MC_DEVICE void prefetch_rows(const LensCall& c, const char* data, int64_t step, 
 
 // What a read pass wants before it reads the entries.
 MC_CALLED void prefetch_read(const LensCall& c, int pass) {
-    prefetch_rows(c, c.read_q.data + pass * c.read_q.pass, c.read_q.row, c.d, c.d);
-    prefetch_rows(c, c.read_k.data + pass * c.read_k.pass, c.read_k.row, c.d, c.e);
+    prefetch_rows(c, c.read_q.of(pass), c.read_q.row, c.d, c.d);
+    prefetch_rows(c, c.read_k.of(pass), c.read_k.row, c.d, c.e);
 }
 
 // What a pass and the next, or the scores, want before entries are read again.
 MC_CALLED void prefetch_rest(const LensCall& c, int pass) {
-    prefetch_rows(c, c.read_v.data + pass * c.read_v.pass, c.read_v.row, c.d, c.e);
-    prefetch_rows(c, c.read_out.data + pass * c.read_out.pass, c.read_out.row, c.d, c.d);
-    prefetch_rows(c, c.mlp_gate_up.data + pass * c.mlp_gate_up.pass, c.mlp_gate_up.row, 2 * c.f, c.d);
-    prefetch_rows(c, c.mlp_down.data + pass * c.mlp_down.pass, c.mlp_down.row, c.d, c.f);
+    prefetch_rows(c, c.read_v.of(pass), c.read_v.row, c.d, c.e);
+    prefetch_rows(c, c.read_out.of(pass), c.read_out.row, c.d, c.d);
+    prefetch_rows(c, c.mlp_gate_up.of(pass), c.mlp_gate_up.row, 2 * c.f, c.d);
+    prefetch_rows(c, c.mlp_down.of(pass), c.mlp_down.row, c.d, c.f);
     if (pass + 1 < c.passes) return prefetch_read(c, pass + 1);
     prefetch_rows(c, c.score_k.data, c.score_k.row, c.d, c.d);
     prefetch_rows(c, c.score_q.data, c.score_q.row, c.d, c.e);
@@ -128,24 +128,23 @@ __global__ void __launch_bounds__(kLensThreads, 1) lens_score(const __grid_const
     if (c.passes > 0) prefetch_read(c, 0);
     grid_barrier();
     for (int pass = 0; pass < c.passes; ++pass) {
-        const auto of = [&](const LensRows& x) { return x.data + pass * x.pass; };
-        absorb(c, of(c.read_norm), of(c.read_q), c.read_q.row, of(c.read_k), c.read_k.row, queries);
+        absorb(c, c.read_norm, c.read_q, c.read_k, pass, queries);
         grid_barrier();
         logits<E>(c, memory);
         if (!MC_FAULT(1)) grid_barrier();
         weighted_sums<E>(c, memory);
         prefetch_rest(c, pass);
         grid_barrier();
-        attended_values(c, of(c.read_v), c.read_v.row, queries, memory.of_vectors);
+        attended_values(c, pass, queries, memory.of_vectors);
         grid_barrier();
-        add_linear(c, of(c.read_out), c.read_out.row, c.d, c.parts, c.parts_n, queries);
+        add_linear(c, c.read_out, pass, c.d, c.parts, c.parts_n, queries);
         grid_barrier();
-        swiglu(c, of(c.mlp_norm), of(c.mlp_gate_up), c.mlp_gate_up.row, queries);
+        swiglu(c, pass, queries);
         grid_barrier();
-        add_linear(c, of(c.mlp_down), c.mlp_down.row, c.f, c.act, 1, queries);
+        add_linear(c, c.mlp_down, pass, c.f, c.act, 1, queries);
         grid_barrier();
     }
-    absorb(c, c.score_norm.data, c.score_k.data, c.score_k.row, c.score_q.data, c.score_q.row, queries);
+    absorb(c, c.score_norm, c.score_k, c.score_q, 0, queries);
     score_values(c, queries);
     direct_vectors(c);
     grid_barrier();

@@ -30,8 +30,7 @@ MC_DEVICE float mass_of(const LensCall& c, int v) {
 // parts[s, m, j] = read_v[j] . context of (head of j, m) over the s-th kChunk columns. The context is the sum over splits
 // of the weighted sums, over the sum of the weights. A block to each head, chunk and kRows of the head's rows.
 template <int M>
-MC_CALLED void attended_values_of(const LensCall& c, const char* w_v, int64_t v_row, const QueryMemory& memory,
-                                  Span<float> masses) {
+MC_CALLED void attended_values_of(const LensCall& c, int pass, const QueryMemory& memory, Span<float> masses) {
     constexpr int R = 4, kRows = R * kLensWarps;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, size = c.head_dim(), groups = (size + kRows - 1) / kRows;
     for (int task = static_cast<int>(blockIdx.x); task < c.heads * c.parts_n * groups;
@@ -49,7 +48,7 @@ MC_CALLED void attended_values_of(const LensCall& c, const char* w_v, int64_t v_
         if (rows > 0) {
             const int64_t row = static_cast<int64_t>(head) * size + j, bytes = c.weight_dtype == 0 ? 4 : 2;
             float sums[R * M] = {};
-            add_dots<R, M>(w_v + row * v_row + first * bytes, v_row, rows, c.weight_dtype, 0, width, c.q,
+            add_dots<R, M>(c.read_v.of(pass) + row * c.read_v.row + first * bytes, c.read_v.row, rows, c.weight_dtype, 0, width, c.q,
                            Staged{memory.in, padded_to_4(width)}, sums);
             each_dot<R, M>(sums, rows, c.q, [&](int r, int m, float x) {
                 write(c.parts + (part * kMost + m) * padded_to_4(c.d) + row + r, x / masses[m]);
@@ -59,22 +58,20 @@ MC_CALLED void attended_values_of(const LensCall& c, const char* w_v, int64_t v_
     }
 }
 
-MC_DEVICE void attended_values(const LensCall& c, const char* w_v, int64_t v_row, const QueryMemory& memory,
-                               Span<float> masses) {
-    c.q <= 8 ? attended_values_of<8>(c, w_v, v_row, memory, masses)
-             : attended_values_of<16>(c, w_v, v_row, memory, masses);
+MC_DEVICE void attended_values(const LensCall& c, int pass, const QueryMemory& memory, Span<float> masses) {
+    c.q <= 8 ? attended_values_of<8>(c, pass, memory, masses) : attended_values_of<16>(c, pass, memory, masses);
 }
 
 // z += weight [d, size] in, where in is the sum of `copies` arrays [16, size padded to 4] of the workspace.
 template <int M>
-MC_CALLED void add_linear_of(const LensCall& c, const char* weight, int64_t row, int size, const float* in, int copies,
-                             const QueryMemory& memory) {
+MC_CALLED void add_linear_of(const LensCall& c, const LensRows& weight, int pass, int size, const float* in,
+                             int copies, const QueryMemory& memory) {
     const int step = padded_to_4(size);
     stage_rows(in, step, size, c.q, copies, static_cast<int64_t>(kMost) * step, memory.in);
     __syncthreads();
     for (int j = spread_row(); j < c.d; j += spread_rows()) {
         float sums[M] = {};
-        add_dots<1, M>(weight + j * row, row, 1, c.weight_dtype, 0, size, c.q, Staged{memory.in, step}, sums);
+        add_dots<1, M>(weight.of(pass) + j * weight.row, weight.row, 1, c.weight_dtype, 0, size, c.q, Staged{memory.in, step}, sums);
         each_dot<1, M>(sums, 1, c.q, [&](int, int m, float x) {
             float* const to = c.z + m * padded_to_4(c.d) + j;
             write(to, read<float>(to) + x);
@@ -83,22 +80,22 @@ MC_CALLED void add_linear_of(const LensCall& c, const char* weight, int64_t row,
     __syncthreads();
 }
 
-MC_DEVICE void add_linear(const LensCall& c, const char* weight, int64_t row, int size, const float* in, int copies,
+MC_DEVICE void add_linear(const LensCall& c, const LensRows& weight, int pass, int size, const float* in, int copies,
                           const QueryMemory& memory) {
-    c.q <= 8 ? add_linear_of<8>(c, weight, row, size, in, copies, memory)
-             : add_linear_of<16>(c, weight, row, size, in, copies, memory);
+    c.q <= 8 ? add_linear_of<8>(c, weight, pass, size, in, copies, memory)
+             : add_linear_of<16>(c, weight, pass, size, in, copies, memory);
 }
 
 // act[m, i] = silu(gate) up of norm(z_m, gain).
 template <int M>
-MC_CALLED void swiglu_of(const LensCall& c, const char* gain, const char* weight, int64_t row,
-                         const QueryMemory& memory) {
+MC_CALLED void swiglu_of(const LensCall& c, int pass, const QueryMemory& memory) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    stage_norm(c, gain, memory.in);
+    const int64_t row = c.mlp_gate_up.row;
+    stage_norm(c, c.mlp_norm.of(pass), memory.in);
     for (int i = spread_row(); i < c.f; i += spread_rows()) {
         float sums[2 * M] = {};
-        add_dots<2, M>(weight + i * row, c.f * row, 2, c.weight_dtype, 0, c.d, c.q, Staged{memory.in, padded_to_4(c.d)},
-                       sums);
+        add_dots<2, M>(c.mlp_gate_up.of(pass) + i * row, c.f * row, 2, c.weight_dtype, 0, c.d, c.q,
+                       Staged{memory.in, padded_to_4(c.d)}, sums);
         reduce<2 * M>(sums);
         const float up = __shfl_xor_sync(0xffffffffu, sums[0], kWarp / 2);  // gates are in the lower half of the warp
         const int m = held_at<2 * M>(lane);
@@ -107,8 +104,8 @@ MC_CALLED void swiglu_of(const LensCall& c, const char* gain, const char* weight
     __syncthreads();
 }
 
-MC_DEVICE void swiglu(const LensCall& c, const char* gain, const char* weight, int64_t row, const QueryMemory& memory) {
-    c.q <= 8 ? swiglu_of<8>(c, gain, weight, row, memory) : swiglu_of<16>(c, gain, weight, row, memory);
+MC_DEVICE void swiglu(const LensCall& c, int pass, const QueryMemory& memory) {
+    c.q <= 8 ? swiglu_of<8>(c, pass, memory) : swiglu_of<16>(c, pass, memory);
 }
 
 // values[m, i] = score_v[i] . norm(z_m), of what `absorb` has staged.

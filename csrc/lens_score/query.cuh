@@ -44,7 +44,7 @@ MC_DEVICE void query_four(const LensCall& c, int k, int to, float (&x)[M][4]) {
 // z_m = w_in query_m / rms(query_m). A block to each R rows of w_in, a warp to each eighth of E.
 template <int M>
 MC_CALLED void project_queries_of(const LensCall& c, Span<float> partial) {
-    constexpr int R = 4, kEach = (R + 1) * M;
+    constexpr int R = 32 / M, kEach = (R + 1) * M;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int part = padded_to_4((c.e + kLensWarps - 1) / kLensWarps), from = warp * part,
               to = min(from + part, c.e);
@@ -134,7 +134,7 @@ MC_DEVICE void stage_rows(const float* from, int64_t step, int size, int q, int 
 }
 
 // in [q, d padded to 4] = norm(z, gain), by every block for itself. Ends with a barrier.
-MC_CALLED void stage_norm(const LensCall& c, const char* gain, Span<float> in) {
+MC_DEVICE void stage_norm(const LensCall& c, const char* gain, Span<float> in) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, step = padded_to_4(c.d);
     stage_rows(c.z, step, c.d, c.q, 1, 0, in);
     __syncthreads();
@@ -159,8 +159,8 @@ MC_DEVICE void write_operand(char* to, int operand, int64_t i, float x) {
 
 // turned[j, m] = scale w_q[head's row j] . in_m.
 template <int M>
-MC_CALLED void turn_queries(const LensCall& c, const char* w_q, int64_t row, const QueryMemory& memory) {
-    constexpr int R = 4;
+MC_DEVICE void turn_queries(const LensCall& c, const char* w_q, int64_t row, const QueryMemory& memory) {
+    constexpr int R = 32 / M;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, size = c.head_dim();
     // Not rsqrtf: it is off by an ulp or two on a device, and logits of some hundreds multiply that.
     const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(size)));
@@ -174,12 +174,13 @@ MC_CALLED void turn_queries(const LensCall& c, const char* w_q, int64_t row, con
 }
 
 // Columns [first, first + kColumns) of vectors `head`: a warp has every eighth row of w_k, a lane eight columns.
-MC_CALLED void absorb_columns(const LensCall& c, int head, int first, const char* w_k, int64_t row,
+MC_DEVICE void absorb_columns(const LensCall& c, int head, int first, const char* w_k, int64_t row,
                               const QueryMemory& memory) {
-    constexpr int M = 8, kRows = 8;
+    constexpr int M = 8, kRows = 4;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, column = first + thread % kWarp * 8,
               size = c.head_dim(), half = kLensWarps / 2, slot = warp % half * M * kColumns + thread % kWarp * 8;
-    const bool fast = c.weight_dtype != 0 && column + 8 <= c.e && reinterpret_cast<uintptr_t>(w_k) % 16 == 0 && row % 16 == 0;
+    const bool fast = c.weight_dtype != 0 && column + 8 <= c.e && row % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(w_k) % 16 == 0;
     for (int m0 = 0; m0 < c.q; m0 += M) {
         float sums[M][8] = {};
         const auto add = [&](int j, const float(&w)[8]) {
@@ -244,18 +245,23 @@ MC_CALLED void absorb_columns(const LensCall& c, int head, int first, const char
 
 // vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kColumns columns; the head's rows of w_q are
 // multiplied anew for each, which costs less than another barrier of the grid.
-MC_CALLED void absorb(const LensCall& c, const char* gain, const char* w_q, int64_t q_row, const char* w_k,
-                      int64_t k_row, const QueryMemory& memory) {
+template <int M>
+MC_CALLED void absorb_of(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass,
+                         const QueryMemory& memory) {
     const int size = c.head_dim(), chunks = (c.e_step + kColumns - 1) / kColumns;
-    stage_norm(c, gain, memory.in);
+    stage_norm(c, gain.of(pass), memory.in);
     for (int task = static_cast<int>(blockIdx.x); task < c.heads * chunks; task += static_cast<int>(gridDim.x)) {
         const int head = task / chunks;
-        const char* const rows = w_q + static_cast<int64_t>(head) * size * q_row;
-        c.q <= 8 ? turn_queries<8>(c, rows, q_row, memory) : turn_queries<16>(c, rows, q_row, memory);
+        const int64_t row = static_cast<int64_t>(head) * size;
+        turn_queries<M>(c, w_q.of(pass) + row * w_q.row, w_q.row, memory);
         __syncthreads();
-        absorb_columns(c, head, task % chunks * kColumns, w_k + static_cast<int64_t>(head) * size * k_row, k_row,
-                       memory);
+        absorb_columns(c, head, task % chunks * kColumns, w_k.of(pass) + row * w_k.row, w_k.row, memory);
     }
+}
+
+MC_DEVICE void absorb(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass,
+                      const QueryMemory& memory) {
+    c.q <= 8 ? absorb_of<8>(c, gain, w_q, w_k, pass, memory) : absorb_of<16>(c, gain, w_q, w_k, pass, memory);
 }
 
 MC_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }

@@ -183,7 +183,7 @@ MC_CALLED void head_scores(const LensCall& c, const HeadMemory& memory, int tile
 
 // Grid: tiles of entries.
 template <class E>
-MC_DEVICE void score_entries(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void score_entries(const LensCall& c, const LensMemory<E>& memory) {
     for (int tile = static_cast<int>(blockIdx.x); tile < c.tiles; tile += static_cast<int>(gridDim.x)) {
         float squares;
         product<E, true>(c, {c.vectors, c.e_step, c.vectors_n() + c.n_direct, tile * kTile, 0, 0, c.e}, memory.stages,
