@@ -1,4 +1,5 @@
-// Rows of weights against up to 16 rows of queries: R rows a warp, M = 8 or 16 queries, sums in registers. Lane l has
+// Rows of weights against up to 16 rows of queries: R rows a warp, M = 8 or 16 queries, sums in registers. Lane l
+// has
 // columns 4 l .. 4 l + 3 of every 128, so that a warp's loads of weights are contiguous and those from shared memory meet
 // no bank twice; the weights of kAtOnce such pieces are in flight together, as a step of the query's side is one or two
 // latencies of memory long, not bandwidth.
@@ -22,27 +23,6 @@ MC_DEVICE void weights4(const char* row, int dtype, int i, int size, float (&out
     for (int j = 0; j < 4; ++j) out[j] = i + j < size ? weight_at(row, dtype, i + j) : 0.0f;
 }
 
-// Eight elements of a weight's row from `i` on, zeros beyond `n`.
-MC_DEVICE void weights8(const char* row, int dtype, int i, int n, float (&out)[8]) {
-    const bool two = dtype != 0;
-    if (i + 8 <= n && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-        if (two) {
-            const auto p = read_constant<Pack<uint16_t, 8>>(row + 2 * i);
-            dtype == 1 ? widen<Half, 8>(p, out) : widen<Bfloat, 8>(p, out);
-        } else {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const auto p = read_constant<Pack<uint32_t, 4>>(row + 4 * (i + 4 * half));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[4 * half + j] = Float::widen(p.x[j]);
-            }
-        }
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = i + j < n ? weight_at(row, dtype, i + j) : 0.0f;
-}
-
 MC_DEVICE bool on_8(const char* row, int64_t step) {
     return reinterpret_cast<uintptr_t>(row) % 8 == 0 && step % 8 == 0;
 }
@@ -62,17 +42,61 @@ struct Staged {
     }
 };
 
+// Packs of weights that are asked for together and used one after the other by a loop that is not unrolled: each step of
+// the query's side runs once, and a long one would wait for its instructions instead.
+template <class Packs, int Count, int R>
+struct Queue {
+    Packs held[Count][R];
+
+    // The first R, the others move up.
+    MC_DEVICE void next(Packs (&out)[R]) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            out[r] = held[0][r];
+#pragma unroll
+            for (int i = 0; i + 1 < Count; ++i) held[i][r] = held[i + 1][r];
+        }
+    }
+};
+
+template <int R>
+using RowQueue = Queue<Pack<uint16_t, 4>, kAtOnce, R>;
+
+// The next kAtOnce pieces of R rows of 16-bit weights from column `base` on, zeros from `to` on and for rows that are not.
+template <int R>
+MC_DEVICE void fetch(const char* first, int64_t step, int rows, int base, int to, RowQueue<R>& queue) {
+    const int column = base + 4 * (static_cast<int>(threadIdx.x) % kWarp);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+        const int k = column + i * kPiece;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            queue.held[i][r] = {};
+            if (k < to && r < rows) queue.held[i][r] = read_constant<Pack<uint16_t, 4>>(first + r * step + 2 * k);
+        }
+    }
+}
+
+template <int R>
+MC_DEVICE void widen_rows(const Pack<uint16_t, 4> (&bits)[R], bool half, float (&w)[R][4]) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[r][j] = widen_16(bits[r].x[j], half);
+    }
+}
+
 // sums[r * M + m] += row r (of `rows` that exist) . in_m over columns [from, to), `from` a multiple of 4; a lane's share.
-template <int R, int M, class In>
-MC_DEVICE void add_dots(const char* first, int64_t step, int rows, int dtype, int from, int to, int q, const In& in,
+// Queries that are not are the last one again: a branch for each would make many loops of this one.
+template <int R, int M>
+MC_DEVICE void add_dots(const char* first, int64_t step, int rows, int dtype, int from, int to, int q, const Staged& in,
                         float (&sums)[R * M]) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const auto add = [&](int k, const float(&w)[R][4]) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            if (m >= q) break;
             float x[4];
-            in.four(m, k, x);
+            in.four(min(m, q - 1), k, x);
 #pragma unroll
             for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -81,28 +105,16 @@ MC_DEVICE void add_dots(const char* first, int64_t step, int rows, int dtype, in
         }
     };
     if (dtype != 0 && (to - from) % 4 == 0 && on_8(first, step)) {
-        const bool half = dtype == 1;
         for (int base = from; base < to; base += kAtOnce * kPiece) {
-            Pack<uint16_t, 4> bits[kAtOnce][R];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int k = base + i * kPiece + 4 * lane;
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    bits[i][r] = {};
-                    if (k < to && r < rows) bits[i][r] = read_constant<Pack<uint16_t, 4>>(first + r * step + 2 * k);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int k = base + i * kPiece + 4 * lane;
+            RowQueue<R> queue;
+            fetch<R>(first, step, rows, base, to, queue);
+#pragma unroll 1
+            for (int k = base + 4 * lane; k < min(to, base + kAtOnce * kPiece); k += kPiece) {
+                Pack<uint16_t, 4> bits[R];
                 float w[R][4];
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) w[r][j] = widen_16(bits[i][r].x[j], half);
-                }
-                if (k < to) add(k, w);
+                queue.next(bits);
+                widen_rows<R>(bits, dtype == 1, w);
+                add(k, w);
             }
         }
         return;

@@ -23,7 +23,8 @@ namespace mc::cuda {
 
 // p[v, n] = exp(a[v, n] - tops[v, tile]) / rms(x_n), totals[v, tile] = the sum of the exponentials. Grid: tiles.
 template <class E>
-MC_CALLED void logits(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void logits(const LensCall& c) {
+    const LensMemory<E> memory = lens_memory<E>(c);
     using Bits = typename E::Bits;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, count = c.vectors_n();
     for (int tile = static_cast<int>(blockIdx.x); tile < c.tiles; tile += static_cast<int>(gridDim.x)) {
@@ -73,7 +74,8 @@ MC_DEVICE void find_maxima(const LensCall& c, Span<float> maxima) {
 // sums[split, v, columns] = sum over the split's entries of p[v, n] x_n, p relative to the maximum over all tiles. Grid:
 // (tiles of columns, splits).
 template <class E>
-MC_CALLED void weighted_sums(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void weighted_sums(const LensCall& c) {
+    const LensMemory<E> memory = lens_memory<E>(c);
     const int thread = static_cast<int>(threadIdx.x), count = c.vectors_n(), wide = (c.e + kTile - 1) / kTile;
     const int per_split = (c.tiles + c.splits - 1) / c.splits;
     find_maxima(c, memory.of_vectors);
@@ -120,35 +122,31 @@ MC_CALLED void prefetch_rest(const LensCall& c, int pass) {
 
 template <class E>
 __global__ void __launch_bounds__(kLensThreads, 1) lens_score(const __grid_constant__ LensCall c) {
-    MC_SHARED_MEMORY(bytes);
-    SharedMemory shared(bytes);
-    const LensMemory<E> memory = lens_memory<E>(shared, c);
-    const QueryMemory& queries = memory.queries;
-    project_queries(c, queries.partial);
+    project_queries(c);
     if (c.passes > 0) prefetch_read(c, 0);
     grid_barrier();
     for (int pass = 0; pass < c.passes; ++pass) {
-        absorb(c, c.read_norm, c.read_q, c.read_k, pass, queries);
+        absorb(c, c.read_norm, c.read_q, c.read_k, pass);
         grid_barrier();
-        logits<E>(c, memory);
+        logits<E>(c);
         if (!MC_FAULT(1)) grid_barrier();
-        weighted_sums<E>(c, memory);
+        weighted_sums<E>(c);
         prefetch_rest(c, pass);
         grid_barrier();
-        attended_values(c, pass, queries, memory.of_vectors);
+        attended_values(c, pass);
         grid_barrier();
-        add_linear(c, c.read_out, pass, c.d, c.parts, c.parts_n, queries);
+        add_linear(c, c.read_out, pass, c.d, c.parts, c.parts_n);
         grid_barrier();
-        swiglu(c, pass, queries);
+        swiglu(c, pass);
         grid_barrier();
-        add_linear(c, c.mlp_down, pass, c.f, c.act, 1, queries);
+        add_linear(c, c.mlp_down, pass, c.f, c.act, 1);
         grid_barrier();
     }
-    absorb(c, c.score_norm, c.score_k, c.score_q, 0, queries);
-    score_values(c, queries);
+    absorb(c, c.score_norm, c.score_k, c.score_q, 0);
+    score_values(c);
     direct_vectors(c);
     grid_barrier();
-    score_entries<E>(c, memory);
+    score_entries<E>(c);
 }
 
 }  // namespace mc::cuda

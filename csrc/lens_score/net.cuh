@@ -30,7 +30,8 @@ MC_DEVICE float mass_of(const LensCall& c, int v) {
 // parts[s, m, j] = read_v[j] . context of (head of j, m) over the s-th kChunk columns. The context is the sum over splits
 // of the weighted sums, over the sum of the weights. A block to each head, chunk and kRows of the head's rows.
 template <int M>
-MC_CALLED void attended_values_of(const LensCall& c, int pass, const QueryMemory& memory, Span<float> masses) {
+MC_CALLED void attended_values_of(const LensCall& c, int pass) {
+    const QueryMemory memory = query_memory(c);
     constexpr int R = 4, kRows = R * kLensWarps;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, size = c.head_dim(), groups = (size + kRows - 1) / kRows;
     for (int task = static_cast<int>(blockIdx.x); task < c.heads * c.parts_n * groups;
@@ -42,7 +43,7 @@ MC_CALLED void attended_values_of(const LensCall& c, int pass, const QueryMemory
                    memory.in);
         for (int m = warp; m < c.q; m += kLensWarps) {
             const float mass = mass_of(c, head * c.q + m);
-            if (threadIdx.x % kWarp == 0) masses[m] = mass;
+            if (threadIdx.x % kWarp == 0) memory.masses[m] = mass;
         }
         __syncthreads();
         if (rows > 0) {
@@ -51,21 +52,22 @@ MC_CALLED void attended_values_of(const LensCall& c, int pass, const QueryMemory
             add_dots<R, M>(c.read_v.of(pass) + row * c.read_v.row + first * bytes, c.read_v.row, rows, c.weight_dtype, 0, width, c.q,
                            Staged{memory.in, padded_to_4(width)}, sums);
             each_dot<R, M>(sums, rows, c.q, [&](int r, int m, float x) {
-                write(c.parts + (part * kMost + m) * padded_to_4(c.d) + row + r, x / masses[m]);
+                write(c.parts + (part * kMost + m) * padded_to_4(c.d) + row + r, x / memory.masses[m]);
             });
         }
         __syncthreads();
     }
 }
 
-MC_DEVICE void attended_values(const LensCall& c, int pass, const QueryMemory& memory, Span<float> masses) {
-    c.q <= 8 ? attended_values_of<8>(c, pass, memory, masses) : attended_values_of<16>(c, pass, memory, masses);
+MC_DEVICE void attended_values(const LensCall& c, int pass) {
+    c.q <= 8 ? attended_values_of<8>(c, pass) : attended_values_of<16>(c, pass);
 }
 
 // z += weight [d, size] in, where in is the sum of `copies` arrays [16, size padded to 4] of the workspace.
 template <int M>
 MC_CALLED void add_linear_of(const LensCall& c, const LensRows& weight, int pass, int size, const float* in,
-                             int copies, const QueryMemory& memory) {
+                             int copies) {
+    const QueryMemory memory = query_memory(c);
     const int step = padded_to_4(size);
     stage_rows(in, step, size, c.q, copies, static_cast<int64_t>(kMost) * step, memory.in);
     __syncthreads();
@@ -80,18 +82,18 @@ MC_CALLED void add_linear_of(const LensCall& c, const LensRows& weight, int pass
     __syncthreads();
 }
 
-MC_DEVICE void add_linear(const LensCall& c, const LensRows& weight, int pass, int size, const float* in, int copies,
-                          const QueryMemory& memory) {
-    c.q <= 8 ? add_linear_of<8>(c, weight, pass, size, in, copies, memory)
-             : add_linear_of<16>(c, weight, pass, size, in, copies, memory);
+MC_DEVICE void add_linear(const LensCall& c, const LensRows& weight, int pass, int size, const float* in, int copies) {
+    c.q <= 8 ? add_linear_of<8>(c, weight, pass, size, in, copies)
+             : add_linear_of<16>(c, weight, pass, size, in, copies);
 }
 
 // act[m, i] = silu(gate) up of norm(z_m, gain).
 template <int M>
-MC_CALLED void swiglu_of(const LensCall& c, int pass, const QueryMemory& memory) {
+MC_CALLED void swiglu_of(const LensCall& c, int pass) {
+    const QueryMemory memory = query_memory(c);
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t row = c.mlp_gate_up.row;
-    stage_norm(c, c.mlp_norm.of(pass), memory.in);
+    stage_norm(c, c.mlp_norm.of(pass));
     for (int i = spread_row(); i < c.f; i += spread_rows()) {
         float sums[2 * M] = {};
         add_dots<2, M>(c.mlp_gate_up.of(pass) + i * row, c.f * row, 2, c.weight_dtype, 0, c.d, c.q,
@@ -104,13 +106,14 @@ MC_CALLED void swiglu_of(const LensCall& c, int pass, const QueryMemory& memory)
     __syncthreads();
 }
 
-MC_DEVICE void swiglu(const LensCall& c, int pass, const QueryMemory& memory) {
-    c.q <= 8 ? swiglu_of<8>(c, pass, memory) : swiglu_of<16>(c, pass, memory);
+MC_DEVICE void swiglu(const LensCall& c, int pass) {
+    c.q <= 8 ? swiglu_of<8>(c, pass) : swiglu_of<16>(c, pass);
 }
 
 // values[m, i] = score_v[i] . norm(z_m), of what `absorb` has staged.
 template <int M>
-MC_CALLED void score_values_of(const LensCall& c, const QueryMemory& memory) {
+MC_CALLED void score_values_of(const LensCall& c) {
+    const QueryMemory memory = query_memory(c);
     const int width = c.heads * c.head_values;
     for (int i = spread_row(); i < width; i += spread_rows()) {
         float sums[M] = {};
@@ -120,8 +123,8 @@ MC_CALLED void score_values_of(const LensCall& c, const QueryMemory& memory) {
     }
 }
 
-MC_DEVICE void score_values(const LensCall& c, const QueryMemory& memory) {
-    c.q <= 8 ? score_values_of<8>(c, memory) : score_values_of<16>(c, memory);
+MC_DEVICE void score_values(const LensCall& c) {
+    c.q <= 8 ? score_values_of<8>(c) : score_values_of<16>(c);
 }
 
 }  // namespace mc::cuda

@@ -140,6 +140,7 @@ MC_DEVICE void product(const LensCall& c, const Operands& o, Span<typename E::Bi
     WarpSums<E> sums[kSums];
     squares = 0.0f;
     __syncthreads();
+#pragma unroll 1
     for (int s = 0; s < kAhead; ++s) {
         if (s < steps) load_step<E, kTurned>(c, o, s, stages.part(s * kSize, kSize).data);
         commit_copies();

@@ -6,13 +6,29 @@
 
 namespace mc::cuda {
 
-// Shared memory of these steps.
+constexpr int kPartials = kLensWarps / 2 * 8 * kColumns;
+// Behind what all steps have in shared memory (kFixedMemory numbers) each step has its own. Functions place it for themselves: what
+// they were told of it could be any memory to the compiler.
+constexpr int kFixedMemory = kTile + 3 * kTileRows + 2 * kLensWarps * kTile;
+
+// What these steps have.
 struct QueryMemory {
     Span<float> in;       // [q, widest of d, f, kChunk padded to 4]
     Span<float> turned;   // [d / heads, 16]
     Span<float> partial;  // [kPartials]: of warps, before they are added up
+    Span<float> masses;   // [kTileRows]
 };
-constexpr int kPartials = kLensWarps / 2 * 8 * kColumns;
+
+MC_DEVICE QueryMemory query_memory(const LensCall& c) {
+    MC_SHARED_MEMORY(bytes);
+    SharedMemory shared(bytes);
+    QueryMemory m{};
+    m.masses = shared.take<float>(kFixedMemory).part(0, kTileRows);
+    m.partial = shared.take<float>(kPartials);
+    m.turned = shared.take<float>(static_cast<int64_t>(c.head_dim()) * kMost);
+    m.in = shared.take<float>(static_cast<int64_t>(c.q) * max(padded_to_4(max(c.d, c.f)), kChunk));
+    return m;
+}
 
 // Row `index` of those that blocks share out one by one, then warps: few rows meet all multiprocessors.
 MC_DEVICE int spread_row() {
@@ -43,7 +59,8 @@ MC_DEVICE void query_four(const LensCall& c, int k, int to, float (&x)[M][4]) {
 
 // z_m = w_in query_m / rms(query_m). A block to each R rows of w_in, a warp to each eighth of E.
 template <int M>
-MC_CALLED void project_queries_of(const LensCall& c, Span<float> partial) {
+MC_CALLED void project_queries_of(const LensCall& c) {
+    const Span<float> partial = query_memory(c).partial;
     constexpr int R = 32 / M, kEach = (R + 1) * M;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int part = padded_to_4((c.e + kLensWarps - 1) / kLensWarps), from = warp * part,
@@ -51,22 +68,17 @@ MC_CALLED void project_queries_of(const LensCall& c, Span<float> partial) {
     for (int first = static_cast<int>(blockIdx.x) * R; first < c.d; first += static_cast<int>(gridDim.x) * R) {
         const int rows = min(R, c.d - first);
         const char* const weight = c.w_in.data + first * c.w_in.row;
-        const bool fast = c.weight_dtype != 0 && on_8(weight, c.w_in.row);
+        const bool fast = c.weight_dtype != 0 && c.e % 4 == 0 && on_8(weight, c.w_in.row);
         float sums[R * M] = {}, squares[M] = {};
-#pragma unroll 2
-        for (int k = from + 4 * lane; k < to; k += kPiece) {
+        RowQueue<R> queue;
+#pragma unroll 1
+        for (int k = from + 4 * lane, i = 0; k < to; k += kPiece, ++i) {
             float w[R][4], x[M][4];
-            if (fast && k + 4 <= to) {
+            if (fast) {
                 Pack<uint16_t, 4> bits[R];
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    bits[r] = read_constant<Pack<uint16_t, 4>>(weight + min(r, rows - 1) * c.w_in.row + 2 * k);
-                }
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) w[r][j] = widen_16(bits[r].x[j], c.weight_dtype == 1);
-                }
+                if (i % kAtOnce == 0) fetch<R>(weight, c.w_in.row, rows, k - 4 * lane, to, queue);
+                queue.next(bits);
+                widen_rows<R>(bits, c.weight_dtype == 1, w);
             } else {
 #pragma unroll
                 for (int r = 0; r < R; ++r) {
@@ -103,8 +115,8 @@ MC_CALLED void project_queries_of(const LensCall& c, Span<float> partial) {
     }
 }
 
-MC_DEVICE void project_queries(const LensCall& c, Span<float> partial) {
-    c.q <= 8 ? project_queries_of<8>(c, partial) : project_queries_of<16>(c, partial);
+MC_DEVICE void project_queries(const LensCall& c) {
+    c.q <= 8 ? project_queries_of<8>(c) : project_queries_of<16>(c);
 }
 
 // to [q, size padded to 4] = the sum of `copies` arrays of the workspace, `apart` numbers from each other, whose rows
@@ -134,7 +146,8 @@ MC_DEVICE void stage_rows(const float* from, int64_t step, int size, int q, int 
 }
 
 // in [q, d padded to 4] = norm(z, gain), by every block for itself. Ends with a barrier.
-MC_DEVICE void stage_norm(const LensCall& c, const char* gain, Span<float> in) {
+MC_CALLED void stage_norm(const LensCall& c, const char* gain) {
+    const Span<float> in = query_memory(c).in;
     const int lane = static_cast<int>(threadIdx.x) % kWarp, step = padded_to_4(c.d);
     stage_rows(c.z, step, c.d, c.q, 1, 0, in);
     __syncthreads();
@@ -142,7 +155,7 @@ MC_DEVICE void stage_norm(const LensCall& c, const char* gain, Span<float> in) {
         float square = 0.0f;
         for (int k = lane; k < c.d; k += kWarp) square += in[m * step + k] * in[m * step + k];
         const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(square) / static_cast<float>(c.d) + kLensEps));
-#pragma unroll 8
+#pragma unroll 4
         for (int k = lane; k < c.d; k += kWarp) in[m * step + k] *= inverse * weight_at(gain, c.weight_dtype, k);
     }
     __syncthreads();
@@ -159,7 +172,8 @@ MC_DEVICE void write_operand(char* to, int operand, int64_t i, float x) {
 
 // turned[j, m] = scale w_q[head's row j] . in_m.
 template <int M>
-MC_DEVICE void turn_queries(const LensCall& c, const char* w_q, int64_t row, const QueryMemory& memory) {
+MC_CALLED void turn_queries(const LensCall& c, const char* w_q, int64_t row) {
+    const QueryMemory memory = query_memory(c);
     constexpr int R = 32 / M;
     const int warp = static_cast<int>(threadIdx.x) / kWarp, size = c.head_dim();
     // Not rsqrtf: it is off by an ulp or two on a device, and logits of some hundreds multiply that.
@@ -174,40 +188,40 @@ MC_DEVICE void turn_queries(const LensCall& c, const char* w_q, int64_t row, con
 }
 
 // Columns [first, first + kColumns) of vectors `head`: a warp has every eighth row of w_k, a lane eight columns.
-MC_DEVICE void absorb_columns(const LensCall& c, int head, int first, const char* w_k, int64_t row,
-                              const QueryMemory& memory) {
-    constexpr int M = 8, kRows = 4;
+MC_CALLED void absorb_columns(const LensCall& c, int head, int first, const char* w_k, int64_t row) {
+    const QueryMemory memory = query_memory(c);
+    constexpr int M = 8, kRows = 8;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, column = first + thread % kWarp * 8,
               size = c.head_dim(), half = kLensWarps / 2, slot = warp % half * M * kColumns + thread % kWarp * 8;
     const bool fast = c.weight_dtype != 0 && column + 8 <= c.e && row % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(w_k) % 16 == 0;
+#pragma unroll 1
     for (int m0 = 0; m0 < c.q; m0 += M) {
         float sums[M][8] = {};
         const auto add = [&](int j, const float(&w)[8]) {
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                if (m0 + m >= c.q) break;
-                const float by = memory.turned[j * kMost + m0 + m];
+                const float by = memory.turned[j * kMost + min(m0 + m, c.q - 1)];
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sums[m][i] += by * w[i];
             }
         };
         if (fast) {
             for (int base = warp; base < size; base += kRows * kLensWarps) {
-                Pack<uint16_t, 8> bits[kRows];  // in flight together
+                Queue<Pack<uint16_t, 8>, kRows, 1> queue;
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
                     const int j = base + r * kLensWarps;
-                    bits[r] = {};
-                    if (j < size) bits[r] = read_constant<Pack<uint16_t, 8>>(w_k + j * row + 2 * column);
+                    queue.held[r][0] = {};
+                    if (j < size) queue.held[r][0] = read_constant<Pack<uint16_t, 8>>(w_k + j * row + 2 * column);
                 }
-#pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const int j = base + r * kLensWarps;
-                    if (j >= size) break;
+#pragma unroll 1
+                for (int j = base; j < min(size, base + kRows * kLensWarps); j += kLensWarps) {
+                    Pack<uint16_t, 8> bits[1];
                     float w[8];
+                    queue.next(bits);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) w[i] = widen_16(bits[r].x[i], c.weight_dtype == 1);
+                    for (int i = 0; i < 8; ++i) w[i] = widen_16(bits[0].x[i], c.weight_dtype == 1);
                     add(j, w);
                 }
             }
@@ -215,7 +229,10 @@ MC_DEVICE void absorb_columns(const LensCall& c, int head, int first, const char
 #pragma unroll 1
             for (int j = warp; j < size; j += kLensWarps) {
                 float w[8];
-                weights8(w_k + j * row, c.weight_dtype, column, c.e, w);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    w[i] = column + i < c.e ? weight_at(w_k + j * row, c.weight_dtype, column + i) : 0.0f;
+                }
                 add(j, w);
             }
         }
@@ -233,6 +250,7 @@ MC_DEVICE void absorb_columns(const LensCall& c, int head, int first, const char
             __syncthreads();
         }
         const int at = first + thread;  // zeros from e on: tiles end in them
+#pragma unroll 1
         for (int m = 0; m < M && m0 + m < c.q && at < c.e_step; ++m) {
             float x = 0.0f;
 #pragma unroll
@@ -245,23 +263,17 @@ MC_DEVICE void absorb_columns(const LensCall& c, int head, int first, const char
 
 // vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kColumns columns; the head's rows of w_q are
 // multiplied anew for each, which costs less than another barrier of the grid.
-template <int M>
-MC_CALLED void absorb_of(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass,
-                         const QueryMemory& memory) {
+MC_DEVICE void absorb(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass) {
     const int size = c.head_dim(), chunks = (c.e_step + kColumns - 1) / kColumns;
-    stage_norm(c, gain.of(pass), memory.in);
+    stage_norm(c, gain.of(pass));
     for (int task = static_cast<int>(blockIdx.x); task < c.heads * chunks; task += static_cast<int>(gridDim.x)) {
         const int head = task / chunks;
         const int64_t row = static_cast<int64_t>(head) * size;
-        turn_queries<M>(c, w_q.of(pass) + row * w_q.row, w_q.row, memory);
+        const char* const rows = w_q.of(pass) + row * w_q.row;
+        c.q <= 8 ? turn_queries<8>(c, rows, w_q.row) : turn_queries<16>(c, rows, w_q.row);
         __syncthreads();
-        absorb_columns(c, head, task % chunks * kColumns, w_k.of(pass) + row * w_k.row, w_k.row, memory);
+        absorb_columns(c, head, task % chunks * kColumns, w_k.of(pass) + row * w_k.row, w_k.row);
     }
-}
-
-MC_DEVICE void absorb(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass,
-                      const QueryMemory& memory) {
-    c.q <= 8 ? absorb_of<8>(c, gain, w_q, w_k, pass, memory) : absorb_of<16>(c, gain, w_q, w_k, pass, memory);
 }
 
 MC_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }

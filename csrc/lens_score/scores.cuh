@@ -22,36 +22,35 @@ struct LensMemory : HeadMemory {
     Span<typename E::Bits> stages;
     Span<float> of_vectors;  // [kTileRows]
     Span<float> factors;     // [2, kTileRows]
-    QueryMemory queries;
 };
 
-// Steps follow each other, so they share memory: products, then the side of the queries, then the head.
+// Steps follow each other, so they share memory: products, the side of the queries, and the head of what a product left.
 template <class E>
 constexpr int64_t lens_shared_bytes(int64_t q, int64_t widest, int64_t head_dim, int64_t inputs) {
     const int64_t product = shared_bytes_of<typename E::Bits>(int64_t{kStages<E>} * kStageElements);
     const int64_t row = widest > kChunk ? (widest + 3) / 4 * 4 : kChunk;
     const int64_t query =
         shared_bytes_of<float>(q * row) + shared_bytes_of<float>(head_dim * kMost) + shared_bytes_of<float>(kPartials);
-    return (product > query ? product : query) + shared_bytes_of<float>(kTile) + shared_bytes_of<float>(kTileRows) +
-           shared_bytes_of<float>(2 * kTileRows) + shared_bytes_of<float>(inputs * kTile) +
-           shared_bytes_of<float>(2 * kLensWarps * kTile);
+    const int64_t head = shared_bytes_of<float>(kTileRows * kTile + kHeadInputs * kHeadStep + inputs * kTile);
+    const int64_t two = product > query ? product : query;
+    return shared_bytes_of<float>(kFixedMemory) + (two > head ? two : head);
 }
 
 template <class E>
-MC_DEVICE LensMemory<E> lens_memory(SharedMemory& shared, const LensCall& c) {
+MC_DEVICE LensMemory<E> lens_memory(const LensCall& c) {
+    MC_SHARED_MEMORY(bytes);
+    SharedMemory shared(bytes);
     LensMemory<E> m{};
-    m.inverse = shared.take<float>(kTile);
-    m.of_vectors = shared.take<float>(kTileRows);
-    m.factors = shared.take<float>(2 * kTileRows);
-    m.inputs = shared.take<float>(static_cast<int64_t>(c.inputs) * kTile);
-    m.scores = shared.take<float>(2 * kLensWarps * kTile);
-    SharedMemory again = shared, over = shared;
+    const Span<float> fixed = shared.take<float>(kFixedMemory);
+    m.of_vectors = fixed.part(0, kTileRows);
+    m.factors = fixed.part(kTileRows, 2 * kTileRows);
+    m.inverse = fixed.part(3 * kTileRows, kTile);
+    m.scores = fixed.part(3 * kTileRows + kTile, 2 * kLensWarps * kTile);
+    SharedMemory over = shared;
     m.stages = shared.take<typename E::Bits>(int64_t{kStages<E>} * kStageElements);
     m.out = over.take<float>(kTileRows * kTile);
     m.weights = over.take<float>(kHeadInputs * kHeadStep);
-    m.queries.in = again.take<float>(static_cast<int64_t>(c.q) * max(padded_to_4(max(c.d, c.f)), kChunk));
-    m.queries.turned = again.take<float>(static_cast<int64_t>(c.head_dim()) * kMost);
-    m.queries.partial = again.take<float>(kPartials);
+    m.inputs = over.take<float>(static_cast<int64_t>(c.inputs) * kTile);
     return m;
 }
 
@@ -67,7 +66,7 @@ MC_CALLED void direct_vectors(const LensCall& c) {
 }
 
 // Inputs of the head for entry n of a tile, by four threads: `part` has every fourth head, direct row and feature.
-MC_CALLED void head_inputs(const LensCall& c, const HeadMemory& memory, int64_t entry, int n, int part) {
+MC_DEVICE void head_inputs(const LensCall& c, const HeadMemory& memory, int64_t entry, int n, int part) {
     const int dv = c.head_values, width = c.heads * dv;
     const float inverse = memory.inverse[n];
     for (int h = part; h < c.heads; h += 4) {
@@ -157,7 +156,7 @@ MC_DEVICE void add_hidden(const LensCall& c, const HeadMemory& memory, int h0, f
 }
 
 // The scores of a tile.
-MC_CALLED void head_scores(const LensCall& c, const HeadMemory& memory, int tile) {
+MC_DEVICE void head_scores(const LensCall& c, const HeadMemory& memory, int tile) {
     const int thread = static_cast<int>(threadIdx.x), n = thread % kTile, part = thread / kTile;
     const int64_t entry = static_cast<int64_t>(tile) * kTile + n;
     head_inputs(c, memory, entry, n, part);
@@ -183,7 +182,8 @@ MC_CALLED void head_scores(const LensCall& c, const HeadMemory& memory, int tile
 
 // Grid: tiles of entries.
 template <class E>
-MC_CALLED void score_entries(const LensCall& c, const LensMemory<E>& memory) {
+MC_CALLED void score_entries(const LensCall& c) {
+    const LensMemory<E> memory = lens_memory<E>(c);
     for (int tile = static_cast<int>(blockIdx.x); tile < c.tiles; tile += static_cast<int>(gridDim.x)) {
         float squares;
         product<E, true>(c, {c.vectors, c.e_step, c.vectors_n() + c.n_direct, tile * kTile, 0, 0, c.e}, memory.stages,
