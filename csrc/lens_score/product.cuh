@@ -100,7 +100,10 @@ MC_DEVICE void multiply_step(const typename E::Bits* left, const typename E::Bit
 #pragma unroll
             for (int i = 0; i < kSums; ++i) {
                 if (row_of(i) >= left_rows) break;
-                products[i].template add<kTurned>(left + row_of(i) * kTileStep + k, kTileStep, right_of(k), kTileStep);
+                WarpSums<E> part;  // sums of sums: of thousands of terms in a row each would round
+                part.template add<kTurned>(left + row_of(i) * kTileStep + k, kTileStep, right_of(k), kTileStep);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) products[i].x[j / 4][j % 4] += part.x[j / 4][j % 4];
             }
         }
     }
