@@ -1,8 +1,7 @@
-// Rows of weights against up to 16 rows of queries: R rows a warp, M = 8 or 16 queries, sums in registers. Lane l
-// has
-// columns 4 l .. 4 l + 3 of every 128, so that a warp's loads of weights are contiguous and those from shared memory meet
-// no bank twice; the weights of kAtOnce such pieces are in flight together, as a step of the query's side is one or two
-// latencies of memory long, not bandwidth.
+// Rows of weights against up to 16 rows of queries: R rows a warp, M = 8 or 16 queries, sums in registers. Lane l has
+// columns 4 l .. 4 l + 3 of every 128, so that a warp's loads of weights are contiguous and those from shared memory
+// meet no bank twice; the weights of kAtOnce such pieces are in flight together, as a step of the query's side is one
+// or two latencies of memory long, not bandwidth.
 #pragma once
 
 #include "call.cuh"
@@ -42,8 +41,8 @@ struct Staged {
     }
 };
 
-// Packs of weights that are asked for together and used one after the other by a loop that is not unrolled: each step of
-// the query's side runs once, and a long one would wait for its instructions instead.
+// Packs of weights that are asked for together and used one after the other by a loop that is not unrolled: each step
+// of the query's side runs once, and a long one would wait for its instructions instead.
 template <class Packs, int Count, int R>
 struct Queue {
     Packs held[Count][R];
@@ -62,7 +61,8 @@ struct Queue {
 template <int R>
 using RowQueue = Queue<Pack<uint16_t, 4>, kAtOnce, R>;
 
-// The next kAtOnce pieces of R rows of 16-bit weights from column `base` on, zeros from `to` on and for rows that are not.
+// The next kAtOnce pieces of R rows of 16-bit weights from column `base` on, zeros from `to` on and for rows that are
+// not.
 template <int R>
 MC_DEVICE void fetch(const char* first, int64_t step, int rows, int base, int to, RowQueue<R>& queue) {
     const int column = base + 4 * (static_cast<int>(threadIdx.x) % kWarp);
@@ -86,8 +86,8 @@ MC_DEVICE void widen_rows(const Pack<uint16_t, 4> (&bits)[R], bool half, float (
     }
 }
 
-// sums[r * M + m] += row r (of `rows` that exist) . in_m over columns [from, to), `from` a multiple of 4; a lane's share.
-// Queries that are not are the last one again: a branch for each would make many loops of this one.
+// sums[r * M + m] += row r (of `rows` that exist) . in_m over columns [from, to), `from` a multiple of 4; a lane's
+// share. Queries that are not are the last one again: a branch for each would make many loops of this one.
 template <int R, int M>
 MC_DEVICE void add_dots(const char* first, int64_t step, int rows, int dtype, int from, int to, int q, const Staged& in,
                         float (&sums)[R * M]) {

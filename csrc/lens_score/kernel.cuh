@@ -2,17 +2,20 @@
 // grid. The contract: mc_kernels.h.
 //
 // Floor. Entries are read twice a read pass (their logits, then the weighted sums, whose weights need all logits'
-// maximum) and once for the scores: N * E * sizeof(dtype) * (2 P + 1) bytes over the bandwidth, 201 MB or 42 us at 4.8
-// TB/s for N = 8,192, E = 4,096 in bf16, less what the second-level cache keeps (50 MB). Products: 2 * N * E * (2 H Q P +
-// H Q + J) operations, 13.4 G, 17 us at 800 TFLOP/s of tensor cores. Weights (19 MB in bf16 at d = f = 512) 4 us. Seven
-// barriers a pass and two besides, about 1.5 us each.
+// maximum) and once for the scores: N * E * sizeof(dtype) * (2 P + 1) bytes over the bandwidth, 201 MB or 85 us at 2.37
+// TB/s for N = 8,192, E = 4,096 in bf16, less what the second-level cache keeps (50 MB of 67). Products: 2 * N * E *
+// (2 H Q P + H Q + J) operations, 13.4 G, 17 us at 800 TFLOP/s of tensor cores. Weights (19 MB in bf16 at d = f = 512)
+// 8 us, asked for ahead. Seven barriers a pass and two besides, about 1.5 us each. Steps of the queries' side run once:
+// what they cost is latency, of loads and of their own instructions, so loads are wide and together, loops are not
+// unrolled.
 //
 // Steps, between barriers of the grid:
 //   project_queries | P times: absorb | logits: p relative to its tile's maximum | weighted sums, each tile's products
-//   times its share, which is relative to the maximum over all tiles | attended values | z += read_out | swiglu | z += mlp_down | then absorb, values, direct rows | scores
+//   times its share, which is relative to the maximum over all tiles | attended values | z += read_out | swiglu |
+//   z += mlp_down | then absorb, values, direct rows | scores
 //
-// A block owns what it writes in a step, and reads in a step only what earlier steps wrote; sums of parts are taken in one
-// order, so results repeat to the bit whatever the order of blocks.
+// A block owns what it writes in a step, and reads in a step only what earlier steps wrote; sums of parts are taken in
+// one order, so results repeat to the bit whatever the order of blocks.
 #pragma once
 
 #include "net.cuh"
@@ -71,8 +74,8 @@ MC_DEVICE void find_maxima(const LensCall& c, Span<float> maxima) {
     __syncthreads();
 }
 
-// sums[split, v, columns] = sum over the split's entries of p[v, n] x_n, p relative to the maximum over all tiles. Grid:
-// (tiles of columns, splits).
+// sums[split, v, columns] = sum over the split's entries of p[v, n] x_n, p relative to the maximum over all tiles.
+// Grid: (tiles of columns, splits).
 template <class E>
 MC_CALLED void weighted_sums(const LensCall& c) {
     const LensMemory<E> memory = lens_memory<E>(c);

@@ -27,8 +27,8 @@ MC_DEVICE float mass_of(const LensCall& c, int v) {
     return warp_sum(mass);
 }
 
-// parts[s, m, j] = read_v[j] . context of (head of j, m) over the s-th kChunk columns. The context is the sum over splits
-// of the weighted sums, over the sum of the weights. A block to each head, chunk and kRows of the head's rows.
+// parts[s, m, j] = read_v[j] . context of (head of j, m) over the s-th kChunk columns. The context is the sum over
+// splits of the weighted sums, over the sum of the weights. A block to each head, chunk and kRows of the head's rows.
 template <int M>
 MC_CALLED void attended_values_of(const LensCall& c, int pass) {
     const QueryMemory memory = query_memory(c);
@@ -49,8 +49,8 @@ MC_CALLED void attended_values_of(const LensCall& c, int pass) {
         if (rows > 0) {
             const int64_t row = static_cast<int64_t>(head) * size + j, bytes = c.weight_dtype == 0 ? 4 : 2;
             float sums[R * M] = {};
-            add_dots<R, M>(c.read_v.of(pass) + row * c.read_v.row + first * bytes, c.read_v.row, rows, c.weight_dtype, 0, width, c.q,
-                           Staged{memory.in, padded_to_4(width)}, sums);
+            add_dots<R, M>(c.read_v.of(pass) + row * c.read_v.row + first * bytes, c.read_v.row, rows,
+                           c.weight_dtype, 0, width, c.q, Staged{memory.in, padded_to_4(width)}, sums);
             each_dot<R, M>(sums, rows, c.q, [&](int r, int m, float x) {
                 write(c.parts + (part * kMost + m) * padded_to_4(c.d) + row + r, x / memory.masses[m]);
             });
@@ -73,7 +73,8 @@ MC_CALLED void add_linear_of(const LensCall& c, const LensRows& weight, int pass
     __syncthreads();
     for (int j = spread_row(); j < c.d; j += spread_rows()) {
         float sums[M] = {};
-        add_dots<1, M>(weight.of(pass) + j * weight.row, weight.row, 1, c.weight_dtype, 0, size, c.q, Staged{memory.in, step}, sums);
+        add_dots<1, M>(weight.of(pass) + j * weight.row, weight.row, 1, c.weight_dtype, 0, size, c.q,
+                       Staged{memory.in, step}, sums);
         each_dot<1, M>(sums, 1, c.q, [&](int, int m, float x) {
             float* const to = c.z + m * padded_to_4(c.d) + j;
             write(to, read<float>(to) + x);

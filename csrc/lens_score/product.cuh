@@ -1,6 +1,7 @@
 // The streams over the entries: up to kTileRows vectors against a tile of kTile entries or columns, in steps of kTile,
-// operands copied to shared memory kStages - 1 steps ahead: 16 KB each, or in fp32 32. A step has about 800 cycles at the
-// rate of HBM (8 KB a multiprocessor at 18 bytes a nanosecond), in which shared memory moves 100 KB: operands take 50 KB.
+// operands copied to shared memory kStages - 1 steps ahead: 16 KB each, or in fp32 32. A step has about 800 cycles at
+// the rate of HBM (8 KB a multiprocessor at 18 bytes a nanosecond), in which shared memory moves 100 KB: operands take
+// 50 KB.
 #pragma once
 
 #include "call.cuh"
@@ -14,7 +15,8 @@ template <class E>
 constexpr int kStages = sizeof(typename E::Bits) == 2 ? 5 : 2;
 
 // Where a product's operands come from. Left: rows of the workspace. Right: the entries, of which this product takes
-// rows [row, ..) and columns [column, ..); kTurned: the inner dimension runs over columns (logits), else over rows (sums).
+// rows [row, ..) and columns [column, ..); kTurned: the inner dimension runs over columns (logits), else over rows
+// (sums).
 struct Operands {
     const char* left;
     int64_t left_step;                     // elements
@@ -126,9 +128,9 @@ MC_DEVICE float squares_of(const typename E::Bits* right) {
     return sum;
 }
 
-// out [kTileRows, kTile] (in shared memory; may lie over the stages) = left . right, kTurned; else the sum over steps of
-// that times the share of the step's tile. squares: of a thread's share of the tile's rows, rows thread / 4. Begins and
-// ends with a barrier.
+// out [kTileRows, kTile] (in shared memory; may lie over the stages) = left . right, kTurned; else the sum over steps
+// of that times the share of the step's tile. squares: of a thread's share of the tile's rows, rows thread / 4. Begins
+// and ends with a barrier.
 template <class E, bool kTurned>
 MC_DEVICE void product(const LensCall& c, const Operands& o, Span<typename E::Bits> stages, float* out,
                        float& squares, const Shares& shares) {

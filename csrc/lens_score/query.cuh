@@ -7,8 +7,8 @@
 namespace mc::cuda {
 
 constexpr int kPartials = kLensWarps / 2 * 8 * kColumns;
-// Behind what all steps have in shared memory (kFixedMemory numbers) each step has its own. Functions place it for themselves: what
-// they were told of it could be any memory to the compiler.
+// Behind what all steps have in shared memory (kFixedMemory numbers) each step has its own. Functions place it for
+// themselves: what they were told of it could be any memory to the compiler.
 constexpr int kFixedMemory = kTile + 3 * kTileRows + 2 * kLensWarps * kTile;
 
 // What these steps have.
@@ -261,8 +261,8 @@ MC_CALLED void absorb_columns(const LensCall& c, int head, int first, const char
     }
 }
 
-// vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kColumns columns; the head's rows of w_q are
-// multiplied anew for each, which costs less than another barrier of the grid.
+// vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kColumns columns; the head's rows of w_q
+// are multiplied anew for each, which costs less than another barrier of the grid.
 MC_DEVICE void absorb(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass) {
     const int size = c.head_dim(), chunks = (c.e_step + kColumns - 1) / kColumns;
     stage_norm(c, gain.of(pass));

@@ -6,7 +6,7 @@
 
 namespace mc::cuda {
 
-constexpr int kHeadInputs = 32, kHeadStep = kTile + 4;  // inputs whose weights are staged together; between rows of them
+constexpr int kHeadInputs = 32, kHeadStep = kTile + 4;  // inputs whose weights are staged together; steps of rows
 
 // What the head of a tile of entries works with.
 struct HeadMemory {
@@ -24,7 +24,8 @@ struct LensMemory : HeadMemory {
     Span<float> factors;     // [2, kTileRows]
 };
 
-// Steps follow each other, so they share memory: products, the side of the queries, and the head of what a product left.
+// Steps follow each other, so they share memory: products, the side of the queries, and the head of what a product
+// left.
 template <class E>
 constexpr int64_t lens_shared_bytes(int64_t q, int64_t widest, int64_t head_dim, int64_t inputs) {
     const int64_t product = shared_bytes_of<typename E::Bits>(int64_t{kStages<E>} * kStageElements);
@@ -131,7 +132,8 @@ MC_DEVICE void add_hidden(const LensCall& c, const HeadMemory& memory, int h0, f
         const int count = min(kHeadInputs, c.inputs - k0);
 #pragma unroll 4
         for (int k = 0; k < count; ++k) {
-            const auto w = four_at(memory.weights, k * kHeadStep + unit), in = four_at(memory.inputs, (k0 + k) * kTile + n);
+            const auto w = four_at(memory.weights, k * kHeadStep + unit);
+            const auto in = four_at(memory.inputs, (k0 + k) * kTile + n);
 #pragma unroll
             for (int h = 0; h < 4; ++h) {
 #pragma unroll
