@@ -9,12 +9,15 @@ constexpr int kLensThreads = 256, kLensWarps = kLensThreads / kWarp;
 constexpr int kMost = 16;                         // queries, and direct rows
 constexpr int kTile = 64, kTileRows = 2 * kTile;  // entries (or columns) of a tile; vectors that meet them
 constexpr int kTileStep = kTile + 8;              // elements from row to row of a tile in shared memory
+constexpr int kColumns = 256, kChunk = 512;          // of E: of an absorbed vector, of an attended value, a block's
 constexpr float kLensEps = 1e-12f;                // mc_kernels/lens_score/ref.py
 
 // Rows of the caller's memory, steps in bytes.
 struct LensRows {
     const char* data;
     int64_t pass, row;
+
+    MC_BOTH const char* of(int read_pass) const { return data + read_pass * pass; }
 };
 
 struct LensCall {
@@ -26,19 +29,18 @@ struct LensCall {
     int32_t entry_dtype, weight_dtype, operand;
     int32_t n, e, q, d, heads, passes, f, head_values, n_direct, n_features, hidden, inputs;
     int32_t tiles, splits;  // of N: tiles of kTile entries; parts into which a weighted sum is cut, by whole tiles
-    int32_t e_step;         // elements from row to row of `vectors`
+    int32_t parts_n;        // of E, of kChunk columns: parts of an attended value
+    int32_t e_step;         // elements from row to row of `vectors` and `sums`
     bool aligned;           // entries are of the operands' type and can be copied 16 bytes at a time
 
     // Workspace. vectors, p: operands; the others fp32.
     char *vectors, *p;  // [kTileRows, e_step], [vectors, tiles * kTile]
     float *z, *tops, *totals, *sums, *parts, *act, *values;
-    // [16, d], [vectors, tiles] twice, [splits, vectors, e], [kParts, 16, d], [16, f], [16, heads * head_values]
+    // [16, d], [vectors, tiles] twice, [splits, vectors, e_step], [parts_n, 16, d], [16, f], [16, heads * head_values];
+    // d and f padded to 4
 
     MC_BOTH int vectors_n() const { return heads * q; }
     MC_BOTH int head_dim() const { return d / heads; }
 };
-
-// Splits of E in attended values.
-constexpr int kParts = 4;
 
 }  // namespace mc::cuda

@@ -66,6 +66,7 @@ void set_sizes(LensCall& c, const mc_lens_score_args& a, const Lens& x) {
     }
     const int bytes = static_cast<int>(dtype_bytes(operand_of(x)));
     c.e_step = narrow("entries", (x.dims + 15) / 16 * 16);
+    c.parts_n = (c.e + kChunk - 1) / kChunk;
     c.aligned = operand_of(x) == x.dtype && c.e * bytes % 16 == 0 && rows_on_16(a.entries);
     c.tiles = (c.n + kTile - 1) / kTile;
 }
@@ -80,12 +81,12 @@ int64_t place(LensCall& c, char* base, int64_t bytes) {
     const int64_t count = c.vectors_n(), tiles = c.tiles, rows = kMost;
     take(c.vectors, kTileRows * static_cast<int64_t>(c.e_step) * bytes);
     take(c.p, count * tiles * kTile * bytes);
-    take(c.z, 4 * rows * c.d);
+    take(c.z, 4 * rows * padded_to_4(c.d));
     take(c.tops, 4 * count * tiles);
     take(c.totals, 4 * count * tiles);
-    take(c.sums, 4 * c.splits * count * c.e);
-    take(c.parts, 4 * kParts * rows * c.d);
-    take(c.act, 4 * rows * c.f);
+    take(c.sums, 4 * c.splits * count * c.e_step);
+    take(c.parts, 4 * c.parts_n * rows * padded_to_4(c.d));
+    take(c.act, 4 * rows * padded_to_4(c.f));
     take(c.values, 4 * rows * c.heads * c.head_values);
     return used;
 }

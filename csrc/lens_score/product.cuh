@@ -1,5 +1,7 @@
 // The streams over the entries: up to kTileRows vectors against a tile of kTile entries or columns, in steps of kTile,
-// operands copied to shared memory kStages - 1 steps ahead: 16 KB each, or in fp32 32.
+// operands copied to shared memory kStages - 1 steps ahead: 16 KB each, or in fp32 32. A step has about 800 cycles at
+// the rate of HBM (8 KB a multiprocessor at 18 bytes a nanosecond), in which shared memory moves 100 KB: operands take
+// 50 KB.
 #pragma once
 
 #include "call.cuh"
@@ -10,10 +12,11 @@ namespace mc::cuda {
 
 constexpr int kStageElements = (kTileRows + kTile) * kTileStep;
 template <class E>
-constexpr int kStages = sizeof(typename E::Bits) == 2 ? 4 : 2;
+constexpr int kStages = sizeof(typename E::Bits) == 2 ? 5 : 2;
 
 // Where a product's operands come from. Left: rows of the workspace. Right: the entries, of which this product takes
-// rows [row, ..) and columns [column, ..); kTurned: the inner dimension runs over columns (logits), else over rows (sums).
+// rows [row, ..) and columns [column, ..); kTurned: the inner dimension runs over columns (logits), else over rows
+// (sums).
 struct Operands {
     const char* left;
     int64_t left_step;                     // elements
@@ -62,47 +65,121 @@ MC_DEVICE void load_step(const LensCall& c, const Operands& o, int step, typenam
     }
 }
 
-// out [kTileRows, kTile] (in shared memory; may lie over the stages) = left . right; squares: of a thread's share of the tile's
-// rows, rows thread / 4. Begins and ends with a barrier.
+// What a step's products of p, which are relative to the maximum of the step's tile, count for in a sum over all tiles.
+struct Shares {
+    const float* tops;    // [vectors, tiles], as `logits` left them
+    Span<float> maxima;   // [kTileRows], over all tiles
+    Span<float> factors;  // [2, kTileRows]: of this step and the next
+};
+
+// One step of a warp: products[i] += left rows (warp / 4 + 2 i) * 16 .. + 15 times 16 columns of the tile.
+template <class E, bool kTurned, int kSums>
+MC_DEVICE void multiply_step(const typename E::Bits* left, const typename E::Bits* right, int left_rows,
+                             WarpSums<E> (&products)[kSums]) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, column = warp % 4 * 16;
+    const auto row_of = [&](int i) { return (warp / 4 + 2 * i) * 16; };
+    const auto right_of = [&](int k) {
+        return kTurned ? right + column * kTileStep + k : right + k * kTileStep + column;
+    };
+    if constexpr (WarpSums<E>::kTensor) {
+        const int lane = WarpSums<E>::lane();
+#pragma unroll
+        for (int k = 0; k < kTile; k += 16) {
+            uint32_t b[4];
+            load_matrices<!kTurned>(b, right_of(k) + (kTurned ? right_at(lane, kTileStep) : left_at(lane, kTileStep)));
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+                if (row_of(i) >= left_rows) break;
+                uint32_t a[4];
+                load_matrices<false>(a, left + row_of(i) * kTileStep + k + left_at(lane, kTileStep));
+                multiply_16x8x16<E>(products[i].x[0], a[0], a[1], a[2], a[3], b[0], b[1]);
+                multiply_16x8x16<E>(products[i].x[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+            }
+        }
+    } else {
+#pragma unroll 1
+        for (int k = 0; k < kTile; k += 16) {
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) {
+                if (row_of(i) >= left_rows) break;
+                WarpSums<E> part;  // sums of sums: of thousands of terms in a row each would round
+                part.template add<kTurned>(left + row_of(i) * kTileStep + k, kTileStep, right_of(k), kTileStep);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) products[i].x[j / 4][j % 4] += part.x[j / 4][j % 4];
+            }
+        }
+    }
+}
+
+// The squares of a quarter of a row of the tile: row thread / 4.
+template <class E>
+MC_DEVICE float squares_of(const typename E::Bits* right) {
+    using Bits = typename E::Bits;
+    constexpr int kPack = 16 / sizeof(Bits);
+    const int thread = static_cast<int>(threadIdx.x);
+    const Bits* const row = right + thread / 4 * kTileStep + thread % 4 * 16;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i += kPack) {
+        const auto bits = *reinterpret_cast<const Pack<Bits, kPack>*>(row + i);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) sum += E::widen(bits.x[j]) * E::widen(bits.x[j]);
+    }
+    return sum;
+}
+
+// out [kTileRows, kTile] (in shared memory; may lie over the stages) = left . right, kTurned; else the sum over steps
+// of that times the share of the step's tile. squares: of a thread's share of the tile's rows, rows thread / 4. Begins
+// and ends with a barrier.
 template <class E, bool kTurned>
 MC_DEVICE void product(const LensCall& c, const Operands& o, Span<typename E::Bits> stages, float* out,
-                       float& squares) {
+                       float& squares, const Shares& shares) {
     using Bits = typename E::Bits;
     constexpr int kSums = kTileRows / 16 * (kTile / 16) / kLensWarps, kSize = kStageElements, kAhead = kStages<E> - 1;
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int column = warp % 4 * 16, steps = (o.to - o.from + kTile - 1) / kTile;
+    const auto top_of = [&](int step) {
+        const bool some = !kTurned && thread < o.left_rows && step < steps;
+        return some ? read<float>(shares.tops + thread * c.tiles + o.from / kTile + step) : 0.0f;
+    };
     WarpSums<E> sums[kSums];
     squares = 0.0f;
     __syncthreads();
+#pragma unroll 1
     for (int s = 0; s < kAhead; ++s) {
         if (s < steps) load_step<E, kTurned>(c, o, s, stages.part(s * kSize, kSize).data);
         commit_copies();
     }
+    float top = top_of(0);
     for (int s = 0; s < steps; ++s) {
+        if (!kTurned && thread < o.left_rows) {
+            shares.factors[s % 2 * kTileRows + thread] = expf(top - shares.maxima[thread]);
+        }
         if (!MC_FAULT(2)) wait_for_copies<kAhead - 1>();
         __syncthreads();
         // The stage before this one is free again: all have come through the barrier behind its use.
         const int ahead = s + kAhead;
         if (ahead < steps) load_step<E, kTurned>(c, o, ahead, stages.part(ahead % kStages<E> * kSize, kSize).data);
         commit_copies();
+        top = top_of(s + 1);
         const Bits* const left = stages.part(s % kStages<E> * kSize, kSize).data;
         const Bits* const right = left + kTileRows * kTileStep;
-#pragma unroll 1
-        for (int k = 0; k < kTile; k += 16) {
-            const Bits* const b = kTurned ? right + column * kTileStep + k : right + k * kTileStep + column;
+        if constexpr (kTurned) {
+            multiply_step<E, kTurned>(left, right, o.left_rows, sums);
+            squares += squares_of<E>(right);
+        } else {
+            WarpSums<E> products[kSums];
+            multiply_step<E, kTurned>(left, right, o.left_rows, products);
 #pragma unroll
             for (int i = 0; i < kSums; ++i) {
                 const int row = (warp / 4 + 2 * i) * 16;
-                if (row < o.left_rows)
-                    sums[i].template add<kTurned>(left + row * kTileStep + k, kTileStep, b, kTileStep);
-            }
-        }
-        if (kTurned) {
-            const Bits* const row = right + thread / 4 * kTileStep + thread % 4 * 16;
+                if (row >= o.left_rows) break;
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const float x = E::widen(row[i]);
-                squares += x * x;
+                for (int j = 0; j < 8; ++j) {  // as WarpSums::store lays them out; rows beyond left_rows are not used
+                    const int in = WarpSums<E>::kTensor ? lane / 4 + j / 2 % 2 * 8 : lane / 2;
+                    sums[i].x[j / 4][j % 4] +=
+                        products[i].x[j / 4][j % 4] * shares.factors[s % 2 * kTileRows + row + in];
+                }
             }
         }
     }

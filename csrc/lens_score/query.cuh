@@ -1,123 +1,162 @@
-// The side of the queries: up to 16 rows against weight matrices, a warp to each row of a weight, which is read once.
+// The side of the queries: up to 16 rows against weight matrices, each of which is read once (w_q of `absorb`: once a
+// block). Rows of the workspace are padded to a multiple of four numbers.
 #pragma once
 
-#include "call.cuh"
-#include "grid.cuh"
+#include "dots.cuh"
 
 namespace mc::cuda {
 
-// Eight elements of a weight's row from `i` on, zeros beyond `n`.
-MC_DEVICE void weights8(const char* row, int dtype, int i, int n, float (&out)[8]) {
-    const bool two = dtype != 0;
-    if (i + 8 <= n && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-        if (two) {
-            const auto p = read_constant<Pack<uint16_t, 8>>(row + 2 * i);
-            dtype == 1 ? widen<Half, 8>(p, out) : widen<Bfloat, 8>(p, out);
-        } else {
+constexpr int kPartials = kLensWarps / 2 * 8 * kColumns;
+// Behind what all steps have in shared memory (kFixedMemory numbers) each step has its own. Functions place it for
+// themselves: what they were told of it could be any memory to the compiler.
+constexpr int kFixedMemory = kTile + 3 * kTileRows + 2 * kLensWarps * kTile;
+
+// What these steps have.
+struct QueryMemory {
+    Span<float> in;       // [q, widest of d, f, kChunk padded to 4]
+    Span<float> turned;   // [d / heads, 16]
+    Span<float> partial;  // [kPartials]: of warps, before they are added up
+    Span<float> masses;   // [kTileRows]
+};
+
+MC_DEVICE QueryMemory query_memory(const LensCall& c) {
+    MC_SHARED_MEMORY(bytes);
+    SharedMemory shared(bytes);
+    QueryMemory m{};
+    m.masses = shared.take<float>(kFixedMemory).part(0, kTileRows);
+    m.partial = shared.take<float>(kPartials);
+    m.turned = shared.take<float>(static_cast<int64_t>(c.head_dim()) * kMost);
+    m.in = shared.take<float>(static_cast<int64_t>(c.q) * max(padded_to_4(max(c.d, c.f)), kChunk));
+    return m;
+}
+
+// Row `index` of those that blocks share out one by one, then warps: few rows meet all multiprocessors.
+MC_DEVICE int spread_row() {
+    return static_cast<int>(threadIdx.x) / kWarp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+}
+MC_DEVICE int spread_rows() { return static_cast<int>(gridDim.x) * kLensWarps; }
+
+// Rows of the queries as the caller gives them.
+template <int M>
+MC_DEVICE void query_four(const LensCall& c, int k, int to, float (&x)[M][4]) {
+    const bool fast = c.entry_dtype != 0 && k + 4 <= to && on_8(c.queries.data, c.queries.row);
+    if (fast) {
+        Pack<uint16_t, 4> bits[M];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const auto p = read_constant<Pack<uint32_t, 4>>(row + 4 * (i + 4 * half));
+        for (int m = 0; m < M; ++m) {
+            bits[m] = read_constant<Pack<uint16_t, 4>>(c.queries.data + min(m, c.q - 1) * c.queries.row + 2 * k);
+        }
 #pragma unroll
-                for (int j = 0; j < 4; ++j) out[4 * half + j] = Float::widen(p.x[j]);
-            }
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[m][j] = widen_16(bits[m].x[j], c.entry_dtype == 1);
         }
         return;
     }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = i + j < n ? weight_at(row, dtype, i + j) : 0.0f;
+    for (int m = 0; m < M; ++m) weights4(c.queries.data + min(m, c.q - 1) * c.queries.row, c.entry_dtype, k, to, x[m]);
 }
 
-// What a weight's rows are multiplied with: q rows in shared memory, or in memory the sum of `copies` arrays.
-struct Source {
-    const float* staged;  // [q, step], or nullptr
-    int step;
-    const char* far;
-    int dtype, copies;
-    int64_t row, copy;  // bytes
-};
-
-MC_DEVICE Source staged_rows(Span<float> in, int step) { return {in.data, step, nullptr, 0, 0, 0, 0}; }
-
-MC_DEVICE float far_at(const Source& s, int m, int k) {
-    const char* at = s.far + m * s.row;
-    float x = 0.0f;
-    for (int i = 0; i < s.copies; ++i, at += s.copy) {
-        if (s.dtype == 0) {
-            x += read<float>(at + 4 * static_cast<int64_t>(k));
-        } else {
-            const uint16_t bits = read<uint16_t>(at + 2 * static_cast<int64_t>(k));
-            x += s.dtype == 1 ? Half::widen(bits) : Bfloat::widen(bits);
-        }
-    }
-    return x;
-}
-
-// row . in_m, by one warp; lane m < q has it.
-MC_CALLED float dots(const char* row, int dtype, int size, int q, const Source& in) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    float dot[kMost] = {}, out = 0.0f;
-    for (int k = lane * 8; k < size; k += kWarp * 8) {
-        float w[8];
-        weights8(row, dtype, k, size, w);
-#pragma unroll
-        for (int m = 0; m < kMost; ++m) {
-            if (m >= q) break;
-            if (in.staged) {
-                const float* const x = in.staged + m * in.step + k;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) dot[m] += k + j < size ? w[j] * x[j] : 0.0f;
+// z_m = w_in query_m / rms(query_m). A block to each R rows of w_in, a warp to each eighth of E.
+template <int M>
+MC_CALLED void project_queries_of(const LensCall& c) {
+    const Span<float> partial = query_memory(c).partial;
+    constexpr int R = 32 / M, kEach = (R + 1) * M;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+    const int part = padded_to_4((c.e + kLensWarps - 1) / kLensWarps), from = warp * part,
+              to = min(from + part, c.e);
+    for (int first = static_cast<int>(blockIdx.x) * R; first < c.d; first += static_cast<int>(gridDim.x) * R) {
+        const int rows = min(R, c.d - first);
+        const char* const weight = c.w_in.data + first * c.w_in.row;
+        const bool fast = c.weight_dtype != 0 && c.e % 4 == 0 && on_8(weight, c.w_in.row);
+        float sums[R * M] = {}, squares[M] = {};
+        RowQueue<R> queue;
+#pragma unroll 1
+        for (int k = from + 4 * lane, i = 0; k < to; k += kPiece, ++i) {
+            float w[R][4], x[M][4];
+            if (fast) {
+                Pack<uint16_t, 4> bits[R];
+                if (i % kAtOnce == 0) fetch<R>(weight, c.w_in.row, rows, k - 4 * lane, to, queue);
+                queue.next(bits);
+                widen_rows<R>(bits, c.weight_dtype == 1, w);
             } else {
 #pragma unroll
-                for (int j = 0; j < 8; ++j) dot[m] += k + j < size ? w[j] * far_at(in, m, k + j) : 0.0f;
+                for (int r = 0; r < R; ++r) {
+                    weights4(weight + min(r, rows - 1) * c.w_in.row, c.weight_dtype, k, to, w[r]);
+                }
             }
-        }
-    }
+            query_four<M>(c, k, to, x);
 #pragma unroll
-    for (int m = 0; m < kMost; ++m) {
-        if (m >= q) break;
-        const float sum = warp_sum(dot[m]);
-        out = lane == m ? sum : out;
-    }
-    return out;
-}
-
-MC_DEVICE int grid_warp() { return static_cast<int>(blockIdx.x * kLensWarps + threadIdx.x / kWarp); }
-MC_DEVICE int grid_warps() { return static_cast<int>(gridDim.x) * kLensWarps; }
-
-// z_m = w_in query_m / rms(query_m).
-MC_CALLED void project_queries(const LensCall& c) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const Source queries{nullptr, 0, c.queries.data, c.entry_dtype, 1, c.queries.row, 0};
-    for (int j = grid_warp(); j < c.d; j += grid_warps()) {
-        const float dot = dots(c.w_in.data + j * c.w_in.row, c.weight_dtype, c.e, c.q, queries);
-        float square = 0.0f;
-        for (int m = 0; m < c.q; ++m) {
-            float part = 0.0f;
-            for (int k = lane; k < c.e; k += kWarp) {
-                const float x = far_at(queries, m, k);
-                part += x * x;
+            for (int m = 0; m < M; ++m) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    squares[m] += x[m][j] * x[m][j];
+#pragma unroll
+                    for (int r = 0; r < R; ++r) sums[r * M + m] += w[r][j] * x[m][j];
+                }
             }
-            part = warp_sum(part);
-            square = lane == m ? part : square;
         }
-        const float mean = square / static_cast<float>(c.e);
-        if (lane < c.q) write(c.z + lane * c.d + j, __fdiv_rn(dot, __fsqrt_rn(mean + kLensEps)));
+        each_dot<R, M>(sums, R, M, [&](int r, int m, float x) { partial[warp * kEach + r * M + m] = x; });
+        each_dot<1, M>(squares, 1, M, [&](int, int m, float x) { partial[warp * kEach + R * M + m] = x; });
+        __syncthreads();
+        for (int i = thread; i < R * M; i += kLensThreads) {
+            const int r = i / M, m = i % M;
+            float dot = 0.0f, square = 0.0f;
+            for (int w = 0; w < kLensWarps; ++w) {
+                dot += partial[w * kEach + i];
+                square += partial[w * kEach + R * M + m];
+            }
+            const float mean = square / static_cast<float>(c.e);
+            if (r < rows && m < c.q) {
+                write(c.z + m * padded_to_4(c.d) + first + r, __fdiv_rn(dot, __fsqrt_rn(mean + kLensEps)));
+            }
+        }
+        __syncthreads();
     }
 }
 
-// in [q, d] = norm(z, gain), by every block for itself. Ends with a barrier.
-MC_CALLED void stage_norm(const LensCall& c, const char* gain, Span<float> in) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+MC_DEVICE void project_queries(const LensCall& c) {
+    c.q <= 8 ? project_queries_of<8>(c) : project_queries_of<16>(c);
+}
+
+// to [q, size padded to 4] = the sum of `copies` arrays of the workspace, `apart` numbers from each other, whose rows
+// are `step` numbers apart: both multiples of four. Zeros behind the rows.
+MC_DEVICE void stage_rows(const float* from, int64_t step, int size, int q, int copies, int64_t apart, Span<float> to) {
+    const int packs = padded_to_4(size) / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < q * packs; i += kLensThreads) {
+        const int m = i / packs, k = i % packs * 4;
+        const float* const at = from + m * step + k;
+        float sum[4] = {};
+        if (k + 4 <= size) {
+#pragma unroll 4
+            for (int copy = 0; copy < copies; ++copy) {
+                const auto x = read<Pack<float, 4>>(at + copy * apart);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[j] += x.x[j];
+            }
+        } else {
+            for (int copy = 0; copy < copies; ++copy) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum[j] += k + j < size ? read<float>(at + copy * apart + j) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[m * 4 * packs + k + j] = sum[j];
+    }
+}
+
+// in [q, d padded to 4] = norm(z, gain), by every block for itself. Ends with a barrier.
+MC_CALLED void stage_norm(const LensCall& c, const char* gain) {
+    const Span<float> in = query_memory(c).in;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, step = padded_to_4(c.d);
+    stage_rows(c.z, step, c.d, c.q, 1, 0, in);
+    __syncthreads();
     for (int m = static_cast<int>(threadIdx.x) / kWarp; m < c.q; m += kLensWarps) {
         float square = 0.0f;
-        for (int k = lane; k < c.d; k += kWarp) {
-            const float x = read<float>(c.z + m * c.d + k);
-            square += x * x;
-        }
+        for (int k = lane; k < c.d; k += kWarp) square += in[m * step + k] * in[m * step + k];
         const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(warp_sum(square) / static_cast<float>(c.d) + kLensEps));
-        for (int k = lane; k < c.d; k += kWarp) {
-            in[m * c.d + k] = read<float>(c.z + m * c.d + k) * inverse * weight_at(gain, c.weight_dtype, k);
-        }
+#pragma unroll 4
+        for (int k = lane; k < c.d; k += kWarp) in[m * step + k] *= inverse * weight_at(gain, c.weight_dtype, k);
     }
     __syncthreads();
 }
@@ -131,101 +170,112 @@ MC_DEVICE void write_operand(char* to, int operand, int64_t i, float x) {
     }
 }
 
-// vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kLensThreads columns; the head's rows of w_q
-// are multiplied anew for each, which costs less than another barrier of the grid.
-MC_CALLED void absorb(const LensCall& c, const char* gain, const char* w_q, int64_t q_row, const char* w_k,
-                      int64_t k_row, Span<float> in, Span<float> turned) {
-    const int thread = static_cast<int>(threadIdx.x), size = c.head_dim(),
-              chunks = (c.e_step + kLensThreads - 1) / kLensThreads;
-    const float scale = rsqrtf(static_cast<float>(size));
-    stage_norm(c, gain, in);
-    for (int task = static_cast<int>(blockIdx.x); task < c.heads * chunks; task += static_cast<int>(gridDim.x)) {
-        const int head = task / chunks, column = task % chunks * kLensThreads + thread;
-        for (int j = thread / kWarp; j < size; j += kLensWarps) {
-            const float dot = dots(w_q + (static_cast<int64_t>(head) * size + j) * q_row, c.weight_dtype, c.d, c.q,
-                                   staged_rows(in, c.d));
-            if (thread % kWarp < c.q) turned[j * kMost + thread % kWarp] = dot * scale;
-        }
-        __syncthreads();
-        if (column < c.e_step) {  // zeros from e on: tiles end in them
-            float sum[kMost] = {};
-#pragma unroll 4
-            for (int j = 0; j < size && column < c.e; ++j) {
-                const float w =
-                    weight_at(w_k + (static_cast<int64_t>(head) * size + j) * k_row, c.weight_dtype, column);
+// turned[j, m] = scale w_q[head's row j] . in_m.
+template <int M>
+MC_CALLED void turn_queries(const LensCall& c, const char* w_q, int64_t row) {
+    const QueryMemory memory = query_memory(c);
+    constexpr int R = 32 / M;
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, size = c.head_dim();
+    // Not rsqrtf: it is off by an ulp or two on a device, and logits of some hundreds multiply that.
+    const float scale = __fdiv_rn(1.0f, __fsqrt_rn(static_cast<float>(size)));
+    const Staged in{memory.in, padded_to_4(c.d)};
+    for (int j = warp * R; j < size; j += kLensWarps * R) {
+        float sums[R * M] = {};
+        const int rows = min(R, size - j);
+        add_dots<R, M>(w_q + j * row, row, rows, c.weight_dtype, 0, c.d, c.q, in, sums);
+        each_dot<R, M>(sums, rows, c.q, [&](int r, int m, float x) { memory.turned[(j + r) * kMost + m] = x * scale; });
+    }
+}
+
+// Columns [first, first + kColumns) of vectors `head`: a warp has every eighth row of w_k, a lane eight columns.
+MC_CALLED void absorb_columns(const LensCall& c, int head, int first, const char* w_k, int64_t row) {
+    const QueryMemory memory = query_memory(c);
+    constexpr int M = 8, kRows = 8;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, column = first + thread % kWarp * 8,
+              size = c.head_dim(), half = kLensWarps / 2, slot = warp % half * M * kColumns + thread % kWarp * 8;
+    const bool fast = c.weight_dtype != 0 && column + 8 <= c.e && row % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(w_k) % 16 == 0;
+#pragma unroll 1
+    for (int m0 = 0; m0 < c.q; m0 += M) {
+        float sums[M][8] = {};
+        const auto add = [&](int j, const float(&w)[8]) {
 #pragma unroll
-                for (int m = 0; m < kMost; ++m) {
-                    if (m < c.q) sum[m] += turned[j * kMost + m] * w;
+            for (int m = 0; m < M; ++m) {
+                const float by = memory.turned[j * kMost + min(m0 + m, c.q - 1)];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sums[m][i] += by * w[i];
+            }
+        };
+        if (fast) {
+            for (int base = warp; base < size; base += kRows * kLensWarps) {
+                Queue<Pack<uint16_t, 8>, kRows, 1> queue;
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    const int j = base + r * kLensWarps;
+                    queue.held[r][0] = {};
+                    if (j < size) queue.held[r][0] = read_constant<Pack<uint16_t, 8>>(w_k + j * row + 2 * column);
+                }
+#pragma unroll 1
+                for (int j = base; j < min(size, base + kRows * kLensWarps); j += kLensWarps) {
+                    Pack<uint16_t, 8> bits[1];
+                    float w[8];
+                    queue.next(bits);
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) w[i] = widen_16(bits[0].x[i], c.weight_dtype == 1);
+                    add(j, w);
                 }
             }
+        } else {
+#pragma unroll 1
+            for (int j = warp; j < size; j += kLensWarps) {
+                float w[8];
 #pragma unroll
-            for (int m = 0; m < kMost; ++m) {
-                if (m >= c.q) break;
-                const int64_t at = static_cast<int64_t>(head * c.q + m) * c.e_step + column;
-                write_operand(c.vectors, c.operand, at, sum[m]);
+                for (int i = 0; i < 8; ++i) {
+                    w[i] = column + i < c.e ? weight_at(w_k + j * row, c.weight_dtype, column + i) : 0.0f;
+                }
+                add(j, w);
             }
+        }
+        for (int turn = 1; turn >= 0; --turn) {
+            if (warp / half == turn) {
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        float& to = memory.partial[slot + m * kColumns + i];
+                        to = turn ? sums[m][i] : to + sums[m][i];
+                    }
+                }
+            }
+            __syncthreads();
+        }
+        const int at = first + thread;  // zeros from e on: tiles end in them
+#pragma unroll 1
+        for (int m = 0; m < M && m0 + m < c.q && at < c.e_step; ++m) {
+            float x = 0.0f;
+#pragma unroll
+            for (int w = 0; w < half; ++w) x += memory.partial[(w * M + m) * kColumns + thread];
+            write_operand(c.vectors, c.operand, static_cast<int64_t>(head * c.q + m0 + m) * c.e_step + at, x);
         }
         __syncthreads();
     }
 }
 
-// parts[s, m, j] = read_v[j] . context of (head of j, m) over the s-th part of E. The context is the sum over splits of
-// the weighted sums, over the sum of the weights.
-MC_CALLED void attended_values(const LensCall& c, const char* w_v, int64_t v_row, Span<float> masses) {
-    const int thread = static_cast<int>(threadIdx.x), count = c.vectors_n();
-    for (int v = thread / kWarp; v < count; v += kLensWarps) {
-        float total = 0.0f;
-        for (int t = thread % kWarp; t < c.tiles; t += kWarp) total += read<float>(c.totals + v * c.tiles + t);
-        total = warp_sum(total);
-        if (thread % kWarp == 0) masses[v] = total;
-    }
-    __syncthreads();
-    const int chunk = ((c.e + kParts - 1) / kParts + 7) / 8 * 8;
-    for (int task = grid_warp(); task < c.d * kParts; task += grid_warps()) {
-        // Neighbouring warps have one head and one part, whose context then comes from the first-level cache.
-        const int part = task / c.d, j = task % c.d, head = j / c.head_dim(), first = part * chunk;
-        const int size = max(min(chunk, c.e - first), 0);
-        const int64_t floats = (static_cast<int64_t>(head) * c.q) * c.e + first,
-                      split = static_cast<int64_t>(count) * c.e;
-        const Source context{nullptr, 0,        reinterpret_cast<const char*>(c.sums + floats), 0, c.splits,
-                             4 * c.e, 4 * split};
-        const int64_t bytes = c.weight_dtype == 0 ? 4 : 2;
-        const float dot = dots(w_v + j * v_row + first * bytes, c.weight_dtype, size, c.q, context);
-        const int lane = thread % kWarp;
-        if (lane < c.q) write(c.parts + (part * kMost + lane) * c.d + j, dot / masses[head * c.q + lane]);
-    }
-    __syncthreads();
-}
-
-// z += weight [d, size] in, where in is the sum of `copies` arrays [16, size] of the workspace.
-MC_CALLED void add_linear(const LensCall& c, const char* weight, int64_t row, int size, const float* in, int copies,
-                          Span<float> staged) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp;
-    for (int i = thread; i < c.q * size; i += kLensThreads) {
-        float x = 0.0f;
-        for (int copy = 0; copy < copies; ++copy) x += read<float>(in + copy * kMost * size + i);
-        staged[i] = x;
-    }
-    __syncthreads();
-    for (int j = grid_warp(); j < c.d; j += grid_warps()) {
-        const float dot = dots(weight + j * row, c.weight_dtype, size, c.q, staged_rows(staged, size));
-        float* const to = c.z + lane * c.d + j;
-        if (lane < c.q) write(to, read<float>(to) + dot);
+// vectors[h q + m] = scale w_k[h]^T (w_q in_m)[h]. A block to each head and kColumns columns; the head's rows of w_q
+// are multiplied anew for each, which costs less than another barrier of the grid.
+MC_DEVICE void absorb(const LensCall& c, const LensRows& gain, const LensRows& w_q, const LensRows& w_k, int pass) {
+    const int size = c.head_dim(), chunks = (c.e_step + kColumns - 1) / kColumns;
+    stage_norm(c, gain.of(pass));
+    for (int task = static_cast<int>(blockIdx.x); task < c.heads * chunks; task += static_cast<int>(gridDim.x)) {
+        const int head = task / chunks;
+        const int64_t row = static_cast<int64_t>(head) * size;
+        const char* const rows = w_q.of(pass) + row * w_q.row;
+        c.q <= 8 ? turn_queries<8>(c, rows, w_q.row) : turn_queries<16>(c, rows, w_q.row);
+        __syncthreads();
+        absorb_columns(c, head, task % chunks * kColumns, w_k.of(pass) + row * w_k.row, w_k.row);
     }
 }
 
 MC_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
-
-// act[m, i] = silu(gate) up of norm(z_m, gain).
-MC_CALLED void swiglu(const LensCall& c, const char* gain, const char* weight, int64_t row, Span<float> in) {
-    stage_norm(c, gain, in);
-    for (int i = grid_warp(); i < c.f; i += grid_warps()) {
-        const Source normed = staged_rows(in, c.d);
-        const float gate = dots(weight + i * row, c.weight_dtype, c.d, c.q, normed);
-        const float up = dots(weight + (static_cast<int64_t>(c.f) + i) * row, c.weight_dtype, c.d, c.q, normed);
-        const int lane = static_cast<int>(threadIdx.x) % kWarp;
-        if (lane < c.q) write(c.act + lane * c.f + i, silu(gate) * up);
-    }
-}
 
 }  // namespace mc::cuda
