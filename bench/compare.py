@@ -41,6 +41,11 @@ class Change:
         return (self.old.fraction_of_limit or 0.0) / (self.row.fraction_of_limit or 1e-30)
 
     @property
+    def host_ratio(self) -> float | None:
+        """New host time over old, where both were measured apart (on a GPU). It decides nothing."""
+        return self.row.host_s / self.old.host_s if self.row.host_s and self.old.host_s else None
+
+    @property
     def slower(self) -> bool:
         return min(self.ratio, self.against_limit) > 1 + max(self.noise, LEAST_CHANGE)
 
@@ -59,15 +64,18 @@ def comparison_table(changes: Sequence[Change]) -> Table:
     out = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("op", "case", "dtype", "backend"):
         out.add_column(name)
-    for name in ("before", "now", "now / before", "in limits", "noise"):
+    hosts = any(change.host_ratio is not None for change in changes)
+    for name in ("before", "now", "now / before", "in limits", "noise", *(("host, now / before",) if hosts else ())):
         out.add_column(name, justify="right")
     out.add_column("")
     for change in changes:
         row = change.row
         verdict = Text("slower", "red") if change.slower else Text("faster", "green") if change.faster else Text("")
         now = seconds(row.median_s) if row.median_s is not None else row.error or "not timed"
+        host = "" if change.host_ratio is None else f"{change.host_ratio:.2f}"
         out.add_row(
             row.op, row.case, row.dtype, row.backend, seconds(change.old.median_s or math.inf), now,
-            f"{change.ratio:.2f}", f"{change.against_limit:.2f}", f"±{change.noise:.0%}", verdict,
+            f"{change.ratio:.2f}", f"{change.against_limit:.2f}", f"±{change.noise:.0%}", *((host,) if hosts else ()),
+            verdict,
         )  # fmt: skip
     return out

@@ -15,7 +15,9 @@ from .jsonable import plain
 class Row:
     """What was measured of one candidate (a backend of ours, or a peer) on one case.
 
-    median_s, spread: seconds per call and half the 10-to-90% range over the median; None where the result was wrong.
+    median_s, spread: seconds per call and half the 10-to-90% range over the median; None where the result was wrong. On
+    a GPU they are the device's own, and host_s is what the host takes to issue a call; where the call waits for the
+    device (waits), median_s includes the host's part and host_s is None.
     bytes, flops: from the op's `cases.py`. limit_s: the time that the measured limits allow for them.
     fraction_of_limit: the limit's time over ours, taken round by round; fraction_at_rows: the same with the matrix rate
     that torch reaches at the case's row count.
@@ -35,6 +37,8 @@ class Row:
     is_peer: bool = False
     median_s: float | None = None
     spread: float | None = None
+    host_s: float | None = None
+    waits: bool = False
     runs: int = 0
     limit_s: float | None = None
     fraction_of_limit: float | None = None
@@ -52,6 +56,11 @@ class Row:
     def key(self) -> tuple[str, ...]:
         """What identifies the row in another report."""
         return self.op, self.case, self.backend, self.device, self.dtype, self.cache.split()[0]
+
+    @property
+    def issued_s(self) -> float | None:
+        """Seconds that a call takes in a loop that does nothing else: on a GPU of host and device the slower one's."""
+        return None if self.median_s is None else max(self.median_s, self.host_s or 0.0)
 
     @property
     def bandwidth(self) -> float | None:

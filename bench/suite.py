@@ -159,7 +159,8 @@ class Measured:
         t = self.timed[name]
         fraction = statistics.median(l / s for l, s in zip(self.limit, t.samples, strict=True))
         return {
-            "median_s": t.median, "spread": t.spread, "runs": len(t.samples) * t.calls,
+            "median_s": t.median, "spread": t.spread, "runs": len(t.samples) * t.calls, "host_s": t.host,
+            "waits": t.waits,
             "limit_s": statistics.median(self.limit), "fraction_of_limit": fraction,
             "fraction_at_rows": fraction * self.slower,
         }  # fmt: skip

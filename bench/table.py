@@ -26,20 +26,29 @@ def throughput(row: Row) -> str:
     return f"{row.bytes / row.median_s / 1e9:.3g} GB/s"
 
 
+def host(row: Row) -> str:
+    """What the host takes to issue a call; "waits" where it has a part in the median."""
+    return "waits" if row.waits else "" if row.host_s is None else seconds(row.host_s)
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     if row.median_s is None or row.spread is None or row.fraction_of_limit is None:
-        return row.error or "not timed", "", "", "", ""
+        return row.error or "not timed", "", "", "", "", ""
     against = f"{row.peer_ratio:.2f}x {row.peer}" if row.peer_ratio is not None else ""
-    return seconds(row.median_s), f"±{row.spread:.0%}", throughput(row), f"{row.fraction_of_limit:.0%}", against
+    limit = f"{row.fraction_of_limit:.0%}"
+    return seconds(row.median_s), f"±{row.spread:.0%}", host(row), throughput(row), limit, against
 
 
 def table(report: Report) -> Table:
     """Ours bold, peers dim, what is wrong red."""
     out = Table(title=None, box=None, pad_edge=False, header_style="bold", row_styles=())
-    for name, justify in (
-        ("op", "left"), ("case", "left"), ("dtype", "left"), ("backend", "left"), ("median", "right"),
-        ("spread", "right"), ("rate", "right"), ("of limit", "right"), ("best peer / ours", "right"), ("cache", "left"),
-    ):  # fmt: skip
+    columns = {
+        "op": "left", "case": "left", "dtype": "left", "backend": "left", "median": "right", "spread": "right",
+        "host": "right", "rate": "right", "of limit": "right", "best peer / ours": "right", "cache": "left",
+    }  # fmt: skip
+    if not any(host(row) for row in report.rows):  # of a CPU
+        del columns["host"]
+    for name, justify in columns.items():
         out.add_column(name, justify=justify, no_wrap=name not in ("median", "cache"))  # type: ignore[arg-type]
     last: tuple[str, ...] | None = None
     for row in report.rows:
@@ -50,8 +59,9 @@ def table(report: Report) -> Table:
             out.add_row()
         last = measured_together
         head = measured_together if first else ("", "", "")
-        cells = (Text(x, style) for x in _cells(row))
-        out.add_row(*head, Text(row.backend, style), *cells, row.cache if first else "")
+        figures = zip(("median", "spread", "host", "rate", "of limit", "best peer / ours"), _cells(row), strict=True)
+        shown = (Text(x, style) for name, x in figures if name in columns)
+        out.add_row(*head, Text(row.backend, style), *shown, row.cache if first else "")
     return out
 
 

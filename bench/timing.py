@@ -2,7 +2,8 @@
 
 A round times every candidate once, in an order that is shuffled from round to round. One sample is the mean of a short
 burst of calls (`calls` of them, so that a burst is long against the clock), each on the next of its rotating inputs.
-Two untimed bursts of each come first. Medians and spreads come from the samples; ratios are taken round by round.
+Some untimed bursts of each come first. Medians and spreads come from the samples; ratios are taken round by round. On a
+GPU a sample is the device's own time and the host's stands beside it (`held`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from dataclasses import dataclass
 
 import torch
 
-# A burst lasts at least this long, unless flushing allows only one call.
+from .held import LEAST_HOLD, LONGEST_HOLD, MARGIN, CudaStream, Hold, Stream, timed
+
+# A burst lasts at least this long, unless flushing allows only one call. (On a GPU it then has a few hundred launches
+# at most: about a thousand can be queued.)
 BURST_SECONDS = 300e-6
 MAX_CALLS = 256
+# Of what a hold may last at most, the host may need this share: other work on the machine makes it slower at times.
+HELD_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,14 @@ class Timed:
     """One candidate's samples, in seconds per call and in the order of the rounds.
 
     spread: half the distance between the 10th and the 90th percentile over the median: what a second run may differ by.
+    hosts: on a GPU, what the host took to issue a call, in the same order; empty elsewhere and where the call waits for
+        the device. Then (`waits`) the samples include its part.
     """
 
     samples: tuple[float, ...]
     calls: int
+    hosts: tuple[float, ...] = ()
+    waits: bool = False
 
     @property
     def median(self) -> float:
@@ -41,6 +51,10 @@ class Timed:
         low, *_, high = statistics.quantiles(self.samples, n=10, method="inclusive")
         return (high - low) / 2 / self.median
 
+    @property
+    def host(self) -> float | None:
+        return statistics.median(self.hosts) if self.hosts else None
+
 
 def ratio(a: Timed, b: Timed) -> float:
     """Median over the rounds of a's time over b's."""
@@ -50,32 +64,11 @@ def ratio(a: Timed, b: Timed) -> float:
 Clock = Callable[[], float]
 
 
-class Stopwatch:
-    """Seconds of a burst on one device: for a CPU those of `clock` (None: wall time), for CUDA those between events."""
-
-    def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
-        self.cuda, self.clock = device.type == "cuda", clock or time.perf_counter
-        if self.cuda:
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, burst: Callable[[], object]) -> float:
-        if not self.cuda:
-            begin = self.clock()
-            burst()
-            return self.clock() - begin
-        torch.cuda.synchronize()
-        self.start.record()
-        burst()
-        self.end.record()
-        self.end.synchronize()
-        return float(self.start.elapsed_time(self.end)) / 1e3
-
-
 class Burst:
     """Successive calls of `run`, each on the next of `states`."""
 
     def __init__(self, run: Callable[[object], object], states: Sequence[object]) -> None:
-        self.run, self.states, self.next, self.calls = run, states, 0, 1
+        self.run, self.states, self.next, self.calls, self.hold = run, states, 0, 1, Hold()
 
     def __call__(self) -> None:
         run, states, n = self.run, self.states, len(self.states)
@@ -84,6 +77,53 @@ class Burst:
             run(states[at])
             at = (at + 1) % n
         self.next = at
+
+
+class Stopwatch:
+    """Seconds of a burst on one device: for a CPU those of `clock` (None: wall time) and no others, for a GPU its own
+    and the host's (see `held.timed`).
+
+    stream: of a GPU; None: that of `device`, if that is one.
+    """
+
+    def __init__(self, device: torch.device, clock: Clock | None = None, stream: Stream | None = None) -> None:
+        self.clock = clock or time.perf_counter
+        self.stream = CudaStream(device) if stream is None and device.type == "cuda" else stream
+
+    def __call__(self, burst: Burst) -> tuple[float, float | None]:
+        if self.stream is None:
+            begin = self.clock()
+            burst()
+            return self.clock() - begin, None
+        return timed(burst, burst.hold, self.stream, self.clock)
+
+    def prepare(self, burst: Burst, seconds: float, single: bool) -> None:
+        """Run a burst untimed and give it its number of calls. single: one. seconds: a first call that takes longer (it
+        compiles, say) is not followed by a second on a CPU."""
+        if self.stream is not None:
+            self._prepare_held(burst, single)
+            return
+        first, _ = self(burst)
+        estimate = min(first, self(burst)[0]) if first < seconds else first
+        burst.calls = 1 if single else calls_of(estimate)
+
+    def _prepare_held(self, burst: Burst, single: bool) -> None:
+        burst()
+        estimate, host = self(burst)
+        if not single:
+            burst.calls = calls_of(estimate)
+            if host is not None:
+                burst.calls = max(1, min(burst.calls, int(HELD_SHARE * LONGEST_HOLD / max(host, 1e-9))))
+                burst.hold.seconds = min(LONGEST_HOLD, MARGIN * burst.calls * host + LEAST_HOLD)
+        _, queued = self(burst)  # with as many calls it may have to wait, where one did not
+        if host is not None and queued is None and not single:
+            burst.calls = 1
+            burst.calls = calls_of(self(burst)[0])
+
+
+def calls_of(estimate: float) -> int:
+    """Calls of a burst, for one that takes so many seconds."""
+    return max(1, min(MAX_CALLS, round(BURST_SECONDS / max(estimate, 1e-9))))
 
 
 def interleave(
@@ -96,24 +136,32 @@ def interleave(
     flush: Callable[[], object] | None = None,
     seed: int = 0,
     clock: Clock | None = None,
+    stream: Stream | None = None,
 ) -> list[Timed]:
     """Time the bursts in alternation for about `seconds` of `clock`, at least `min_rounds` rounds.
 
     flush: called, untimed, before every burst; a burst is then a single call, since its second would find a warm cache.
+    stream: as of `Stopwatch`.
     """
     clock = clock or time.perf_counter
-    watch, order = Stopwatch(device, clock), list(range(len(bursts)))
+    watch, order = Stopwatch(device, clock, stream), list(range(len(bursts)))
     for burst in bursts:
-        first = watch(burst)
-        estimate = min(first, watch(burst)) if first < seconds else first
-        burst.calls = 1 if flush else max(1, min(MAX_CALLS, round(BURST_SECONDS / max(estimate, 1e-9))))
+        watch.prepare(burst, seconds, single=flush is not None)
     samples: list[list[float]] = [[] for _ in bursts]
+    hosts: list[list[float]] = [[] for _ in bursts]
     shuffler, begin, rounds = random.Random(seed), clock(), 0
     while rounds < min_rounds or (rounds < max_rounds and clock() - begin < seconds):
         shuffler.shuffle(order)
         for i in order:
             if flush:
                 flush()
-            samples[i].append(watch(bursts[i]) / bursts[i].calls)
+            taken, host = watch(bursts[i])
+            samples[i].append(taken / bursts[i].calls)
+            if host is not None:
+                hosts[i].append(host / bursts[i].calls)
         rounds += 1
-    return [Timed(tuple(s), b.calls) for s, b in zip(samples, bursts, strict=True)]
+    waits = [watch.stream is not None and b.hold.waits for b in bursts]
+    return [
+        Timed(tuple(s), b.calls, () if w else tuple(h), w)
+        for s, h, b, w in zip(samples, hosts, bursts, waits, strict=True)
+    ]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,12 +37,26 @@ def _unserved(architectures: str, capability: tuple[int, int]) -> str | None:
     return f"the CUDA library was built for sm_{', sm_'.join(names)}, this device is sm_{major}{minor} (MC_CUDA_ARCHS)"
 
 
+# What is kept of earlier calls ends with that many kinds of them.
+MOST_KINDS = 1024
+# Devices that the library has been found to serve: torch takes several microseconds to say what a device is.
+_served: set[int] = set()
+
+
 def available() -> str | None:
     """Reason why the CUDA library cannot serve here, or None."""
     module = found()
     if isinstance(module, str):
         return module
     if emulated():
+        return None
+    if torch.cuda.is_initialized():
+        at = torch._C._cuda_getDevice()
+        if at not in _served:
+            reason = _unserved(module.architectures(), torch.cuda.get_device_capability(at))
+            if reason is not None:
+                return reason
+            _served.add(at)
         return None
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -48,11 +65,11 @@ def available() -> str | None:
 
 def refuse_device(tensors: Iterable[Tensor | None]) -> str | None:
     """Reason why CUDA kernels cannot take tensors that live where these do, or None."""
-    expected = "cpu" if emulated() else "cuda"
-    for x in tensors:
-        if x is not None and x.device.type != expected:
-            return f"expected {expected} tensors{' (kernels are emulated)' if emulated() else ''}, got {x.device}"
-    return None
+    if emulated():
+        other = next((x for x in tensors if x is not None and not x.is_cpu), None)
+        return None if other is None else f"expected cpu tensors (kernels are emulated), got {other.device}"
+    other = next((x for x in tensors if x is not None and not x.is_cuda), None)
+    return None if other is None else f"expected cuda tensors, got {other.device}"
 
 
 def refuse(*args: object) -> str | None:
@@ -67,8 +84,13 @@ def register_cuda(
 ) -> Callable[..., Any]:
     """Register `module.function` as the CUDA version of `op`; the module is imported at the first call."""
 
+    imported: ModuleType | None = None
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        nonlocal imported
+        if imported is None:
+            imported = importlib.import_module(module)
+        return getattr(imported, function)(*args)
 
     call.__name__ = function
     return register(op, "cuda", available=available, supports=supports)(call)
@@ -87,31 +109,97 @@ def register_backward(op: str, supports: Callable[..., str | None] = refuse) -> 
     register(op, "cuda", available=available, supports=supports)(call)
 
 
+def array(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` contiguous and in a dtype, where it is: `x` itself where it is so already (torch takes longer to say so)."""
+    return x if x is None or (x.dtype is dtype and x.is_contiguous()) else x.to(dtype).contiguous()
+
+
+# By `id` of a tensor: the tensor while it lives, its version, and its values in fp64.
+_doubles: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+
+def frequencies(x: Tensor | None) -> Tensor | None:
+    """RoPE's `inv_freq` in fp64 and contiguous. A model passes the same tensor in every call: its fp64 values are kept,
+    since to convert it anew is a kernel of its own before every call."""
+    if x is None or (x.dtype is torch.float64 and x.is_contiguous()):
+        return x
+    if x.is_inference() or not x.is_cuda:  # has no version, so that a write to it would not be seen; costs no launch
+        return x.to(torch.float64).contiguous()
+    known = _doubles.get(id(x))
+    if known is not None and known[0]() is x and known[1] == x._version:
+        return known[2]
+    if torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
+        return x.to(torch.float64).contiguous()
+    if len(_doubles) >= MOST_KINDS:
+        _doubles.clear()
+    # By way of the host, which waits: any stream may read it then.
+    double = x.cpu().to(torch.float64).contiguous().to(x.device)
+    _doubles[id(x)] = weakref.ref(x), x._version, double
+    return double
+
+
+_HERE = nullcontext()
+
+
+def on_device_of(like: Tensor) -> AbstractContextManager[Any]:
+    """A context in which `like`'s device is the current one; nothing where it is so already."""
+    if not like.is_cuda or like.get_device() == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device_of(like)
+
+
 def current_stream(like: Tensor) -> int:
     """Address of the current stream of `like`'s device."""
-    return torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    return torch._C._cuda_getCurrentRawStream(like.get_device()) if like.is_cuda else 0
 
 
 def workspace_bytes(call: Callable[[Any], int], like: Tensor) -> int:
     """What `launch` would allocate for `call`; of some ops it depends on the device."""
-    with torch.cuda.device_of(like):
+    with on_device_of(like):
         return call(None)
 
 
-def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None) -> None:
+# Bytes that were enough for the last calls of a kind: to ask the library takes it as long as to prepare the launch.
+_enough: dict[Hashable, int] = {}
+
+
+def _ask(call: Callable[[Any], int], kind: Hashable) -> int:
+    if len(_enough) >= MOST_KINDS:  # shapes that grow from call to call
+        _enough.clear()
+    _enough[kind] = max(call(None), _enough.get(kind, 0))
+    return _enough[kind]
+
+
+def launch(call: Callable[[Any], int], like: Tensor, workspace: Tensor | None, kind: Hashable = None) -> None:
     """Run `call` on the current stream of `like`'s device, with a workspace.
 
     call: takes the library's `Where`, or None: then it launches nothing and returns the bytes of workspace it needs.
     workspace: uint8, contiguous, on `like`'s device, at least so many bytes on a multiple of 16; None: allocated here
         where one is needed, by torch, for the stream.
+    kind: calls of one kind are likely to need the same bytes (op, shapes, dtypes). The library is asked for the first;
+        where a later one needs more it refuses before it does anything, and is asked again. None: asked every time.
     """
-    with torch.cuda.device_of(like):
-        if workspace is None:
-            needed = call(None)
-            workspace = torch.empty(needed, dtype=torch.uint8, device=like.device) if needed else None
-        elif workspace.dtype != torch.uint8 or workspace.device != like.device or not workspace.is_contiguous():
-            raise ValueError(
-                f"workspace: expected contiguous uint8 on {like.device}, got {workspace.dtype} on {workspace.device}"
-            )
-        address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
-        call(library().Where(address, size, current_stream(like)))
+    with on_device_of(like):
+        if workspace is not None:
+            if workspace.dtype != torch.uint8 or workspace.device != like.device or not workspace.is_contiguous():
+                raise ValueError(
+                    f"workspace: expected contiguous uint8 on {like.device}, got {workspace.dtype} on"
+                    f" {workspace.device}"
+                )
+            call(library().Where(workspace.data_ptr(), workspace.numel(), current_stream(like)))
+            return
+        known = None if kind is None else _enough.get(kind)
+        if known is None:
+            _run(call, like, call(None) if kind is None else _ask(call, kind))
+            return
+        try:
+            _run(call, like, known)
+        except ValueError as error:
+            if not str(error).startswith("workspace: expected"):
+                raise
+            _run(call, like, _ask(call, kind))
+
+
+def _run(call: Callable[[Any], int], like: Tensor, size: int) -> None:
+    memory = torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+    call(library().Where(0 if memory is None else memory.data_ptr(), size, current_stream(like)))

@@ -18,17 +18,19 @@ from typing import Any
 from . import extension
 
 _emulation: Path | None = None
+# What `found` gives, once it has been asked since the choice was made.
+_present: Any = None
 
 
 @contextmanager
 def emulate(folder: Path) -> Iterator[Any]:
     """Within this context the ops' CUDA kernels are those of the emulated build in `folder`. Yields its extension."""
-    global _emulation
-    before, _emulation = _emulation, folder
+    global _emulation, _present
+    before, _emulation, _present = _emulation, folder, None
     try:
         yield library()
     finally:
-        _emulation = before
+        _emulation, _present = before, None
 
 
 def emulated() -> bool:
@@ -54,7 +56,10 @@ def load(folder: Path, name: str) -> Any:
 
 def found() -> Any:
     """The extension module in use, or the reason why there is none."""
-    return load(extension.FOLDER, "_cuda") if _emulation is None else load(_emulation, "_cuda_emulated")
+    global _present
+    if _present is None:
+        _present = load(extension.FOLDER, "_cuda") if _emulation is None else load(_emulation, "_cuda_emulated")
+    return _present
 
 
 def library() -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_PLAIN = (Tensor, Parameter)
+# Of most arguments, told without a question to torch.
+_NO_TENSORS = frozenset({type(None), bool, int, float, str})
 # What a thread includes by default, and in inference mode. Modes and transforms (fake tensors, vmap, tracing) add keys.
 _USUAL = torch._C._dispatch_tls_local_include_set()
 _KEYS = frozenset(keys.raw_repr() for keys in (_USUAL, _USUAL.remove(torch._C.DispatchKey.ADInplaceOrView)))
@@ -35,11 +36,14 @@ def goes_direct(args: Iterable[Any]) -> bool:
         return False
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     for x in args:
-        if not isinstance(x, Tensor):
+        kind = type(x)
+        if kind in _NO_TENSORS:
             continue
-        if type(x) not in _PLAIN or (grad and x.requires_grad):
-            return False
-        if x.is_meta or x.is_neg():  # has a shape alone; is minus what its memory holds
+        if kind is not Tensor and kind is not Parameter:
+            if isinstance(x, Tensor):
+                return False
+            continue
+        if (grad and x.requires_grad) or x.is_meta or x.is_neg():  # has a shape alone; is minus what its memory holds
             return False
         if not inference and x.is_inference():  # written outside of the mode it is an error, which torch raises
             return False

@@ -2,7 +2,8 @@
 shape.
 
 `preference.json` beside this file is written by `python bench/gpu_check.py --write-preference` from what it measured.
-For each key it has the seconds of a whole public call by each backend that gave a right result:
+For each key it has the seconds of a public call by each backend that gave a right result, of its host code and its
+kernels whichever take longer (a program that issues call after call waits for the slower of the two):
 
     seconds[op][dtype][bucket][backend]
 
@@ -25,10 +26,10 @@ from typing import Any
 FILE = Path(__file__).with_name("preference.json")
 # What the file says of itself: JSON has no comments.
 ABOUT = (
-    "Which backend serves each op on CUDA tensors: seconds of a whole public call, by op, dtype, bucket of shapes and"
-    " backend; the fastest serves. mc_kernels/preference.py says what the keys mean. Written by"
-    " `python bench/gpu_check.py --write-preference`. Where `measured` is null no GPU has measured anything yet, and"
-    " every call is served in the registry's fallback order: Triton, CUDA C++, the oracle."
+    "Which backend serves each op on CUDA tensors: seconds of a public call (of host and device the slower one's), by"
+    " op, dtype, bucket of shapes and backend; the fastest serves. mc_kernels/preference.py says what the keys mean."
+    " Written by `python bench/gpu_check.py --write-preference`. Where `measured` is null no GPU has measured anything"
+    " yet, and every call is served in the registry's fallback order: Triton, CUDA C++, the oracle."
 )
 BACKENDS = ("triton", "cuda")
 Key = tuple[str, str, str]

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def available() -> str | None:
     """Reason why Triton kernels cannot run on this machine, or None."""
     if not _installed():
         return "Triton is not installed (pip install 'megacontext[triton]')"
-    if not interpreted() and not torch.cuda.is_available():
+    # torch asks the driver anew at every call.
+    if not torch.cuda.is_initialized() and not interpreted() and not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
 
@@ -46,12 +48,12 @@ def power_of_two(n: int) -> int:
 
 def refuse_device(tensors: Iterable[Tensor | None]) -> str | None:
     """Reason why Triton cannot take tensors that live where these do, or None."""
-    expected = "cpu" if interpreted() else "cuda"
-    for x in tensors:
-        if x is not None and x.device.type != expected:
-            where = " (Triton is interpreted: TRITON_INTERPRET is set)" if interpreted() else ""
-            return f"expected {expected} tensors{where}, got {x.device}"
-    return None
+    if interpreted():
+        other = next((x for x in tensors if x is not None and not x.is_cpu), None)
+        words = "expected cpu tensors (Triton is interpreted: TRITON_INTERPRET is set)"
+    else:
+        other, words = next((x for x in tensors if x is not None and not x.is_cuda), None), "expected cuda tensors"
+    return None if other is None else f"{words}, got {other.device}"
 
 
 def refuse_fp64(tensors: Iterable[Tensor | None]) -> str | None:
@@ -70,8 +72,13 @@ def register_triton(
 ) -> Callable[..., Any]:
     """Register `module.function` as the Triton version of `op`; the module is imported at the first call."""
 
+    imported: ModuleType | None = None
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        nonlocal imported
+        if imported is None:
+            imported = importlib.import_module(module)
+        return getattr(imported, function)(*args)
 
     call.__name__ = function
     return register(op, "triton", available=available, supports=supports)(call)

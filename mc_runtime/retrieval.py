@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import Stemmer
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .hidden import hidden
 from .model import Tokenizer
 from .profiling import timed
 from .ranking import AROUND_TOKENS, rank_blocks
@@ -20,6 +20,11 @@ from .segments import SegmentedBM25
 from .told import OVERLAP, ToldWords
 from .tree import Document, Tree
 from .turn_weights import TURN_SHARE, TurnCounts, TurnWeights
+
+# bm25s runs JAX once where it is installed, and JAX then takes three quarters of a GPU's memory; it is no faster for
+# what is used here, words and stems.
+with hidden("jax"):
+    import bm25s
 
 K1, B = 1.5, 0.75
 # A fact often straddles two blocks, and a block alone names neither its subject nor its topic: a block also counts

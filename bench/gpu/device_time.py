@@ -1,14 +1,28 @@
-"""Times of a call that a stopwatch around it does not show: what its kernels take, and a replay of its CUDA graph."""
+"""Times of a call that a row does not show: from an idle device to an idle device, what its kernels take, and a replay
+of its CUDA graph."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 ROUNDS = 20
+
+
+def call_seconds(run: Callable[[Any], object], states: Sequence[Any]) -> float:
+    """Median wall time of a call on an idle device until its results are there: host code and kernels."""
+    samples = []
+    for i in range(3 + ROUNDS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run(states[i % len(states)])
+        torch.cuda.synchronize()
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples[3:])
 
 
 def kernel_seconds(run: Callable[[Any], object], states: Sequence[Any]) -> float:

@@ -49,12 +49,14 @@ def note_key(workload: Workload, keys: Keys) -> None:
 
 
 def seconds(rows: Sequence[Row], keys: Mapping[tuple[str, str], Key]) -> dict[str, Any]:
-    """seconds[op][dtype][bucket][backend] of the cases whose row says which of two backends to take: both were timed,
-    or one was and the other's result is wrong. Cases that share a bucket count by their geometric mean."""
+    """seconds[op][dtype][bucket][backend], of host and device the slower one's (`Row.issued_s`): what a call takes in a
+    program that issues one after the other and never gets far ahead of the device. Of the cases whose row says which
+    of two backends to take: both were timed, or one was and the other's result is wrong. Cases that share a bucket
+    count by their geometric mean."""
     found: dict[Key, list[dict[str, float]]] = {}
     for (op, case), key in keys.items():
         mine = [r for r in rows if (r.op, r.case) == (op.removesuffix("_"), case) and r.backend in BACKENDS]
-        timed = {r.backend: r.median_s for r in mine if r.median_s is not None}
+        timed = {r.backend: r.issued_s for r in mine if r.issued_s is not None}
         if timed and len(timed) + sum(r.correct is False for r in mine) > 1:
             found.setdefault(key, []).append(timed)
     out: dict[str, Any] = {}

@@ -9,10 +9,10 @@ from enum import Enum
 class Measure(Enum):
     """What a bound is held against, of one public call on cold inputs.
 
-    LIMIT: share of the measured limit, at least. CALL: seconds per call, host code included, at most. DEVICE: seconds
-    that its kernels run, at most. GRAPH: seconds per replay of a CUDA graph of the call, at most. ROPE: time with
-    rotation on read over the time without, at most. TIMES: its kernels' time over what the measured limit allows, at
-    most.
+    LIMIT: share of the measured limit, at least, in calls that follow each other without a gap. CALL: seconds of a call
+    from an idle device on, host code included, at most. DEVICE: seconds that its kernels run, at most. GRAPH: seconds
+    per replay of a CUDA graph of the call, at most. ROPE: time with rotation on read over the time without, at most.
+    TIMES: its kernels' time over what the measured limit allows, at most.
     """
 
     LIMIT = "of limit"

@@ -6,6 +6,7 @@ eagerly instead.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from typing import Any
@@ -39,11 +40,13 @@ def _compile_tuned(function: Function) -> Function:
 
 
 def _compiled(function: Function, mode: str) -> Function:
-    compile_: Any = torch.compile  # its overloads lack the last two arguments
-    # With `fullgraph` a second compilation of the function is an error and no fallback.
-    compiled: Function = compile_(
-        function, fullgraph=True, dynamic=False, mode=mode, isolate_recompiles=True, recompile_limit=1
-    )  # fmt: skip
+    compile_: Any = torch.compile  # its overloads lack the last arguments
+    # With `fullgraph` a second compilation of the function is an error and no fallback. (Before torch 2.13 there are up
+    # to `torch._dynamo.config.recompile_limit` of them.)
+    once = {"isolate_recompiles": True, "recompile_limit": 1}
+    known = inspect.signature(torch.compile).parameters
+    options = {name: value for name, value in once.items() if name in known}
+    compiled: Function = compile_(function, fullgraph=True, dynamic=False, mode=mode, **options)
     return compiled
 
 

@@ -13,10 +13,6 @@ from .. import cuda_backend, native
 Results = tuple[Tensor, Tensor, Tensor]
 
 
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype).contiguous()
-
-
 def _check_out(name: str, x: Tensor, like: Tensor, device: torch.device, *, contiguous: bool) -> None:
     if x.shape != like.shape or x.dtype != like.dtype or x.device != device:
         raise ValueError(
@@ -42,9 +38,11 @@ def _call(
     k_scale: Tensor | None, v_scale: Tensor | None, out: Results,
 ) -> Callable[[Any], int]:  # fmt: skip
     """The library's call but for its last argument; keeps what it reads."""
-    positions = [_as(x, torch.int64) for x in (q_pos, kv_pos)]
-    freq = _as(inv_freq, torch.float64)
-    by_slot, by_head = ([_as(x, torch.float32) for x in pair] for pair in ((sigma, kv_bias), (k_scale, v_scale)))
+    positions = [cuda_backend.array(x, torch.int64) for x in (q_pos, kv_pos)]
+    freq = cuda_backend.frequencies(inv_freq)
+    by_slot, by_head = (
+        [cuda_backend.array(x, torch.float32) for x in pair] for pair in ((sigma, kv_bias), (k_scale, v_scale))
+    )
     result, lse, mass = out
     arguments = (
         *(native.view(x) for x in (q, k, v)),
@@ -101,5 +99,6 @@ def context_attention_cuda(
         q, k, v, q_pos, kv_pos, inv_freq, interleaved, attention_scaling, sigma, kv_bias, scale, return_mass, k_scale,
         v_scale, out,
     )  # fmt: skip
-    cuda_backend.launch(call, q, workspace)
+    kind = "context_attention", q.shape, k.shape, q.dtype, k.dtype, inv_freq is None, return_mass, q.device
+    cuda_backend.launch(call, q, workspace, kind)
     return out

@@ -50,5 +50,6 @@ def gist_encode_cuda(blocks: Tensor, *args: Any, out: Tensor | None = None, work
         out = _empty(blocks, args)
     elif out.device != blocks.device:
         raise ValueError(f"out: expected a tensor on {blocks.device}, got one on {out.device}")
-    cuda_backend.launch(_call(blocks, args, out), blocks, workspace)
+    kind = "gist_encode", blocks.shape, out.shape, blocks.dtype, args[-5:-2], blocks.device  # level, n_heads, pool
+    cuda_backend.launch(_call(blocks, args, out), blocks, workspace, kind)
     return out

@@ -27,7 +27,7 @@ def gist_pool_cuda(
     shape = (*k.shape[:3], w.shape[2], k.shape[4])
     k_gist, v_gist = out or (k.new_empty(shape), k.new_empty(shape))
     held = [k, v, *_rows(w, b, m, c), k_gist, v_gist]  # the library gets addresses
-    with torch.cuda.device_of(k):
+    with cuda_backend.on_device_of(k):
         cuda_backend.library().gist_pool(*(native.view(x) for x in held), cuda_backend.current_stream(k))
     return k_gist, v_gist
 
@@ -37,7 +37,7 @@ def _collapse(
 ) -> Callable[[Any], int]:
     """The library's call but for its last argument; keeps what it reads."""
     held = [k, v, *_rows(w, b, m, c)]
-    plan = [x.to("cpu", torch.int64).contiguous() for x in (children, slots, moves)]
+    plan: list[Any] = [native.array(x, torch.int64) for x in (children, slots, moves)]
     arguments = (
         *(native.view(x) for x in held),
         plan[0].shape[0],
@@ -70,4 +70,5 @@ def collapse_cuda(
     workspace: uint8 on k's device, `collapse_workspace(...)` bytes. With it, and with weights whose last dimension is
         contiguous, nothing is allocated.
     """
-    cuda_backend.launch(_collapse(k, v, w, b, m, c, children, slots, moves), k, workspace)
+    kind = "collapse", k.shape, k.dtype, children.shape, moves.shape, k.device
+    cuda_backend.launch(_collapse(k, v, w, b, m, c, children, slots, moves), k, workspace, kind)

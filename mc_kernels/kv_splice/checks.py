@@ -26,10 +26,14 @@ from .plan import PageTable, SplicePlan
 
 def _usual(k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> bool:
     """Whether a few looks show that every check of `check_cache` would pass, as for k and v in one layout, apart or
-    interleaved, on a CPU, and contiguous new entries elsewhere. Between two decoded tokens the full checks, which know
-    what to say, take five times as long: none of their code is in the caches then."""
+    interleaved, on a CPU or a GPU, and contiguous new entries elsewhere. Between two decoded tokens the full checks,
+    which know what to say, take five times as long: none of their code is in the caches then."""
+    if type(k) is not Tensor or not (k.is_cpu or k.is_cuda):
+        return False
     for x in (k, v, k_new, v_new):
-        if type(x) is not Tensor or not x.is_cpu or x.dtype is not k.dtype or x.requires_grad or not x.numel():
+        if type(x) is not Tensor or x.dtype is not k.dtype or x.requires_grad or not x.numel():
+            return False
+        if x.device != k.device:
             return False
     shape, strides, size = k.shape, k.stride(), k.element_size()
     if k.dtype not in CACHE_DTYPES or len(shape) not in (4, 5) or v.shape != shape or v.stride() != strides:

@@ -12,7 +12,9 @@ from .. import cuda_backend, native
 
 
 def _int64(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device, torch.int64).contiguous()
+    if x is None or (x.dtype is torch.int64 and x.device == device and x.is_contiguous()):
+        return x
+    return x.to(device, torch.int64).contiguous()
 
 
 def _call(
@@ -21,10 +23,9 @@ def _call(
     inv_freq: Tensor | None, interleaved: bool, attention_scaling: float,
 ) -> Callable[[Any], int]:  # fmt: skip
     """The library's call but for its last argument; keeps what it reads."""
-    host = torch.device("cpu")
-    plan = [_int64(x, host) for x in (offsets, rows, segments, stays, insert_slots)]
+    plan = [native.array(x, torch.int64) for x in (offsets, rows, segments, stays, insert_slots)]
     by_slot = [_int64(x, k.device) for x in (positions, new_positions)]
-    freq = None if inv_freq is None else inv_freq.to(torch.float64).contiguous()
+    freq = cuda_backend.frequencies(inv_freq)
     arguments = (
         *(native.view(x) for x in (k, v, k_new, v_new)),
         None if table is None else native.view(table),
@@ -74,4 +75,5 @@ def kv_splice_cuda(
         k, v, k_new, v_new, table, rows, segments, stays, insert_slots, offsets, positions, new_positions, inv_freq,
         interleaved, attention_scaling,
     )  # fmt: skip
-    cuda_backend.launch(call, k, workspace)
+    kind = "kv_splice", *(x.shape[0] for x in (offsets, segments, stays, insert_slots)), ordered, inv_freq is None
+    cuda_backend.launch(call, k, workspace, kind)

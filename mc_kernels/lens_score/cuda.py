@@ -47,5 +47,6 @@ def lens_score_cuda(*args: Any, out: Tensor | None = None, workspace: Tensor | N
     entries = args[0]
     if out is None:
         out = entries.new_empty(entries.shape[0], 2, dtype=torch.float32)
-    cuda_backend.launch(_call(out, *args), entries, workspace)
+    kind = "lens_score", *(x.shape for x in args[:3]), entries.dtype, args[-1], entries.device
+    cuda_backend.launch(_call(out, *args), entries, workspace, kind)
     return out

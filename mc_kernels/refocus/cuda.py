@@ -50,4 +50,5 @@ def refocus_cuda(*args: Any, workspace: Tensor | None = None) -> None:
     workspace: uint8 on k's device, `refocus_workspace(...)` bytes. With it, and with weights whose last dimension is
         contiguous, nothing is allocated.
     """
-    cuda_backend.launch(_call(*args), args[0], workspace)
+    kind = "refocus", tuple(x.shape for x in args if isinstance(x, Tensor)), args[0].dtype, args[22:], args[0].device
+    cuda_backend.launch(_call(*args), args[0], workspace, kind)

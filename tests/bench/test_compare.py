@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -121,7 +122,19 @@ def test_the_table_names_what_changed() -> None:
     console.print(comparison_table(changes))
     text = console.export_text()
     assert text.count("slower") == 2
+    assert "host" not in text
     assert "wrong: error 1" in text
+
+
+def test_host_time_is_compared_and_decides_nothing() -> None:
+    from rich.console import Console
+
+    (change,) = compare(report(row(host_s=3e-4)), report(row(host_s=1e-4)))
+    assert change.host_ratio == pytest.approx(3)
+    assert not change.slower
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(comparison_table([change]))
+    assert "3.00" in console.export_text()
 
 
 @pytest.mark.parametrize(

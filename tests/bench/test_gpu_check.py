@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from typer.testing import CliRunner
 
 from bench.gpu import check, junit
 from bench.gpu.budget import SHARES, Budget
-from bench.gpu.check import app, case_of, last_line, measure, run_cases, verdicts
+from bench.gpu.check import app, case_of, in_order, last_line, measure, run_cases, verdicts
 from bench.gpu.junit import Outcome as Ran
 from bench.gpu.junit import read_tests, run_tests
 from bench.gpu.targets import ALSO, TARGETS, Measure, Target
+from bench.machine import ROOT
 from bench.rows import Row
 from bench.suite import CachePlan
+from bench.workloads import OPS
 
 SLOTS = Target("kv_splice_", "a", "triton", Measure.DEVICE, 20e-6)
 ORDERED = Target("kv_splice_", "b", "triton", Measure.LIMIT, 0.8)
@@ -53,7 +56,6 @@ def test_a_share_is_a_least_and_a_time_a_most() -> None:
 def test_a_row_gives_the_figure_of_its_target() -> None:
     rows, device = [replace(ROW, backend="ref", fraction_of_limit=0.1), ROW], torch.device("cuda")
     assert measure(ORDERED, rows, device) == 0.85
-    assert measure(replace(ORDERED, measure=Measure.CALL), rows, device) == 1e-3
     assert measure(ORDERED, rows[:1], device) is None
     assert measure(ORDERED, [replace(ROW, median_s=None, error="wrong")], device) is None
 
@@ -133,14 +135,65 @@ def test_a_measurement_that_raises_is_a_failure_with_its_reason(monkeypatch: pyt
 
 def test_nothing_that_failed_is_passed_over() -> None:
     assert verdicts([(ORDERED, 0.9)], PASSED, [ROW]) == []
-    assert last_line([]).startswith("Everything")
+    assert last_line([], PASSED).startswith("Everything")
     wrong = replace(ROW, correct=False, error="wrong: error 1")
     failures = verdicts([(ORDERED, 0.5), (SLOTS, None)], Ran(1, 0, ("x::y",)), [wrong, replace(wrong, is_peer=True)])
     assert len(failures) == 4
-    line = last_line(failures)
+    line = last_line(failures, PASSED)
     for part in ("FAILED (4)", "x::y", "wrong: error 1", "50%, target 80%", "not measured"):
         assert part in line
     assert verdicts([], Ran(0, 0, (), "no test ran"), []) == ["no test ran"]
+
+
+def test_tests_that_were_not_asked_for_are_no_failure() -> None:
+    assert verdicts([(ORDERED, 0.9)], None, [ROW]) == []
+    assert last_line([], None) == "The tests were not asked for, every target is met."
+
+
+def test_every_op_has_a_row_before_any_has_two() -> None:
+    """The smallest case of each, then the others, the largest last."""
+    order = in_order()
+    wanted = list(dict.fromkeys([(t.op, t.case) for t in TARGETS] + list(ALSO)))
+    assert sorted(order) == sorted(wanted)
+    ops = {op for op, _ in wanted}
+    assert {op for op, _ in order[: len(ops)]} == ops
+    sizes = [OPS[op].touched(case_of(op, name), check.DTYPE) for op, name in order]
+    for part in (sizes[: len(ops)], sizes[len(ops) :]):
+        assert part == sorted(part)
+    assert in_order(["gist_pool"]) == [pair for pair in order if pair[0] == "gist_pool"]
+
+
+def test_a_run_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The report is written before the targets are measured, and again with them; other ops are left out."""
+    out = tmp_path / "new" / "gpu.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "pick_peers", lambda *_: ({}, {}))
+    monkeypatch.setattr(check, "describe", lambda _: {})
+    monkeypatch.setattr(check, "Limits", lambda *_, **__: SimpleNamespace(describe=dict))
+    monkeypatch.setattr(check, "run_cases", lambda *given: [ROW] if given[5:] == (["lens_score"], 0.1) else [])
+    seen = []
+
+    def figure(target: Target, *_: object) -> float:
+        seen.append(json.loads(out.read_text())["report"]["rows"][0]["case"])
+        return 1e-6
+
+    monkeypatch.setattr(check, "measure", figure)
+    app_options = ["--no-tests", "--op", "lens_score", "--seconds", "0.1", "--out", str(out)]
+    result = CliRunner().invoke(app, app_options)
+    assert result.exit_code == 0, result.output
+    page = json.loads(out.read_text())
+    asked = [t.name for t in TARGETS if t.op == "lens_score"]
+    assert [t["target"] for t in page["targets"]] == asked
+    assert seen == [ROW.case] * len(asked)
+    assert (page["tests"], page["failures"]) == (None, [])
+
+
+def test_what_is_found_is_said_at_once() -> None:
+    assert check.summary(ROW) == "triton 1 ms"
+    assert check.summary(replace(ROW, host_s=2e-4)) == "triton 1 ms (host 200 µs)"
+    assert check.summary(replace(ROW, waits=True)) == "triton 1 ms (host waits)"
+    assert check.summary(replace(ROW, median_s=None, correct=False, error="wrong: error 1")) == "triton WRONG"
+    assert check.summary(replace(ROW, median_s=None, error="not available: no library")) == "triton absent"
 
 
 @pytest.mark.parametrize(
@@ -197,9 +250,13 @@ def test_without_a_device_it_says_so() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_short_run_on_a_device(tmp_path: Path) -> None:
+    """In a process of its own: an illegal access of a kernel would break every later call of this one."""
     out = tmp_path / "gpu.json"
-    result = CliRunner().invoke(app, ["--no-tests", "--minutes", "1", "--peers", "none", "--out", str(out)])
+    options = ["--no-tests", "--minutes", "0.5", "--peers", "none", "--seconds", "0.05", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert out.exists(), f"exit status {done.returncode}:\n{done.stdout[-5000:]}"
     page = json.loads(out.read_text())
-    assert {row["op"] for row in page["report"]["rows"]} >= {"kv_splice"}
-    assert len(page["targets"]) == len(TARGETS)
-    assert result.exit_code == 1  # the tests were not run
+    assert {row["op"] for row in page["report"]["rows"]} >= {"kv_splice"}, done.stdout[-5000:]
+    assert len(page["targets"]) == len(TARGETS), done.stdout[-5000:]
+    assert done.returncode == bool(page["failures"])

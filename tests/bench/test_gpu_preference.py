@@ -55,6 +55,12 @@ def test_two_backends_make_an_entry() -> None:
     assert seconds([TRITON, CUDA], {}) == {}
 
 
+def test_the_slower_of_host_and_device_counts() -> None:
+    """CUDA's kernels are faster and its host code too slow to show it."""
+    rows = [replace(TRITON, host_s=1e-6), replace(CUDA, host_s=9e-6)]
+    assert seconds(rows, {("lens_score", "a"): KEY})["lens_score"]["bfloat16"][KEY[2]] == {"triton": 4e-6, "cuda": 9e-6}
+
+
 def test_cases_of_one_bucket_count_together() -> None:
     """By ratios, so that the longer one does not decide alone."""
     keys = {("lens_score", "a"): KEY, ("lens_score", "b"): KEY}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -104,10 +105,22 @@ def test_compiled() -> None:
 
 def test_another_shape_is_an_error_and_does_not_run_eagerly() -> None:
     needs(torch_compile)
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch compiles a function anew up to 8 times")
     compiled = torch_compile._compile(lambda x: x.shape[0])
     assert compiled(torch.ones(3)) == 3
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         compiled(torch.ones(4))
+
+
+def test_an_older_torch_is_asked_for_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(model: Any, *, fullgraph: bool = False, dynamic: bool | None = None, mode: str | None = None) -> Any:
+        assert fullgraph
+        assert dynamic is False
+        return model, mode
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert torch_compile._compile_tuned(max) == (max, "max-autotune")
 
 
 @pytest.mark.parametrize("peer", [p for p in OFFERED if p is not torch_compile], ids=lambda p: p.NAME)
