@@ -88,10 +88,11 @@ def precision_of(operand: torch.dtype) -> str:
 
 
 def launch_products(
-    x: Tensor, vectors: Tensor, out: Tensor, tiles: Tiles, precision: str, *, inverse: Tensor | None = None,
+    x: Tensor, vectors: Tensor, out: Tensor, tiles: Tiles, precision: str, *, inverse: Tensor,
     maxima: Tensor | None = None, totals: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """y [count, N] of the entries and `vectors` [count, E] into `out`; with maxima and totals its softmax's parts."""
+    """y [count, N] of the entries and `vectors` [count, E] into `out`; with maxima and totals its softmax's parts.
+    inverse [N]: 1 / rms of the entries, written."""
     (n, e), count = x.shape, vectors.shape[0]
     return Launch(
         streams.products,
@@ -158,7 +159,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
     z, act = arena.take(fp32, _ROWS, d), arena.take(fp32, _ROWS, f)
     parts, squares = arena.take(fp32, max(parts_in, parts_read), _ROWS, d), arena.take(fp32, parts_in, _ROWS)
     vectors, folded = arena.take(operand, count, e), arena.take(fp32, count, hid)
-    weights = arena.take(operand, count, n_blocks * tiles.n)
+    weights, inverse = arena.take(operand, count, n_blocks * tiles.n), arena.take(fp32, n)
     statistics = tuple(arena.take(fp32, blocks, count) for blocks in (n_blocks, n_blocks, splits, splits))
     sums = arena.take(fp32, splits, count, e)
 
@@ -193,13 +194,16 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
         (triton.cdiv(d, 16), parts_in),
         {"queries": queries, "w_in": w_in, "parts": parts, "squares": squares, "n_queries": q, "e": e, "d": d,
          "query_row": queries.stride(0), "w_row": w_in.stride(0), "chunk": chunk_in},
-        {"BLOCK_J": 16, "BLOCK_K": step_e if half else min(step_e, 32), "PRECISION": precision},
+        {"BLOCK_J": 16, "BLOCK_K": step_e if half else min(step_e, 32), "SPAN": 1 << 20 if half else 128,
+         "PRECISION": precision},
         4,
         3 if half else 2,
     )  # fmt: skip
     for i in range(passes):
         yield absorb(read_norm[i], read_q[i], read_k[i], 0 if i else parts_in, False)
-        yield launch_products(entries, vectors, weights, tiles, precision, maxima=statistics[0], totals=statistics[1])
+        yield launch_products(
+            entries, vectors, weights, tiles, precision, inverse=inverse, maxima=statistics[0], totals=statistics[1]
+        )
         yield launch_weighted_sum(entries, weights, sums, tiles, precision, statistics=statistics)
         tiles_d = triton.cdiv(head_dim, rows_d)
         yield Launch(
@@ -227,7 +231,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
     yield Launch(
         streams.score_entries,
         (triton.cdiv(n, tiles.score_n),),
-        {"x": entries, "features": features, "vectors": vectors, "folded": folded, "direct": direct,
+        {"x": entries, "inverse": inverse, "features": features, "vectors": vectors, "folded": folded, "direct": direct,
          "head_in": head_in, "head_bias": head_bias, "head_out": head_out, "out_bias": head_out_bias,
          "legal": None if legal is None else legal.view(torch.uint8), "out": out, "n": n, "e": e, "n_queries": q,
          "n_heads": n_heads, "n_direct": direct.shape[0], "n_features": features.shape[1], "hidden": hidden,

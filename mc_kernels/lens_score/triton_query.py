@@ -46,22 +46,30 @@ def _sum_parts(parts, columns, width, PARTS: tl.constexpr):
 @triton.jit
 def project_queries(
     queries, w_in, parts, squares, n_queries, e, d, query_row, w_row, chunk,
-    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, m, j] = W_in[j, chunk s] query_m[chunk s], squares[s, m] = |query_m[chunk s]|^2. Grid: (d tiles, S)."""
+    """parts[s, m, j] = W_in[j, chunk s] query_m[chunk s], squares[s, m] = |query_m[chunk s]|^2. Grid: (d tiles, S).
+
+    SPAN: columns in one chain of additions, as in `triton_streams`.
+    """
     split = tl.program_id(1)
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    product = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    total = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     square = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(split * chunk, tl.minimum(e, (split + 1) * chunk), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = _rows_of(queries, m, m < n_queries, k, e, query_row)
-        square += tl.sum(x * x, axis=1)
-        w = _rows_of(w_in, j, j < d, k, e, w_row)
-        product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+    end = tl.minimum(e, (split + 1) * chunk)
+    for first in range(split * chunk, end, SPAN):
+        product = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+        last = tl.minimum(end, first + SPAN)
+        for start in range(first, last, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = _rows_of(queries, m, m < n_queries, k, last, query_row)
+            square += tl.sum(x * x, axis=1)
+            w = _rows_of(w_in, j, j < d, k, last, w_row)
+            product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+        total += product
     at = parts + split * ROWS * d + m[:, None] * d + j[None, :]
-    tl.store(at, product, mask=(j < d)[None, :])
+    tl.store(at, total, mask=(j < d)[None, :])
     if tl.program_id(0) == 0:
         tl.store(squares + split * ROWS + m, square)
 
