@@ -58,7 +58,8 @@ def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = Fal
         block = 128 if many and c <= 64 else 64
         score = max(16, min(block, 8192 // widest))
         span = 256 if wide and c <= 64 else 64
-        warps, score_warps = (8 if size > 64 * 64 else 4 for size in (c * block, widest * score))
+        warps = 8 if (c + block) * block > 64 * 64 else 4  # vectors and the entries' products among themselves
+        score_warps = 8 if widest * score > 64 * 64 else 4
         sum_warps = 8 if c * span > 64 * 64 else 4
         cut = (128 if wide else 64, c, span, score), (warps, score_warps, sum_warps, 3, 2 if block == 128 else 3)
     elif precision == "tf32":
@@ -98,7 +99,7 @@ def launch_products(
         streams.products,
         (triton.cdiv(n, tiles.n), triton.cdiv(count, tiles.c)),
         {"x": x, "vectors": vectors, "out": out, "inverse": inverse, "maxima": maxima, "totals": totals, "n": n,
-         "e": e, "count": count, "x_row": x.stride(0), "out_row": out.stride(0)},
+         "width": out.shape[1], "e": e, "count": count, "x_row": x.stride(0), "out_row": out.stride(0)},
         {"SOFTMAX": maxima is not None, "BLOCK_C": tiles.c, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,
          "PRECISION": precision},
         tiles.warps,
@@ -118,8 +119,9 @@ def launch_weighted_sum(
         streams.weighted_sum,
         (triton.cdiv(e, tiles.e), splits, triton.cdiv(count, tiles.c)),
         {"x": x, "weights": weights, "maxima": maxima, "totals": totals, "sums": sums, "split_maxima": split_maxima,
-         "split_totals": split_totals, "n": n, "e": e, "count": count, "x_row": x.stride(0),
-         "weights_row": weights.stride(0), "n_blocks": n_blocks, "blocks_per_split": triton.cdiv(n_blocks, splits)},
+         "split_totals": split_totals, "n": n, "width": weights.shape[1], "e": e, "count": count,
+         "x_row": x.stride(0), "weights_row": weights.stride(0), "n_blocks": n_blocks,
+         "blocks_per_split": triton.cdiv(n_blocks, splits)},
         {"SOFTMAX": bool(statistics), "BLOCK_C": tiles.c, "BLOCK_N": tiles.n, "BLOCK_E": tiles.e,
          "PRECISION": precision},
         tiles.sum_warps,
@@ -150,6 +152,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
 
     # Products on the side of the queries: steps over the inner dimension, splits of E, rows of a head at a time.
     step_e, step_d, step_f = (pad(size, 16, 64) for size in (e, d, f))
+    norm_d, queue = pad(d, 16, 512), 4 if half else 2  # stages
     span_e, rows_d = pad(e, 16, 128 if e >= 2048 else 64), pad(head_dim, 16, 64)
     chunk_in = step_e * triton.cdiv(e, 4 * step_e)
     chunk_read = step_e * triton.cdiv(e, 16 * step_e)
@@ -174,9 +177,9 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
              "q_row": w_q.stride(0), "k_row": w_k.stride(0), "v_row": score_v.stride(0), "in_row": head_in.stride(0),
              "value_dim": value_dim, "hidden": hidden, "tiles": tiles_e, "scale": head_dim**-0.5},
             {"PARTS": parts_of_z, "Q_PAD": q_pad, "SCORE": score, "BLOCK_D": rows_d, "BLOCK_K": step_d,
-             "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
+             "BLOCK_NORM": norm_d, "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
             8,
-            2,
+            queue,
         )  # fmt: skip
 
     def linear(source: Tensor, n_parts: int, weight: Tensor, step: int) -> Launch:
@@ -186,7 +189,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
             {"z": z, "parts": source, "weight": weight, "d": d, "width": weight.shape[1], "w_row": weight.stride(0)},
             {"PARTS": n_parts, "BLOCK_J": 16, "BLOCK_K": step, "PRECISION": precision},
             4,
-            2,
+            queue if n_parts == 1 else 2,
         )  # fmt: skip
 
     yield Launch(
@@ -212,7 +215,8 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
             {"sums": sums, "maxima": statistics[2], "totals": statistics[3], "w_v": read_v[i], "parts": parts,
              "n_queries": q, "n_rows": count, "e": e, "d": d, "head_dim": head_dim, "v_row": read_v.stride(1),
              "chunk": chunk_read, "tiles": tiles_d},
-            {"SPLITS": splits, "Q_PAD": q_pad, "BLOCK_D": rows_d, "BLOCK_K": step_e, "PRECISION": precision},
+            {"SPLITS": splits, "Q_PAD": q_pad, "BLOCK_D": rows_d, "BLOCK_K": step_e if splits < 16 else min(step_e, 32),
+             "PRECISION": precision},
             4,
             2,
         )  # fmt: skip
@@ -222,9 +226,9 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
             (triton.cdiv(f, 16),),
             {"z": z, "gain": mlp_norm[i], "weight": mlp_gate_up[i], "out": act, "d": d, "width": f,
              "w_row": mlp_gate_up.stride(1)},
-            {"BLOCK_J": 16, "BLOCK_K": step_d, "PRECISION": precision},
+            {"BLOCK_J": 16, "BLOCK_K": step_d, "BLOCK_NORM": norm_d, "PRECISION": precision},
             4,
-            2,
+            queue,
         )  # fmt: skip
         yield linear(act, 1, mlp_down[i], step_f)
     yield absorb(score_norm, score_k, score_q, 0, True)
