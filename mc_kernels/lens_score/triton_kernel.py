@@ -30,6 +30,7 @@ The seven launches on the queries' side are 2 to 4 us each. At E = 576 all of it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,13 +45,20 @@ from .triton_plan import forward_launches
 from .weights import LensScoreWeights
 
 
+@functools.lru_cache(maxsize=1024)
+def _workspace_bytes(tensors: tuple[tuple[torch.Size, torch.dtype] | None, ...], n_heads: int) -> int:
+    arena = Arena(None)
+    meta = [None if x is None else torch.empty(x[0], dtype=x[1], device="meta") for x in tensors]
+    entries = meta[0]
+    if entries is not None and entries.shape[0]:
+        next(forward_launches(arena, entries, *meta, n_heads))
+    return arena.bytes
+
+
 def lens_score_workspace(*args: Any) -> int:
     """Bytes of the workspace of `lens_score_triton(*args)`; depends on shapes and dtypes only (meta tensors do)."""
-    arena = Arena(None)
-    meta = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
-    if meta[0].shape[0]:
-        next(forward_launches(arena, meta[0], *meta))
-    return arena.bytes
+    *tensors, n_heads = args
+    return _workspace_bytes(tuple(None if x is None else (x.shape, x.dtype) for x in tensors), n_heads)
 
 
 def lens_score_triton(*args: Any, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
