@@ -13,7 +13,7 @@ Launches, 3 + 7 P; a CUDA graph makes them follow each other within a microsecon
     products, weighted_sum                the read pass. Its sums [H Q, E] are 1 MB of fp32 at H Q = 64, E = 4096, four
                                           times the registers of an SM, while a program that owns some columns lacks the
                                           logits, which are sums over E. So logits are one launch over the entries and
-                                          sums the next, the softmax online over blocks. One launch would need SMs that
+                                          sums the next, the softmax by blocks. One launch would need SMs that
                                           exchange logits while they hold a block: a cluster, which Triton has not, or a
                                           barrier over the grid, which hangs unless all programs are resident at once. A
                                           reduction by the last program to arrive is no way round it: it would reduce 1
@@ -24,7 +24,8 @@ Launches, 3 + 7 P; a CUDA graph makes them follow each other within a microsecon
 
 Floor at N = 8192, E = 4096, bf16: 67 MB of entries three times and 19 MB of weights are 52 us at the 4.2 TB/s of an
 H200, less what its 50 MB of L2 keep from launch to launch; from L2, `products` and `score_entries` ask for 134 MB each,
-since a block of 64 entries reads the 0.5 MB of vectors again. FLOPs: 13 G, 13 us at the dense rate, beside the traffic.
+since a block of 64 entries reads the 0.5 MB of vectors again. FLOPs: 17 G (4 of them the squares of the entries, which
+tensor cores sum), 17 us at the dense rate, beside the traffic.
 The seven launches on the queries' side are 2 to 4 us each. At E = 576 all of it sits in L2, and launches are the time.
 """
 

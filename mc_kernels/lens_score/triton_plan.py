@@ -72,7 +72,7 @@ def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = Fal
         cut = (64, c, 128 if wide else 64, 16), (4, 4, 8 if wide else 4, 3, 3)
     else:
         block, c = 32, pad(count, 16, 32)
-        cut = (32, c, 64, 16), (4, 8, 4, 2, 2)
+        cut = (32, c, 64, 16), (4, 8, 4, 2, 3)
     programs = cdiv(e, cut[0][2]) * cdiv(count, c)
     splits = min(pad(cdiv(_PROGRAMS, programs)), pad(cdiv(n, block)), 16)
     return Tiles(block, *cut[0], splits, *cut[1])
