@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    LENGTHS,
+    OF_SLOTS,
     band_steps,
     cos_sin,
     damping,
@@ -36,7 +38,7 @@ def end_of_past(kv_pos, stride, lo, hi, latest):
     return tl.max(last, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def attend_kernel(
     q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse, logits, partial_out, tops, totals,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_t,
@@ -124,7 +126,7 @@ def attend_kernel(
         tl.store(partial_out + slot[:, None] * D + d[None, :], acc, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def combine_kernel(
     partial_out, tops, totals, out, lse, row_top, row_total, out_b, out_h, out_t, heads, T, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, CHUNK: tl.constexpr,

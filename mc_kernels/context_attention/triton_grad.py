@@ -21,6 +21,8 @@ import triton.language as tl
 from .triton_forward import end_of_past
 from .triton_mass import load_lse
 from .triton_tiles import (
+    LENGTHS,
+    OF_SLOTS,
     band_steps,
     cos_sin,
     damping,
@@ -34,7 +36,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def delta_kernel(
     grad_out, out, delta, grad_b, grad_h, grad_t, out_b, out_h, out_t, heads, T, all_rows,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -60,7 +62,7 @@ def first_to_see(q_pos, stride, T, earliest):
     return tl.min(first, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def grad_keys_kernel(
     q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, grad_out, lse, share, delta, grad_k, grad_v, grad_bias,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, grad_b, grad_h, grad_t,
@@ -132,7 +134,7 @@ def grad_keys_kernel(
     store_pairs(grad_k + grad_row * D, s_ok, dk1, dk2, BLOCK_S, HALF, HALF_ROT, D, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def grad_queries_kernel(
     q, k, v, q_pos, kv_pos, inv_freq, kv_bias, grad_out, lse, share, delta, grad_q,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, grad_b, grad_h, grad_t,
@@ -195,7 +197,7 @@ def grad_queries_kernel(
     store_pairs(grad_q + row * D, row_ok, dq1, dq2, BLOCK_M, HALF, HALF_ROT, D, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def sum_heads_kernel(parts, total, heads, S, total_b, total_s, BLOCK_S: tl.constexpr):
     """parts [B, heads, S] fp32 -> total [B, S]."""
     s_blocks = tl.cdiv(S, BLOCK_S)

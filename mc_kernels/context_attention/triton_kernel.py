@@ -39,6 +39,7 @@ from .cases import MODELS
 from .triton_backward import context_attention_backward_triton
 from .triton_forward import attend_kernel, combine_kernel
 from .triton_launch import (
+    MOST_SPLITS,
     Heads,
     Scratch,
     Tiles,
@@ -149,7 +150,7 @@ def context_attention_triton(
                 "partial_out": scratch["partial_out"], **of_splits, "out": result, "lse": lse, **of_rows,
                 **strides(out=(result, "bht")), "heads": hq, "T": t, "splits": tiles.splits,
             }  # fmt: skip
-            pad = 1 << (tiles.splits - 1).bit_length()
+            pad = next(x for x in (4, 16, MOST_SPLITS) if x >= tiles.splits)  # few values: each is compiled anew
             constants = {"D": d, "D_PAD": heads.padded, "SPLITS_PAD": pad, "CHUNK": min(pad, 16)}
             launch(combine_kernel, b * hq * t, args, constants, 1 if heads.padded <= 64 else 2)
         if return_mass and "logits" in scratch:

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from ..triton_report import Compilation
+from ..triton_specialisation import specialise
 
 # What the interpreter pretends to run on, so that short test inputs are split too; and a GPU not to be asked (meta).
 INTERPRETER_MULTIPROCESSORS = 8
@@ -164,20 +165,10 @@ def launch(
 def _compilation(
     kernel: Any, args: Mapping[str, Any], constants: Mapping[str, Any], warps: int, stages: int
 ) -> Compilation:
-    """As Triton specialises a call: 1 and None are constants, multiples of 16 and torch's allocations are aligned."""
-    fixed = {**constants, **{name: x for name, x in args.items() if x is None or (isinstance(x, int) and x == 1)}}
-    signature = dict.fromkeys(fixed, "constexpr")
-    aligned = []
-    for name, x in args.items():
-        if name in fixed:
-            continue
-        if isinstance(x, Tensor):
-            signature[name] = _TYPES[x.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(x, float) else "i32" if abs(x) < 2**31 else "i64"
-        if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
-            aligned.append(name)
-    return Compilation(_shape_name, kernel, signature, fixed, warps, stages, tuple(aligned))
+    signature, fixed, aligned = specialise(kernel, args, _TYPES)
+    fixed = {**constants, **fixed}
+    signature |= dict.fromkeys(fixed, "constexpr")
+    return Compilation(_shape_name, kernel, signature, fixed, warps, stages, aligned)
 
 
 @contextmanager

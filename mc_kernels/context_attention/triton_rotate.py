@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import Heads, launch, strides
-from .triton_tiles import band_steps, cos_sin, damping, load_pairs, rotate, store_pairs
+from .triton_tiles import LENGTHS, OF_SLOTS, band_steps, cos_sin, damping, load_pairs, rotate, store_pairs
 
 BLOCK_N = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def rotate_kernel(
     x, positions, inv_freq, sigma, out, x_b, x_h, x_n, pos_b, pos_n, sigma_b, sigma_n, heads, N,
     D: tl.constexpr, HALF: tl.constexpr, HALF_ROT: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -23,6 +23,23 @@ INTERPRETED = tl.constexpr(interpreted())
 TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
 WHOLE_TURN = tl.constexpr(18446744073709551616.0)  # 2**64
 NEVER = tl.constexpr(9223372036854775807)  # the position of an empty slot, past every query
+# Arguments that change with the lengths, and pointers that may begin at any slot: no kernel is compiled anew for them.
+LENGTHS = (
+    "T",
+    "S",
+    "N",
+    "rows",
+    "all_rows",
+    "splits",
+    "chunk",
+    "q_pos_b",
+    "kv_pos_b",
+    "pos_b",
+    "sigma_b",
+    "bias_b",
+    "total_b",
+)
+OF_SLOTS = ("q_pos", "kv_pos", "positions", "sigma", "kv_bias")
 
 
 @triton.jit

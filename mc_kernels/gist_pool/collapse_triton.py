@@ -56,7 +56,7 @@ def copy_entries(
         tl.store(to_ptr + destination[:, None] * to_entry + dims[None, :], x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "tile_blocks", "n_moves"])
+@triton.jit(do_not_specialize=["n_blocks", "tile_blocks", "n_moves", "batch"])
 def collapse_kernel(
     k_ptr, v_ptr, w_ptr, b_ptr, m_ptr, c_ptr, table_ptr, yk_ptr, yv_ptr, held_k_ptr, held_v_ptr,
     k_layer, k_batch, k_head, k_slot, v_layer, v_batch, v_head, v_slot, n_blocks, tile_blocks, n_moves, batch, heads,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 HALF_PI = tl.constexpr(1.57079632679489661923)
 # Kernel arguments that change from plan to plan: no kernel is compiled anew for their values or alignment.
-PLAN_INTEGERS = ("n_rows", "batch", "tiles", "at_rows", "at_segments", "at_stays", "at_inserts")
+PLAN_INTEGERS = ("n_rows", "batch", "tiles", "at_rows", "at_segments", "at_stays", "at_inserts", "table_b")
 PLAN_POINTERS = ("words", "before", "after")
 
 

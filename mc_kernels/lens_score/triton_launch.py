@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..triton_report import Compilation
+from ..triton_specialisation import specialise
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -41,18 +42,7 @@ class Launch:
 
     def compilation(self, shape: str) -> Compilation:
         """What Triton would compile for these arguments, with its specialisation of 1 and of multiples of 16."""
-        signature, values, aligned = {}, dict(self.constants), []
-        for name, x in self.arguments.items():
-            if isinstance(x, Tensor):
-                signature[name] = _TYPES[x.dtype]
-                aligned.append(name)
-            elif isinstance(x, float):
-                signature[name] = "fp32"
-            elif x is None or x == 1:
-                values[name] = x
-            else:
-                signature[name] = "i32" if x < 2**31 else "i64"
-                if x % 16 == 0:
-                    aligned.append(name)
-        signature |= dict.fromkeys(values, "constexpr")
-        return Compilation(shape, self.kernel, signature, values, self.num_warps, self.num_stages, tuple(aligned))
+        signature, fixed, aligned = specialise(self.kernel, self.arguments, _TYPES)
+        constants = {**self.constants, **fixed}
+        signature |= dict.fromkeys(constants, "constexpr")
+        return Compilation(shape, self.kernel, signature, constants, self.num_warps, self.num_stages, aligned)

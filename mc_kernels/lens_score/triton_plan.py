@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..triton_arena import Arena
+from ..triton_backend import power_of_two
 from . import triton_query as query
 from . import triton_streams as streams
 from .triton_launch import Launch
@@ -23,9 +23,14 @@ _ROWS = 16
 _PROGRAMS = 128  # about the SMs of an A100, H100 or B200: what a launch should at least be cut into
 
 
+def cdiv(size: int, by: int) -> int:
+    """Rounded up. Triton's own is wrapped for its compiler, and 36 calls of it were half of the host's time."""
+    return -(-size // by)
+
+
 def pad(size: int, least: int = 1, most: int = 1 << 30) -> int:
     """The next power of two within [least, most]."""
-    return min(max(triton.next_power_of_2(size), least), most)
+    return min(max(power_of_two(size), least), most)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = Fal
         c = pad(count, 16, 128)
         block = 128 if many and c <= 64 else 64
         score = max(16, min(block, 8192 // widest))
-        span = 256 if wide and c <= 64 else 64
-        warps, score_warps = (8 if size > 64 * 64 else 4 for size in (c * block, widest * score))
+        span = (128 if many else 256) if wide and c <= 64 else 64
+        warps = 8 if (c + block) * block > 64 * 64 else 4  # vectors and the entries' products among themselves
+        score_warps = 8 if widest * score > 64 * 64 else 4
         sum_warps = 8 if c * span > 64 * 64 else 4
         cut = (128 if wide else 64, c, span, score), (warps, score_warps, sum_warps, 3, 2 if block == 128 else 3)
     elif precision == "tf32":
@@ -66,9 +72,9 @@ def choose_tiles(n: int, e: int, count: int, precision: str, *, half: bool = Fal
         cut = (64, c, 128 if wide else 64, 16), (4, 4, 8 if wide else 4, 3, 3)
     else:
         block, c = 32, pad(count, 16, 32)
-        cut = (32, c, 64, 16), (4, 8, 8, 2, 2)
-    programs = triton.cdiv(e, cut[0][2]) * triton.cdiv(count, c)
-    splits = min(pad(triton.cdiv(_PROGRAMS, programs)), pad(triton.cdiv(n, block)), 16)
+        cut = (32, c, 64, 16), (4, 8, 4, 2, 3)
+    programs = cdiv(e, cut[0][2]) * cdiv(count, c)
+    splits = min(pad(cdiv(_PROGRAMS, programs)), pad(cdiv(n, block)), 16)
     return Tiles(block, *cut[0], splits, *cut[1])
 
 
@@ -88,16 +94,17 @@ def precision_of(operand: torch.dtype) -> str:
 
 
 def launch_products(
-    x: Tensor, vectors: Tensor, out: Tensor, tiles: Tiles, precision: str, *, inverse: Tensor | None = None,
+    x: Tensor, vectors: Tensor, out: Tensor, tiles: Tiles, precision: str, *, inverse: Tensor,
     maxima: Tensor | None = None, totals: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """y [count, N] of the entries and `vectors` [count, E] into `out`; with maxima and totals its softmax's parts."""
+    """y [count, N] of the entries and `vectors` [count, E] into `out`; with maxima and totals its softmax's parts.
+    inverse [N]: 1 / rms of the entries, written."""
     (n, e), count = x.shape, vectors.shape[0]
     return Launch(
         streams.products,
-        (triton.cdiv(n, tiles.n), triton.cdiv(count, tiles.c)),
+        (cdiv(n, tiles.n), cdiv(count, tiles.c)),
         {"x": x, "vectors": vectors, "out": out, "inverse": inverse, "maxima": maxima, "totals": totals, "n": n,
-         "e": e, "count": count, "x_row": x.stride(0), "out_row": out.stride(0)},
+         "width": out.shape[1], "e": e, "count": count, "x_row": x.stride(0), "out_row": out.stride(0)},
         {"SOFTMAX": maxima is not None, "BLOCK_C": tiles.c, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,
          "PRECISION": precision},
         tiles.warps,
@@ -111,14 +118,15 @@ def launch_weighted_sum(
     """`sums` [splits, count, E] of weights [count, N] and x. statistics: maxima and totals of the blocks (from
     `products`) and of the splits (written)."""
     (n, e), (splits, count, _) = x.shape, sums.shape
-    n_blocks = triton.cdiv(n, tiles.n)
+    n_blocks = cdiv(n, tiles.n)
     maxima, totals, split_maxima, split_totals = statistics or (None,) * 4
     return Launch(
         streams.weighted_sum,
-        (triton.cdiv(e, tiles.e), splits, triton.cdiv(count, tiles.c)),
+        (cdiv(e, tiles.e), splits, cdiv(count, tiles.c)),
         {"x": x, "weights": weights, "maxima": maxima, "totals": totals, "sums": sums, "split_maxima": split_maxima,
-         "split_totals": split_totals, "n": n, "e": e, "count": count, "x_row": x.stride(0),
-         "weights_row": weights.stride(0), "n_blocks": n_blocks, "blocks_per_split": triton.cdiv(n_blocks, splits)},
+         "split_totals": split_totals, "n": n, "width": weights.shape[1], "e": e, "count": count,
+         "x_row": x.stride(0), "weights_row": weights.stride(0), "n_blocks": n_blocks,
+         "blocks_per_split": cdiv(n_blocks, splits)},
         {"SOFTMAX": bool(statistics), "BLOCK_C": tiles.c, "BLOCK_N": tiles.n, "BLOCK_E": tiles.e,
          "PRECISION": precision},
         tiles.sum_warps,
@@ -145,25 +153,26 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
     precision = precision_of(operand)
     half = operand != torch.float32
     tiles = choose_tiles(n, e, count, precision, half=half, hidden=hid)
-    n_blocks, splits = triton.cdiv(n, tiles.n), tiles.splits
+    n_blocks, splits = cdiv(n, tiles.n), tiles.splits
 
     # Products on the side of the queries: steps over the inner dimension, splits of E, rows of a head at a time.
     step_e, step_d, step_f = (pad(size, 16, 64) for size in (e, d, f))
+    norm_d, queue = (pad(d, 16, 512), 4) if half else (step_d, 2)  # stages
     span_e, rows_d = pad(e, 16, 128 if e >= 2048 else 64), pad(head_dim, 16, 64)
-    chunk_in = step_e * triton.cdiv(e, 4 * step_e)
-    chunk_read = step_e * triton.cdiv(e, 16 * step_e)
-    parts_in, parts_read = triton.cdiv(e, chunk_in), triton.cdiv(e, chunk_read)
+    chunk_in = step_e * cdiv(e, 4 * step_e)
+    chunk_read = step_e * cdiv(e, 16 * step_e)
+    parts_in, parts_read = cdiv(e, chunk_in), cdiv(e, chunk_read)
 
     fp32 = torch.float32
     z, act = arena.take(fp32, _ROWS, d), arena.take(fp32, _ROWS, f)
     parts, squares = arena.take(fp32, max(parts_in, parts_read), _ROWS, d), arena.take(fp32, parts_in, _ROWS)
     vectors, folded = arena.take(operand, count, e), arena.take(fp32, count, hid)
-    weights = arena.take(operand, count, n_blocks * tiles.n)
+    weights, inverse = arena.take(operand, count, n_blocks * tiles.n), arena.take(fp32, n)
     statistics = tuple(arena.take(fp32, blocks, count) for blocks in (n_blocks, n_blocks, splits, splits))
     sums = arena.take(fp32, splits, count, e)
 
     def absorb(gain: Tensor, w_q: Tensor, w_k: Tensor, parts_of_z: int, score: bool) -> Launch:
-        tiles_e = triton.cdiv(e, span_e)
+        tiles_e = cdiv(e, span_e)
         return Launch(
             query.absorb,
             (tiles_e + score, h_pad),
@@ -173,61 +182,65 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
              "q_row": w_q.stride(0), "k_row": w_k.stride(0), "v_row": score_v.stride(0), "in_row": head_in.stride(0),
              "value_dim": value_dim, "hidden": hidden, "tiles": tiles_e, "scale": head_dim**-0.5},
             {"PARTS": parts_of_z, "Q_PAD": q_pad, "SCORE": score, "BLOCK_D": rows_d, "BLOCK_K": step_d,
-             "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
+             "BLOCK_NORM": norm_d, "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
             8,
-            2,
+            queue,
         )  # fmt: skip
 
     def linear(source: Tensor, n_parts: int, weight: Tensor, step: int) -> Launch:
         return Launch(
             query.linear,
-            (triton.cdiv(d, 16),),
+            (cdiv(d, 16),),
             {"z": z, "parts": source, "weight": weight, "d": d, "width": weight.shape[1], "w_row": weight.stride(0)},
             {"PARTS": n_parts, "BLOCK_J": 16, "BLOCK_K": step, "PRECISION": precision},
             4,
-            2,
+            queue if n_parts == 1 else 2,
         )  # fmt: skip
 
     yield Launch(
         query.project_queries,
-        (triton.cdiv(d, 16), parts_in),
+        (cdiv(d, 16), parts_in),
         {"queries": queries, "w_in": w_in, "parts": parts, "squares": squares, "n_queries": q, "e": e, "d": d,
          "query_row": queries.stride(0), "w_row": w_in.stride(0), "chunk": chunk_in},
-        {"BLOCK_J": 16, "BLOCK_K": step_e if half else min(step_e, 32), "PRECISION": precision},
+        {"BLOCK_J": 16, "BLOCK_K": step_e if half else 16, "SPAN": 1 << 20 if half else 128,
+         "PRECISION": precision},
         4,
         3 if half else 2,
     )  # fmt: skip
     for i in range(passes):
         yield absorb(read_norm[i], read_q[i], read_k[i], 0 if i else parts_in, False)
-        yield launch_products(entries, vectors, weights, tiles, precision, maxima=statistics[0], totals=statistics[1])
+        yield launch_products(
+            entries, vectors, weights, tiles, precision, inverse=inverse, maxima=statistics[0], totals=statistics[1]
+        )
         yield launch_weighted_sum(entries, weights, sums, tiles, precision, statistics=statistics)
-        tiles_d = triton.cdiv(head_dim, rows_d)
+        tiles_d = cdiv(head_dim, rows_d)
         yield Launch(
             query.attended_values,
             (n_heads * tiles_d, parts_read),
             {"sums": sums, "maxima": statistics[2], "totals": statistics[3], "w_v": read_v[i], "parts": parts,
              "n_queries": q, "n_rows": count, "e": e, "d": d, "head_dim": head_dim, "v_row": read_v.stride(1),
              "chunk": chunk_read, "tiles": tiles_d},
-            {"SPLITS": splits, "Q_PAD": q_pad, "BLOCK_D": rows_d, "BLOCK_K": step_e, "PRECISION": precision},
+            {"SPLITS": splits, "Q_PAD": q_pad, "BLOCK_D": rows_d, "BLOCK_K": step_e if splits < 16 else min(step_e, 32),
+             "PRECISION": precision},
             4,
             2,
         )  # fmt: skip
         yield linear(parts, parts_read, read_out[i], step_d)
         yield Launch(
             query.swiglu,
-            (triton.cdiv(f, 16),),
+            (cdiv(f, 16),),
             {"z": z, "gain": mlp_norm[i], "weight": mlp_gate_up[i], "out": act, "d": d, "width": f,
              "w_row": mlp_gate_up.stride(1)},
-            {"BLOCK_J": 16, "BLOCK_K": step_d, "PRECISION": precision},
+            {"BLOCK_J": 16, "BLOCK_K": step_d, "BLOCK_NORM": norm_d, "PRECISION": precision},
             4,
-            2,
+            queue,
         )  # fmt: skip
         yield linear(act, 1, mlp_down[i], step_f)
     yield absorb(score_norm, score_k, score_q, 0, True)
     yield Launch(
         streams.score_entries,
-        (triton.cdiv(n, tiles.score_n),),
-        {"x": entries, "features": features, "vectors": vectors, "folded": folded, "direct": direct,
+        (cdiv(n, tiles.score_n),),
+        {"x": entries, "inverse": inverse, "features": features, "vectors": vectors, "folded": folded, "direct": direct,
          "head_in": head_in, "head_bias": head_bias, "head_out": head_out, "out_bias": head_out_bias,
          "legal": None if legal is None else legal.view(torch.uint8), "out": out, "n": n, "e": e, "n_queries": q,
          "n_heads": n_heads, "n_direct": direct.shape[0], "n_features": features.shape[1], "hidden": hidden,

@@ -23,6 +23,8 @@ import triton.language as tl
 
 ROWS = tl.constexpr(16)  # what a tensor core takes at least; Q <= 16
 EPS = tl.constexpr(1e-12)  # ref.RMS_EPS
+# Arguments that change with the numbers of entries and queries: no kernel is compiled anew for their values.
+LENGTHS = ("n", "n_blocks", "blocks_per_split", "n_queries")
 
 
 @triton.jit
@@ -43,25 +45,33 @@ def _sum_parts(parts, columns, width, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def project_queries(
     queries, w_in, parts, squares, n_queries, e, d, query_row, w_row, chunk,
-    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, m, j] = W_in[j, chunk s] query_m[chunk s], squares[s, m] = |query_m[chunk s]|^2. Grid: (d tiles, S)."""
+    """parts[s, m, j] = W_in[j, chunk s] query_m[chunk s], squares[s, m] = |query_m[chunk s]|^2. Grid: (d tiles, S).
+
+    SPAN: columns in one chain of additions, as in `triton_streams`.
+    """
     split = tl.program_id(1)
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    product = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    total = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     square = tl.zeros((ROWS,), dtype=tl.float32)
-    for start in range(split * chunk, tl.minimum(e, (split + 1) * chunk), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = _rows_of(queries, m, m < n_queries, k, e, query_row)
-        square += tl.sum(x * x, axis=1)
-        w = _rows_of(w_in, j, j < d, k, e, w_row)
-        product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+    end = tl.minimum(e, (split + 1) * chunk)
+    for first in range(split * chunk, end, SPAN):
+        product = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+        last = tl.minimum(end, first + SPAN)
+        for start in range(first, last, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = _rows_of(queries, m, m < n_queries, k, last, query_row)
+            square += tl.sum(x * x, axis=1)
+            w = _rows_of(w_in, j, j < d, k, last, w_row)
+            product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+        total += product
     at = parts + split * ROWS * d + m[:, None] * d + j[None, :]
-    tl.store(at, product, mask=(j < d)[None, :])
+    tl.store(at, total, mask=(j < d)[None, :])
     if tl.program_id(0) == 0:
         tl.store(squares + split * ROWS + m, square)
 
@@ -94,6 +104,7 @@ def _multiply_normed(
 
 @triton.jit
 def _inverse_rms(z, parts, scale, d, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of rows of z; all columns at once up to 512: each step of a loop would wait for its loads."""
     square = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
         x = _residual(z, parts, scale, start + tl.arange(0, BLOCK_K), d, PARTS)
@@ -105,8 +116,8 @@ def _inverse_rms(z, parts, scale, d, PARTS: tl.constexpr, BLOCK_K: tl.constexpr)
 def absorb(
     z, parts, squares, gain, w_q, w_k, vectors, w_v, head_in, folded, e, d, head_dim, n_heads, q_row, k_row, v_row,
     in_row, value_dim, hidden, tiles, scale, PARTS: tl.constexpr, Q_PAD: tl.constexpr, SCORE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_HID: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_HID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """vectors[h Q_PAD + m] = scale w_k[h]^T (w_q norm(z_m, gain))[h]. Grid: (tiles of E, padded heads).
 
@@ -127,7 +138,7 @@ def absorb(
                 k = start + tl.arange(0, BLOCK_K)
                 value = _residual(z, parts, from_parts, k, d, PARTS)
                 tl.store(z + m[:, None] * d + k[None, :], value, mask=(k < d)[None, :])
-    inverse = _inverse_rms(z, parts, from_parts, d, PARTS, BLOCK_K) * from_parts
+    inverse = _inverse_rms(z, parts, from_parts, d, PARTS, BLOCK_NORM) * from_parts
     row = h * Q_PAD + m
     if tile < tiles:
         columns = tile * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -159,7 +170,7 @@ def absorb(
             tl.store(at, total, mask=(m < Q_PAD)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def attended_values(
     sums, maxima, totals, w_v, parts, n_queries, n_rows, e, d, head_dim, v_row, chunk, tiles, SPLITS: tl.constexpr,
     Q_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,17 +186,17 @@ def attended_values(
     valid = j < head_dim
     j += h * head_dim
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
-    for s in range(SPLITS):
+    for s in tl.static_range(SPLITS):  # unrolled: all loads under way at once
         top = tl.maximum(top, tl.load(maxima + s * n_rows + row, mask=used, other=0.0))
     mass = tl.zeros((ROWS,), dtype=tl.float32)
-    for s in range(SPLITS):
+    for s in tl.static_range(SPLITS):
         share = tl.exp(tl.load(maxima + s * n_rows + row, mask=used, other=0.0) - top)
         mass += share * tl.load(totals + s * n_rows + row, mask=used, other=1.0)
     product = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     for start in range(split * chunk, tl.minimum(e, (split + 1) * chunk), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         context = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
-        for s in range(SPLITS):
+        for s in tl.static_range(SPLITS):
             share = tl.exp(tl.load(maxima + s * n_rows + row, mask=used, other=0.0) - top) / mass
             at = sums + (s * n_rows + row).to(tl.int64)[:, None] * e + k[None, :]
             context += share[:, None] * tl.load(at, mask=used[:, None] & (k < e)[None, :], other=0.0)
@@ -215,14 +226,22 @@ def linear(
 
 @triton.jit
 def swiglu(
-    z, gain, weight, out, d, width, w_row, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    z, gain, weight, out, d, width, w_row, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[m, j] = silu(gate) up, of rows j and width + j of weight norm(z_m, gain). Grid: (tiles of width)."""
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     one = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    scale = _inverse_rms(z, z, one, d, 0, BLOCK_K)
-    gate = _multiply_normed(z, z, scale, gain, weight, j, j < width, w_row, d, 0, BLOCK_J, BLOCK_K, PRECISION)
-    up = _multiply_normed(z, z, scale, gain, weight, j + width, j < width, w_row, d, 0, BLOCK_J, BLOCK_K, PRECISION)
+    scale = _inverse_rms(z, z, one, d, 0, BLOCK_NORM)
+    gate = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    up = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
+    for start in range(0, d, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        g = tl.load(gain + k, mask=k < d, other=0.0).to(tl.float32)
+        x = _residual(z, z, scale, k, d, 0) * g[None, :]
+        gate = tl.dot(x, tl.trans(_rows_of(weight, j, j < width, k, d, w_row)), gate, input_precision=PRECISION)
+        w = _rows_of(weight, j + width, j < width, k, d, w_row)
+        up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
     value = gate * tl.sigmoid(gate) * up
     tl.store(out + m[:, None] * width + j[None, :], value, mask=(j < width)[None, :])
