@@ -101,7 +101,7 @@ def layer_launches(blocks: Tensor, net: Net, buffers: Buffers, plan: Plan) -> It
         {
             "x": blocks, "w": net.w_in, "level_emb": net.level_emb[min(net.level, net.level_emb.shape[0]) - 1],
             "pool_q": net.pool_q, "h": buffers.h[0], "phases": buffers.phases, "n_rows": rows,
-            "stride_n": blocks.stride(0), "stride_k": blocks.stride(1), "stride_w": net.w_in.stride(0),
+            "stride_n": blocks.stride(0), "stride_k": blocks.stride(1), "stride_w": net.w_in.stride(0), "one": 1.0,
             "K": k, "ROWS": rows_each, "EMBED": embed, "WIDTH": width, "HALF": head // 2,
             "LOG2_THETA": math.log2(net.rope_theta), **plan.embed.blocks(),
         },

@@ -80,12 +80,17 @@ def _write_phases(phases, ROWS: tl.constexpr, HALF: tl.constexpr, LOG2_THETA: tl
 
 @triton.jit
 def embed_kernel(
-    x, w, level_emb, pool_q, h, phases, n_rows, stride_n, stride_k, stride_w,
+    x, w, level_emb, pool_q, h, phases, n_rows, stride_n, stride_k, stride_w, one,
     K: tl.constexpr, ROWS: tl.constexpr, EMBED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     LOG2_THETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [N, K, EMBED] -> h [N * ROWS, WIDTH], ROWS = K or, with a class token, K + 1. The last program writes the
-    rotary phases instead, for the attention of all layers."""
+    rotary phases instead, for the attention of all layers.
+
+    one: 1.0, which the compiler must not know. A tile that the matrix units read in shared memory and that is loaded
+    from there as well gets a buffer too few in a pipelined loop (triton-lang/triton issue 6691); multiplied, it is read
+    once and goes to the matrix units from registers.
+    """
     dtype = h.dtype.element_ty
     tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -105,7 +110,7 @@ def embed_kernel(
         a = tl.load(at[:, None] + k[None, :], mask=token[:, None] & (k < EMBED)[None, :], other=0.0)
         wide = a.to(tl.float32)
         squares += tl.sum(wide * wide, axis=1)
-        acc = product(a.to(dtype), weight_tile(w, stride_w, n, keep, k, EMBED, dtype), acc)
+        acc = product((wide * one).to(dtype), weight_tile(w, stride_w, n, keep, k, EMBED, dtype), acc)
     acc = acc * inverse_rms(squares, EMBED)[:, None] + tl.load(level_emb + n, mask=keep, other=0.0).to(tl.float32)
     if ROWS > K:
         token_q = tl.load(pool_q + n, mask=keep, other=0.0).to(tl.float32)

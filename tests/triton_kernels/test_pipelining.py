@@ -53,7 +53,12 @@ for one in importlib.import_module(f"mc_kernels.{sys.argv[1]}.triton_kernel").co
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("op", "kernels"), [("lens_score", ("products", "weighted_sum", "score_entries"))], ids=["lens_score"]
+    ("op", "kernels"),
+    [
+        ("lens_score", ("products", "weighted_sum", "score_entries")),
+        ("gist_encode", ("embed_kernel", "attention_kernel", "residual_kernel", "swiglu_kernel", "layer_kernel")),
+    ],
+    ids=["lens_score", "gist_encode"],
 )
 def test_no_tile_is_overwritten(op: str, kernels: tuple[str, ...]) -> None:
     """In a process of its own: the interpreter, which this one may have chosen, cannot compile."""
