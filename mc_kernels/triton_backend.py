@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .registry import register
+from .triton_assembler import use_sound_assembler
 
 
 def interpreted() -> bool:
@@ -77,6 +78,8 @@ def register_triton(
     def call(*args: Any) -> Any:
         nonlocal imported
         if imported is None:
+            if not interpreted():
+                use_sound_assembler()
             imported = importlib.import_module(module)
         return getattr(imported, function)(*args)
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .triton_assembler import use_sound_assembler
+
 OPS = ("gist_pool", "kv_splice", "context_attention", "lens_score", "gist_encode")
 CAPABILITIES = (80, 90, 100)
 # Shared memory that one block may use, bytes (CUDA C++ Programming Guide, technical specifications).
@@ -71,6 +73,7 @@ def compile_one(op: str, one: Compilation, capability: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    use_sound_assembler()
     names = one.kernel.arg_names
     signature = {name: one.signature[name] for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}

@@ -57,11 +57,9 @@ def attention_kernel(
     at = (r % ROWS)[:, None] * HALF + b[None, :]
     cos = tl.load(phases + at, mask=in_half[None, :], other=0.0) * scale
     sin = tl.load(phases + ROWS * HALF + at, mask=in_half[None, :], other=0.0) * scale
-    # Queries first: keys go to shared memory, and what the queries' way into registers takes of it in between lets the
-    # compiler drop the barrier behind the fence that makes the keys visible to Hopper's matrix units.
-    scaled_cos, scaled_sin = cos * (HEAD_DIM**-0.5), sin * (HEAD_DIM**-0.5)
-    qr1, qr2 = (q1 * scaled_cos - q2 * scaled_sin).to(dtype), (q2 * scaled_cos + q1 * scaled_sin).to(dtype)
     kr1, kr2 = (k1 * cos - k2 * sin).to(dtype), (k2 * cos + k1 * sin).to(dtype)
+    cos, sin = cos * (HEAD_DIM**-0.5), sin * (HEAD_DIM**-0.5)
+    qr1, qr2 = (q1 * cos - q2 * sin).to(dtype), (q2 * cos + q1 * sin).to(dtype)
     s = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     s = product(qr2, tl.trans(kr2), product(qr1, tl.trans(kr1), s))
     window = r // ROWS  # what pads the last windows is a window of its own, of zeros
