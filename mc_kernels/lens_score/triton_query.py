@@ -109,7 +109,7 @@ def _inverse_rms(z, parts, scale, d, PARTS: tl.constexpr, BLOCK_K: tl.constexpr)
     for start in range(0, d, BLOCK_K):
         x = _residual(z, parts, scale, start + tl.arange(0, BLOCK_K), d, PARTS)
         square += tl.sum(x * x, axis=1)
-    return 1.0 / tl.sqrt(square / d + EPS)
+    return tl.math.div_rn(1.0, tl.math.sqrt_rn(square / d + EPS))
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def absorb(
         square = tl.zeros((ROWS,), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             square += tl.load(squares + part * ROWS + m)
-        from_parts = 1.0 / tl.sqrt(square / e + EPS)
+        from_parts = tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))
         if (tile == 0) & (h == 0):
             for start in range(0, d, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)

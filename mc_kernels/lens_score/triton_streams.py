@@ -94,7 +94,7 @@ def products(
                 PRECISION, GRAM,
             )  # fmt: skip
             y += part
-    scale = 1.0 / tl.sqrt(square / e + EPS)
+    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))
     y *= scale[None, :]
     at = out + c.to(tl.int64)[:, None] * out_row + rows[None, :]
     if SOFTMAX:

@@ -38,7 +38,9 @@ run_and_check = functools.partial(collapse_model.run_and_check, "cuda")
     ids=lambda x: x.name if isinstance(x, Case) else str(x),
 )  # fmt: skip
 def test_against_the_oracle(case: Case, dtype: torch.dtype, device: str) -> None:
-    run_and_check(make(case, dtype, device, seed=3))
+    # fp32 against fp32 compares two roundings; several draws together make that a comparison of sizes, not of luck.
+    seeds = range(3, 7) if dtype == torch.float32 else [3]
+    run_and_check(*(make(case, dtype, device, seed=seed) for seed in seeds))
 
 
 def test_weights_of_another_dtype(device: str) -> None:

@@ -34,7 +34,9 @@ run_and_check = functools.partial(collapse_model.run_and_check, "triton")
 
 @pytest.mark.parametrize(("case", "dtype"), EACH, ids=lambda x: x.name if isinstance(x, Case) else str(x))
 def test_against_the_oracle(case: Case, dtype: torch.dtype, device: str) -> None:
-    run_and_check(make(case, dtype, device, seed=3))
+    # fp32 against fp32 compares two roundings; several draws together make that a comparison of sizes, not of luck.
+    seeds = range(3, 7) if dtype == torch.float32 else [3]
+    run_and_check(*(make(case, dtype, device, seed=seed) for seed in seeds))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)

@@ -274,6 +274,10 @@ def assert_gradients(args: dict[str, Any], device: str) -> None:
     with poisoned_empty():
         got = gradients(attention_on(device), args, weight)
     for name, grad, want, rival in zip(LEAVES, got, exact, plain, strict=False):
+        if not want.any():  # terms that cancel exactly, as in a softmax over one slot: what their roundings leave
+            terms = weight.abs().max() * args["v"].abs().max() * max(args[x].abs().max() for x in "qk")
+            assert max_error(grad, want) <= 8 * torch.finfo(grad.dtype).eps * args["q"].shape[-1] * float(terms)
+            continue
         assert_within_error_rule(grad, want, rival, what=f"grad of {name}")
 
 
