@@ -114,8 +114,8 @@ def array(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x if x is None or (x.dtype is dtype and x.is_contiguous()) else x.to(dtype).contiguous()
 
 
-# By `id` of a tensor: the tensor while it lives, its version, and its values in fp64.
-_doubles: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+# By `id` of a tensor and stream: the tensor while it lives, its version, and its values in fp64, made on that stream.
+_doubles: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
 
 def frequencies(x: Tensor | None) -> Tensor | None:
@@ -125,16 +125,16 @@ def frequencies(x: Tensor | None) -> Tensor | None:
         return x
     if x.is_inference() or not x.is_cuda:  # has no version, so that a write to it would not be seen; costs no launch
         return x.to(torch.float64).contiguous()
-    known = _doubles.get(id(x))
-    if known is not None and known[0]() is x and known[1] == x._version:
-        return known[2]
     if torch.cuda.is_current_stream_capturing():  # what a graph allocates is the graph's
         return x.to(torch.float64).contiguous()
+    key = id(x), current_stream(x)
+    known = _doubles.get(key)
+    if known is not None and known[0]() is x and known[1] == x._version:
+        return known[2]
     if len(_doubles) >= MOST_KINDS:
         _doubles.clear()
-    # By way of the host, which waits: any stream may read it then.
-    double = x.cpu().to(torch.float64).contiguous().to(x.device)
-    _doubles[id(x)] = weakref.ref(x), x._version, double
+    double = x.to(torch.float64).contiguous()
+    _doubles[key] = weakref.ref(x), x._version, double
     return double
 
 

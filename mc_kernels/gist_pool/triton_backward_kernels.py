@@ -79,7 +79,7 @@ def backward_blocks_kernel(
             along = tl.zeros((KP,), tl.float32)
         for g in range(G):
             wk, wv, b = load_head(w_ptr, b_ptr, g, inside, entries, dims, D, K)
-            nw, p = attend(k, v, inv_rms, wk, wv, b, inside)
+            nw, p = attend(k, v, inv_rms, wk, wv, b, inside, False)
             here = rows[:, None] == i * G + g
             ok, ov = tl.sum(tl.where(here, gk, 0.0), axis=0), tl.sum(tl.where(here, gv, 0.0), axis=0)
             gx = tl.sum(k * ok[None, :] + v * ov[None, :], axis=1)

@@ -17,7 +17,6 @@ with several programs a multiprocessor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 import triton
@@ -28,7 +27,15 @@ from ..triton_report import Compilation
 from . import collapse_triton, triton_backward
 from .cases import MODELS
 from .triton_pool import add_residual, check_out, compilation, operand, pool_tile, scratch
-from .triton_tiling import REPORTED_DTYPES, TRITON_NAMES, Tiling, many_and_few, product_dtype, product_precision, tiling
+from .triton_tiling import (
+    REPORTED_DTYPES,
+    TRITON_NAMES,
+    many_and_few,
+    product_dtype,
+    product_precision,
+    tiling,
+    with_enough_warps,
+)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "tile_blocks"])
@@ -100,7 +107,7 @@ def gist_pool_triton(
     if product != k.dtype:
         size = gist_pool_workspace(k, w)
         yk, yv = scratch(workspace, size, k)[:size].view(torch.float32).view(2, -1)
-    t = _tiling(n, block_size, d, n_gists, k.dtype, product)
+    t = with_enough_warps(tiling(n, block_size, d, n_gists, product), k.dtype)
     with torch.cuda.device_of(k):
         gist_pool_kernel[(r * h * triton.cdiv(n, t.blocks),)](
             k, v, w, b, m, c, k_gist, v_gist, yk, yv, *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers,
@@ -110,14 +117,6 @@ def gist_pool_triton(
     return k_gist, v_gist
 
 
-def _tiling(
-    n_blocks: int, block_size: int, head_dim: int, n_gists: int, data: torch.dtype, product: torch.dtype
-) -> Tiling:
-    """fp32 blocks of small heads have four warps by their size, which are then two registers short."""
-    t = tiling(n_blocks, block_size, head_dim, n_gists, product)
-    return replace(t, warps=max(8, t.warps)) if data == torch.float32 and t.dp <= 64 else t
-
-
 def _forward_compilations() -> Iterator[Compilation]:
     for model in ("SmolLM2-135M", "Llama-3-8B"):
         d = MODELS[model][2]
@@ -125,7 +124,7 @@ def _forward_compilations() -> Iterator[Compilation]:
             product = product_dtype(data, weights)
             data_type, weights_type, y_type = (f"*{TRITON_NAMES[x]}" for x in (data, weights, product))
             for n in many_and_few(d, product):
-                t = _tiling(n, 32, d, 1, data, product)
+                t = with_enough_warps(tiling(n, 32, d, 1, product), data)
                 pointers = {
                     **dict.fromkeys(("k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr"), data_type),
                     **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr", "c_ptr"), weights_type),

@@ -47,11 +47,15 @@ def inverse_rms(k, v, D: tl.constexpr):
 
 
 @triton.jit
-def attend(k, v, inv_rms, wk, wv, b, inside):
-    """n . w and p, [KP] each."""
+def attend(k, v, inv_rms, wk, wv, b, inside, EXACT: tl.constexpr):
+    """n . w and p, [KP] each. EXACT: exp and quotient to fp32 rounding, for which the backward lacks registers."""
     nw = tl.sum(k * wk[None, :] + v * wv[None, :], axis=1) * inv_rms
     logits = tl.where(inside, nw + b, float("-inf"))
-    weights = exp_of_nonpositive(logits - tl.max(logits, axis=0))
+    logits -= tl.max(logits, axis=0)
+    if EXACT:
+        weights = exp_of_nonpositive(logits)
+        return nw, tl.math.div_rn(weights, tl.sum(weights, axis=0))
+    weights = tl.exp(logits)
     return nw, weights / tl.sum(weights, axis=0)
 
 
@@ -78,7 +82,7 @@ def pool_tile(
         inv_rms = inverse_rms(k, v, D)
         for g in range(G):
             wk, wv, b = load_head(w_ptr, b_ptr, g, inside, entries, dims, D, K)
-            _, p = attend(k, v, inv_rms, wk, wv, b, inside)
+            _, p = attend(k, v, inv_rms, wk, wv, b, inside, True)
             here = rows[:, None] == i * G + g
             yk = tl.where(here, tl.sum(p[:, None] * k, axis=0)[None, :], yk)
             yv = tl.where(here, tl.sum(p[:, None] * v, axis=0)[None, :], yv)

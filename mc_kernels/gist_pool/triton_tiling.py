@@ -3,7 +3,7 @@ Imported with the package: no Triton here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,11 @@ def tiling(
     warps = min(16, max(4, max(kp, rows) * dp // (16 * thread_values)))
     stages = next(s for s in (3, 2, 1) if (s - 1) * 2 * kp * dp * product.itemsize <= MOST_STAGED)
     return Tiling(blocks, rows, kp, dp, inner, stages, warps)
+
+
+def with_enough_warps(t: Tiling, data: torch.dtype) -> Tiling:
+    """fp32 blocks of small heads have four warps by their size, which are then some registers short."""
+    return replace(t, warps=max(8, t.warps)) if data == torch.float32 and t.dp <= 64 else t
 
 
 def many_and_few(head_dim: int, product: torch.dtype) -> list[int]:
