@@ -10,7 +10,7 @@ kernels whichever take longer (a program that issues call after call waits for t
 dtype is that of the op's first tensor ("bfloat16"). A bucket names the kind of call and its sizes, most of them rounded
 down to a power of four (`4096+`: 4,096 to 16,383); `BUCKETS` says what counts for each op. A call whose key is there is
 served by the backends in the order of their seconds, any other in the registry's fallback order (its `PREFERENCE`). As
-long as no GPU has measured anything, `measured` is null, there are no seconds, and all calls are of the latter kind.
+long as nothing has been measured, `measured` is null, there are no seconds, and all calls are of the latter kind.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE = Path(__file__).with_name("preference.json")
 ABOUT = (
     "Which backend serves each op on CUDA tensors: seconds of a public call (of host and device the slower one's), by"
     " op, dtype, bucket of shapes and backend; the fastest serves. mc_kernels/preference.py says what the keys mean."
-    " Written by `python bench/gpu_check.py --write-preference`. Where `measured` is null no GPU has measured anything"
+    " Written by `python bench/gpu_check.py --write-preference`. Where `measured` is null nothing has been measured"
     " yet, and every call is served in the registry's fallback order: Triton, CUDA C++, the oracle."
 )
 BACKENDS = ("triton", "cuda")
