@@ -86,12 +86,15 @@ class GraphedLayers:
         whole_cache = getattr(store, "whole_cache", None)
         if whole_cache is None or getattr(store, "sigma", None) is not None or torch_module._has_any_global_hook():
             return None
+        if norm is not None and (norm._forward_hooks or norm._forward_pre_hooks):
+            return None
         with self._lock:
             if not self._unchanged(layers, rope):
                 return None
             cache: CacheSlots = whole_cache()
             key = (
-                x.shape, positions.dtype, return_mass, n_layers, norm and norm.weight, os.environ.get(ENV_BACKEND),
+                x.shape, positions.dtype, return_mass, n_layers, os.environ.get(ENV_BACKEND),
+                None if norm is None else (id(norm), *(p.data_ptr() for p in norm.parameters())),
                 torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,
                 *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (cache.k, cache.v, cache.kv_pos)),
                 None if cache.kv_bias is None else cache.kv_bias.data_ptr(),
@@ -155,15 +158,17 @@ class GraphedLayers:
 
 
 def capture(step: Callable[[], Step], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Step]:
-    """`step` as a graph, and what it returned: memory that every replay writes anew."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        step()  # compiles and allocates what is kept; what it writes, the replay writes again
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    """`step` as a graph, and what it returned: memory that every replay writes anew. What other threads do on the GPU
+    meanwhile is theirs."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            step()  # compiles and allocates what is kept; what it writes, the replay writes again
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step()
     return graph, results
 
 

@@ -110,6 +110,10 @@ def test_hooks_are_called(decoder: Decoder) -> None:
     steps(decoder, 1, False, False)
     assert len(seen) == STEPS + 1
     handle.remove()
+    handle = decoder.norm.register_forward_hook(lambda *_: seen.append(1))
+    steps(decoder, 1, False, False)
+    assert len(seen) == 2 * (STEPS + 1)
+    handle.remove()
 
 
 def test_few_graphs_are_kept(decoder: Decoder) -> None:
