@@ -28,7 +28,7 @@ def _scratch(q: Tensor, k: Tensor, kv_bias: Tensor | None, heads: Heads) -> Scra
 def _blocks_of_queries(dtype: torch.dtype, heads: Heads) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_S and warps: the largest blocks that spill no registers."""
     if heads.padded > 128:
-        return 16 if dtype == torch.float32 else 32, 16, 8
+        return (16, 16, 4) if dtype == torch.float32 else (32, 16, 8)
     if dtype == torch.float32:
         return 32, 32, 8 if heads.padded > 64 else 4
     return (64, 32, 8) if heads.padded > 64 else (64, 64, 4)

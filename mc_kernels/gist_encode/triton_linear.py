@@ -110,7 +110,9 @@ def embed_kernel(
         a = tl.load(at[:, None] + k[None, :], mask=token[:, None] & (k < EMBED)[None, :], other=0.0)
         wide = a.to(tl.float32)
         squares += tl.sum(wide * wide, axis=1)
-        acc = product((wide * one).to(dtype), weight_tile(w, stride_w, n, keep, k, EMBED, dtype), acc)
+        if BLOCK_M >= 64:  # as wgmma takes
+            a = wide * one
+        acc = product(a.to(dtype), weight_tile(w, stride_w, n, keep, k, EMBED, dtype), acc)
     acc = acc * inverse_rms(squares, EMBED)[:, None] + tl.load(level_emb + n, mask=keep, other=0.0).to(tl.float32)
     if ROWS > K:
         token_q = tl.load(pool_q + n, mask=keep, other=0.0).to(tl.float32)

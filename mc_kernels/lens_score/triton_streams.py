@@ -94,7 +94,10 @@ def products(
                 PRECISION, GRAM,
             )  # fmt: skip
             y += part
-    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))
+    if PRECISION == "ieee":
+        scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))
+    else:
+        scale = 1.0 / tl.sqrt(square / e + EPS)
     y *= scale[None, :]
     at = out + c.to(tl.int64)[:, None] * out_row + rows[None, :]
     if SOFTMAX:
