@@ -38,7 +38,8 @@ def end_of_past(kv_pos, stride, lo, hi, latest):
     return tl.max(last, 0)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
+# Compiled anew for other alignments of lengths and strides: without them it spills registers.
+@triton.jit
 def attend_kernel(
     q, k, v, q_pos, kv_pos, inv_freq, sigma, kv_bias, out, lse, logits, partial_out, tops, totals,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_t,

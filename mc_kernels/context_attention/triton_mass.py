@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import LENGTHS, OF_SLOTS, load_key_positions, load_pairs, pair_products, row_of_query
+from .triton_tiles import load_key_positions, load_pairs, pair_products, row_of_query
 
 
 @triton.jit
@@ -28,7 +28,8 @@ def load_softmax(row_top, row_total, rows, valid):
     return load_lse(row_top, rows, valid), tl.log(tl.load(row_total + rows, mask=valid, other=1.0))
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
+# As `attend_kernel`.
+@triton.jit
 def mass_of_logits_kernel(logits, row_top, row_total, mass, rows, S, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
     """logits [B, rows, S], row_top and row_total [B, rows] -> mass [B, S]."""
     s_blocks = tl.cdiv(S, BLOCK_S)
@@ -45,7 +46,8 @@ def mass_of_logits_kernel(logits, row_top, row_total, mass, rows, S, BLOCK_R: tl
     tl.store(mass + b * S + s, total, mask=s < S)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
+# As `attend_kernel`.
+@triton.jit
 def mass_kernel(
     q, k, q_pos, kv_pos, kv_bias, row_top, row_total, mass, q_b, q_h, q_t, k_b, k_h, k_s,
     q_pos_b, q_pos_t, kv_pos_b, kv_pos_s, bias_b, bias_s, kv_heads, T, S, scale,

@@ -51,7 +51,7 @@ def _scores(draw: random.Random) -> list[Compilation]:
 
 
 @pytest.mark.parametrize(
-    ("calls", "most"), [(_attention, 24), (_scores, 36)], ids=("context_attention", "lens_score")
+    ("calls", "most"), [(_attention, 28), (_scores, 36)], ids=("context_attention", "lens_score")
 )  # before lengths were left unspecialised context_attention had 44
 def test_few_compilations(calls: Callable[[random.Random], list[Compilation]], most: int) -> None:
     draw = random.Random(0)
