@@ -50,8 +50,8 @@ _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
 LEVEL_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": _AVX512,
-    "avx512bf16": f"{_AVX512} -mavx512bf16",
-    "amx": f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512bf16": f"{_AVX512} -mavx512vnni -mavx512bf16",
+    "amx": f"{_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 
 

@@ -3,8 +3,8 @@ quantised files hold them (GGUF's Q4_0, Q4_1, Q4_K and Q8_0 are of this form).
 
     weight[o, i] = scale[o, i // 32] * code[o, i] + offset[o, i // 32]
 
-A decode step is bound by reading weights. Where the processor multiplies bf16, up to four rows of x are multiplied with
-the packed weight, three or five eighths of the bytes: `fused_linear(..., packed=)` and `decoder_layers`. The layout:
+A decode step is bound by reading weights. On a CPU a few rows of x are multiplied with the packed weight, three or five
+eighths of bf16's bytes, half that of fp32's: `fused_linear(..., packed=)` and `decoder_layers`. The layout:
 `mc_packed_weight` in csrc/include/mc_kernels.h.
 """
 
@@ -42,7 +42,7 @@ def packed_bits(packed: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A packed weight that goes with a bf16 one, until that one is changed.
+    """A packed weight that goes with a bf16 or fp32 one, until that one is changed.
 
     data: see `pack_weight`. address, version: of the weight when it had these values. A change of values is noticed as
     autograd notices it: writing through `.data` or NumPy goes unseen.
@@ -54,8 +54,8 @@ class PackedWeight:
 
     @classmethod
     def beside(cls, weight: Tensor, data: Tensor) -> PackedWeight:
-        """What stands for `weight` [O, E] bf16 as it is now. Raises TypeError or ValueError where it cannot, or where
-        the weight was made in inference mode, in which nothing tells of changes."""
+        """What stands for `weight` [O, E], bf16 or fp32, as it is now. Raises TypeError or ValueError where it cannot,
+        or where the weight was made in inference mode, in which nothing tells of changes."""
         check_packed(data, weight)
         if weight.is_inference():
             raise ValueError("weight: expected a tensor that was made outside of inference mode")
@@ -70,7 +70,7 @@ def check_packed(packed: Tensor, weight: Tensor, *, swiglu: bool = False) -> Non
     """Raise TypeError or ValueError where `packed` cannot stand for `weight` [O, E]: dtypes, shape, strides. Whether
     the values agree is not looked at."""
     check_tensor("packed", packed, (torch.uint8,))
-    check_tensor("weight", weight, (torch.bfloat16,))
+    check_tensor("weight", weight, (torch.bfloat16, torch.float32))
     if packed.dim() != 3:
         raise ValueError(f"packed: expected 3 dimensions, got {describe(packed)}")
     check_shape("packed", packed, packed_shape(weight.shape[0], weight.shape[1], packed_bits(packed)), {})

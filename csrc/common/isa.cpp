@@ -58,7 +58,8 @@ Features detect() {
     const bool f = bit(b, 16), dq = bit(b, 17), bw = bit(b, 30), vl = bit(b, 31);
     out.avx512 = out.avx2 && f && dq && bw && vl && (saved & zmm) == zmm;
     const bool tile = bit(d, 24), tile_bf16 = bit(d, 22);
-    out.avx512bf16 = out.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
+    const bool vnni = bit(c, 11);
+    out.avx512bf16 = out.avx512 && vnni && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
     const uint64_t tiles = 0x60000;  // their shapes and their data
     out.amx = out.avx512bf16 && tile && tile_bf16 && (saved & tiles) == tiles && may_use_tiles();
     return out;

@@ -36,8 +36,9 @@ void check_vector(const char* name, const mc_tensor& x, int64_t n) {
 void check_packed(const mc_packed_weight& p, const mc_tensor& weight, int64_t parts) {
     if (!p.data) return;
     if (p.bits != 4 && p.bits != 8) invalid("packed: expected codes of 4 or 8 bits, got " + std::to_string(p.bits));
-    if (weight.dtype != MC_BF16) {
-        throw Error(MC_INVALID_DTYPE, "packed: expected a weight of bf16, got dtype code " + std::to_string(weight.dtype));
+    if (weight.dtype != MC_BF16 && weight.dtype != MC_F32) {
+        throw Error(MC_INVALID_DTYPE,
+                    "packed: expected a weight of bf16 or f32, got dtype code " + std::to_string(weight.dtype));
     }
     const int64_t inputs = weight.size[1];
     if (inputs % kPackedBlock) {

@@ -5,8 +5,9 @@
 //   (fetch.h): reading rows side by side without that runs at half the bandwidth.
 // - Each vector of W is widened to fp32 once for up to four rows of x, which lie widened (and normed) in the caches.
 //   Rows of W that more rows of x need are read again from the first-level cache, not from memory. Where a level
-//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h. A few rows of x may then read the weight
-//   packed in codes of 4 or 8 bits, three or five eighths of the bytes: packed_impl.h.
+//   multiplies bf16 and x and W are bf16, nothing is widened: pairs_impl.h.
+// - A few rows of bf16 or fp32 may read the weight packed in codes of 4 or 8 bits, three or five eighths of the bytes of
+//   bf16: packed_impl.h.
 // - Sums across a register are done for a whole vector of outputs at a time.
 // - Norm, bias, activation and residual are done where the data is: no tensor between them goes through memory.
 //
@@ -36,14 +37,19 @@ const LinearOps& linear_ops(const IsaLevel& level) {
 class Floats {
 public:
     explicit Floats(int64_t n) : lines_(static_cast<size_t>((n + 15) / 16)) {}
-    float* get() { return lines_.empty() ? nullptr : lines_.front().f; }
+    float* get() const { return lines_.empty() ? nullptr : lines_.front().f; }
 
 private:
     struct alignas(64) Line {
         float f[16];
     };
-    std::vector<Line> lines_;
+    mutable std::vector<Line> lines_;
 };
+
+bool reads_packed(const mc_fused_linear_args& a, const Linear& x, const LinearOps& ops) {
+    if (!a.packed.data || a.x.dtype != a.weight.dtype) return false;
+    return x.rows <= ops.packed_rows[a.packed.bits == 8];
+}
 
 class Call {
 public:
@@ -52,10 +58,13 @@ public:
           x_(x),
           ops_(ops),
           in_pairs_(ops_.dot_pairs && a.x.dtype == MC_BF16 && a.weight.dtype == MC_BF16),
-          packed_(in_pairs_ && ops_.dot_packed && x_.rows <= kPackedX && a.packed.data),
+          packed_(reads_packed(a, x, ops)),
+          planes_(a.x.dtype == MC_BF16 ? 2 : 3),
+          blocks_(packed_ ? x_.inputs / kPackedBlock : 0),
           padded_((x_.inputs + kSpan - 1) / kSpan * kSpan),
-          ready_x_(in_pairs_ ? x_.rows * padded_ / 2 : x_.rows * padded_),
-          block_sums_(packed_ ? x_.rows * (x_.inputs / kPackedBlock) : 0),
+          ready_x_(in_pairs_ && !packed_ ? x_.rows * padded_ / 2 : x_.rows * padded_),
+          scales_(x_.rows * blocks_),
+          sums_(x_.rows * blocks_),
           gain_(x_.norm ? x_.inputs : 0),
           bias_(x_.bias ? a.weight.size[0] : 0) {
         const int64_t row = packed_ ? packed_step() / kPackedRows : x_.inputs * dtype_bytes(a.weight.dtype);
@@ -93,11 +102,11 @@ private:
         widen_vector(a_.bias, bias_);
         const float* gain = x_.norm ? gain_.get() : nullptr;
         const float eps = static_cast<float>(a_.eps);
-        for (int64_t r = 0; r < x_.rows; ++r) {
+        if (packed_) packed_ = make_bytes(gain, eps);
+        for (int64_t r = 0; r < x_.rows && !packed_; ++r) {
             const char* x = x_.x + r * x_.x_step;
             if (in_pairs_) {
                 ops_.narrow({x, x_.inputs, padded_, gain, eps, pairs(r)});
-                if (packed_) ops_.block_sums({pairs(r), x_.inputs, block_sums_.get() + r * (x_.inputs / kPackedBlock)});
             } else {
                 const int even_first = a_.weight.dtype == MC_BF16;
                 ops_.widen[a_.x.dtype][even_first]({x, x_.inputs, padded_, gain, eps, ready_x_.get() + r * padded_});
@@ -105,7 +114,22 @@ private:
         }
     }
 
+    // False: x has an infinity or a NaN, of which the weight makes what it should.
+    bool make_bytes(const float* gain, float eps) {
+        const Floats row(padded_);
+        for (int64_t r = 0; r < x_.rows; ++r) {
+            ops_.widen[a_.x.dtype][0]({x_.x + r * x_.x_step, x_.inputs, padded_, gain, eps, row.get()});
+            const int64_t block = r * blocks_;
+            const bool numbers = ops_.to_bytes(
+                {row.get(), x_.inputs, planes_, a_.packed.bits, bytes(r), scales_.get() + block, sums_.get() + block});
+            if (!numbers) return false;
+        }
+        return true;
+    }
+
     int64_t packed_step() const { return x_.inputs / kPackedBlock * packed_block_bytes(a_.packed.bits); }
+    int64_t bytes_step() const { return blocks_ * planes_ * (kPackedBlock + 4); }
+    char* bytes(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * bytes_step(); }
     int64_t pairs_step() const { return padded_ * 2; }
     char* pairs(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * pairs_step(); }
 
@@ -137,8 +161,8 @@ private:
         if (packed_) {
             // Tasks, columns and the halves of swiglu begin at whole groups of rows.
             const auto* packed = static_cast<const char*>(a_.packed.data) + row / kPackedRows * packed_step();
-            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), block_sums_.get(),
-                             out});
+            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, bytes(x_row), planes_, x_rows, bytes_step(),
+                             scales_.get(), sums_.get(), out});
         } else if (in_pairs_) {
             ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out});
         } else {
@@ -151,9 +175,10 @@ private:
     const Linear& x_;
     const LinearOps& ops_;
     const bool in_pairs_;
-    const bool packed_;  // is read in place of the weight
-    const int64_t padded_;
-    Floats ready_x_, block_sums_, gain_, bias_;  // [N, padded] (of bf16 in pairs), [N, E / 32], [E], [O]
+    bool packed_;  // is read in place of the weight
+    const int planes_;
+    const int64_t blocks_, padded_;
+    Floats ready_x_, scales_, sums_, gain_, bias_;  // [N, padded] (of 2 or 3 bytes), [N, E / 32] twice, [E], [O]
     int64_t threads_;
 };
 
@@ -168,7 +193,8 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
         const mc::IsaLevel& level = mc::isa_level();
         if (x.rows == 0 || x.outputs == 0) return;  // the other of the two may be more than there is memory for
         const mc::LinearOps& ops = mc::linear_ops(level);
-        if (mc::serves_linear_tiles(*args, x, level, ops)) return mc::linear_tiles(*args, x, level, ops, n_threads);
+        const bool packed = mc::reads_packed(*args, x, ops);
+        if (!packed && mc::serves_linear_tiles(*args, x, level, ops)) return mc::linear_tiles(*args, x, level, ops, n_threads);
         mc::Call(*args, x, ops, n_threads).run();
     });
 }

@@ -22,7 +22,7 @@ namespace mc {
 constexpr int64_t kSpan = 32;     // elements: two of the widest vectors
 constexpr int kTileX = 4;         // rows of x that share a read of W from a register
 constexpr int64_t kXRows = 32;    // rows of x that one dot takes, at most
-constexpr int64_t kPackedX = 4;   // rows of x up to which a packed W is read: more of them are bound by arithmetic
+constexpr int64_t kPackedX = 4;   // rows of x that share a read of a packed W from a register
 constexpr int64_t kColumns = 64;  // rows of W that one dot takes, at most
 
 // x [n] -> out [padded]: x, or with gain [n] (fp32) x / sqrt(mean(x^2) + eps) * gain.
@@ -62,22 +62,26 @@ struct DotPairs {
     float* out;
 };
 
-// The same of at most kPackedX rows of x by a packed W, see mc_packed_weight.
+// x [n] in whole numbers of 2 or 3 bytes, by blocks of 32, see packed_impl.h: bytes [36 planes n / 32], scales
+// and sums of x [n / 32].
+struct BytesOfRow {
+    const float* x;
+    int64_t n;
+    int planes, bits;  // bits: of the codes that it will meet
+    char* bytes;
+    float *scales, *sums;
+};
+
+// The same by a packed W, see mc_packed_weight.
 struct DotPacked {
     const char* w;  // of the first row, which is the first of a group
     int bits;
     int64_t w_rows, n;
-    const char* x;
+    const char* x;  // as BytesOfRow leaves it
+    int planes;
     int64_t x_rows, x_step;
-    const float* sums;  // [x_rows, n / 32], as BlockSums leaves them
+    const float *scales, *sums;  // [x_rows, n / 32]
     float* out;
-};
-
-// Sums of a row of x, as NarrowRow leaves it, by blocks of 32.
-struct BlockSums {
-    const char* x;
-    int64_t n;
-    float* sums;
 };
 
 // out[j, i] = x[i, j] of 32-bit elements: rows and columns of x, whose rows lie x_step bytes apart, out's out_step.
@@ -101,12 +105,15 @@ struct LinearOps {
     void (*widen[kDtypes][2])(const WidenRow&);  // [x's dtype][even elements first]
     void (*dot[kDtypes])(const DotRows&);        // [W's dtype]
     void (*finish[kDtypes])(const FinishRow&);   // [x's dtype]
+    bool (*to_bytes)(const BytesOfRow&);         // false where a number is infinite or none
+    void (*dot_packed)(const DotPacked&);
+    // Rows of x, kXRows at most, up to which a W packed in codes of 4 and of 8 bits is faster than bf16: more of them are bound
+    // by arithmetic (bench/README.md).
+    int64_t packed_rows[2];
     // For bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
     void (*narrow)(const NarrowRow&);
     void (*transpose)(const Transpose&);
     void (*dot_pairs)(const DotPairs&);
-    void (*block_sums)(const BlockSums&);
-    void (*dot_packed)(const DotPacked&);
 };
 
 // nullptr where the build has no such level.

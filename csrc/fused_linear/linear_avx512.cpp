@@ -23,6 +23,8 @@ inline void load_pair(BF16, const char* p, Vec& first, Vec& second) {
 }  // namespace
 }  // namespace mc
 
+#include "bytes_avx512.h"
+#include "packed_impl.h"
 #include "linear_impl.h"
 
 namespace mc {

@@ -1,10 +1,11 @@
 // Primitives of fused_linear with AVX-512 BF16. Without those flags (another architecture) the level does not exist.
 #include "linear.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
 #include "vec_avx512.h"
 #include "pairs_impl.h"
+#include "bytes_avx512.h"
 #include "packed_impl.h"
 #include "transpose_impl.h"
 
@@ -17,8 +18,10 @@ const LinearOps* linear_avx512bf16() {
         ops.narrow = narrow;
         ops.transpose = transpose;
         ops.dot_pairs = dot_pairs;
-        ops.block_sums = block_sums;
+        ops.to_bytes = to_bytes;
         ops.dot_packed = dot_packed;
+        ops.packed_rows[0] = kFourBitRows;
+        ops.packed_rows[1] = kEightBitRows;
         return ops;
     }();
     return &table;

@@ -141,8 +141,9 @@ LinearOps linear_table(const char* name) {
              {widen<BF16, false>, widen<BF16, true>}},
             {dot<F32>, dot<F16>, dot<BF16>},
             {finish<F32>, finish<F16>, finish<BF16>},
-            nullptr,
-            nullptr,
+            to_bytes,
+            dot_packed,
+            {kFourBitRows, kEightBitRows},
             nullptr,
             nullptr,
             nullptr};

@@ -23,6 +23,8 @@ inline void load_pair(BF16 t, const char* p, Vec& first, Vec& second) {
 }  // namespace
 }  // namespace mc
 
+#include "bytes_scalar.h"
+#include "packed_impl.h"
 #include "linear_impl.h"
 #include "narrow_impl.h"
 #include "transpose_impl.h"

@@ -1,101 +1,197 @@
-// A few rows of x by a packed W (mc_packed_weight), with bf16 products.
+// A few rows of x by a packed W (mc_packed_weight), in whole numbers.
 //
-// Included by linear_avx512bf16.cpp after pairs_impl.h. With a block's scale s, offset m and codes c, its part of a sum is
+// Included by linear_<level>.cpp after the level's vectors and what it does with bytes (`Products`, below). With a block's
+// scale s, offset m and codes c, its part of a sum is
 //
-//   sum of (s c + m) x  =  s (sum of (128 + c) x - 128 sum of x)  +  m sum of x
+//   sum of (s c + m) x  =  s (sum of (c - h) x)  +  (m + h s) (sum of x),    h = 8, or 128 for codes of 8 bits
 //
-// 128 + c is a bf16 number whose last four bits are c: one logical operation makes 32 of them, no table and no conversion.
-// Codes of 8 bits are two of 4. A register has a pair of elements of each of 16 rows of W, which meet the same pair of x in
-// all its lanes: scales, offsets and sums are vectors of rows, and nothing is summed across a register. The sums of x by
-// block are made once for all rows. In fp32 they and the products lose some 2^-18 of a sum; bf16 rounds it to 2^-9.
+// where h, the middle of the codes, keeps the two parts from being large and of opposite signs.
+// x is brought to whole numbers first, q = x / t, of its block's own t: |q| <= 127 * 256 for x of bf16, so that q is two
+// signed bytes and an element is wrong by 2^-16 of the block's largest at most (bf16 is by 2^-9 of itself); for x of fp32 a
+// byte more. Sums of codes by bytes are exact, and begin with -h (sum of q). A register has 4 elements of each row, which meet the same 4 of x in all its
+// lanes: scales, offsets and sums are vectors of rows, and nothing is summed across a register.
+//
+// The 8 elements of a part of a block lie in x in the order in which the bytes of a row's two words hold their codes:
+// 0 4 1 5 are the lower four bits, 2 6 3 7 the upper.
+//
+// A level gives
+//
+//   Bytes                        a register: 4 bytes of each of Vec::kWidth rows
+//   load_bytes(p)
+//   lower(b), upper(b)           the lower and the upper four bits of each byte
+//   Products                     sums by rows of codes, at most 15 and of a block's 32 elements, with signed bytes
+//     all(start), add(codes, x), value(high, low): 256 high + low as Vec
+//     start(x, bits): 4 bytes for `all`, from a block's signed bytes in their order here, to begin with -h (sum of x)
+//   kFourBitRows, kEightBitRows  LinearOps::packed_rows
+//   kWholeBytes                  whether codes may be up to 255; then also
+//   lower_bytes(b, c), upper_bytes(b, c): lower and upper bits of b, with those of c above them
 #pragma once
 
+#include <cstdint>
+
+#include "linear.h"
 #include "packed.h"
+#include "vec_math.h"
 
 namespace mc {
 namespace {
 
-static_assert(Vec::kWidth == kPackedRows);
+constexpr int64_t kPlaneBytes = kPackedBlock + 4;
 
-void block_sums(const BlockSums& a) {
-    const __m512i ones = _mm512_set1_epi16(0x3F80);
+// The first four bytes of eight alternate with the others.
+inline uint64_t in_the_order_of_codes(uint64_t x) {
+    auto spread = [](uint64_t four) {
+        four = (four | four << 16) & 0x0000ffff0000ffff;
+        return (four | four << 8) & 0x00ff00ff00ff00ff;
+    };
+    return spread(x & 0xffffffff) | spread(x >> 32) << 8;
+}
+
+// A block is its elements' high bytes and `start` of these, then the same of the next lower ones.
+template <int kPlanes>
+bool to_planes(const BytesOfRow& a) {
+    constexpr float kMost = 127 << 8 * (kPlanes - 1);
+    const Vec zero = Vec::all(0.0f);
+    Vec wrong = zero;
     for (int64_t b = 0; b < a.n / kPackedBlock; ++b) {
-        a.sums[b] = sum(dot(Vec::all(0.0f), load_span(a.x + b * kStepBytes), ones));
+        const float* x = a.x + b * kPackedBlock;
+        Vec most = zero, total = zero;
+        for (int64_t i = 0; i < kPackedBlock; i += Vec::kWidth) {
+            const Vec v = load(x + i);
+            most = greater(most, greater(v, sub(zero, v)));
+            total = add(total, v);
+            wrong = fmadd(v, zero, wrong);
+        }
+        const float largest = greatest(most);
+        const bool counts = largest > 1e-30f;  // else 1 / t would not be a number
+        a.scales[b] = counts ? largest / kMost : 0.0f;
+        a.sums[b] = sum(total);
+        const float by = counts ? kMost / largest : 0.0f;
+        int32_t whole[kPackedBlock];
+        for (int i = 0; i < kPackedBlock; ++i) {
+            const float q = x[i] * by;
+            // An infinity or NaN, of which nothing is read, must not meet the conversion.
+            whole[i] = q > -2.0f * kMost && q < 2.0f * kMost ? static_cast<int32_t>(q + (q < 0.0f ? -0.5f : 0.5f)) : 0;
+        }
+        for (int plane = kPlanes - 1; plane >= 0; --plane) {
+            int8_t bytes[kPackedBlock];
+            for (int i = 0; i < kPackedBlock; ++i) {
+                bytes[i] = static_cast<int8_t>(whole[i]);
+                whole[i] = (whole[i] - bytes[i]) >> 8;
+            }
+            uint64_t eights[kPackedBlock / 8];
+            __builtin_memcpy(eights, bytes, sizeof eights);
+            for (uint64_t& eight : eights) eight = in_the_order_of_codes(eight);
+            __builtin_memcpy(bytes, eights, sizeof eights);
+            const int32_t start = Products::start(bytes, a.bits);
+            char* out = a.bytes + (b * kPlanes + plane) * kPlaneBytes;
+            __builtin_memcpy(out, bytes, sizeof bytes);
+            __builtin_memcpy(out + kPackedBlock, &start, sizeof start);
+        }
     }
+    return sum(wrong) == 0.0f;
 }
 
-// The codes in the low four bits of each word, as 128 + code.
-inline __m512i numbers(__m512i words) {
-    return _mm512_ternarylogic_epi64(words, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xEA);  // (a & b) | c
+bool to_bytes(const BytesOfRow& a) { return a.planes == 2 ? to_planes<2>(a) : to_planes<3>(a); }
+
+inline int32_t four_of_x(const char* p) {
+    int32_t out;
+    __builtin_memcpy(&out, p, sizeof out);
+    return out;
 }
 
-// sums[j] = sum of (128 + c) x_j for four bits of the codes of a block of 16 rows.
-template <int kX>
+// sums[j] = sum of (c - h) q_j over a block, for Vec::kWidth rows of W from w on; codes of four bits, or with kBytes of
+// eight. Without kCentred: of c q_j.
+template <int kPlanes, int kX, bool kBytes, bool kCentred>
 inline void sums_of_products(const char* w, const char* x, int64_t x_step, Vec* sums) {
-    Vec part[kX][2];
-    MC_UNROLL for (int j = 0; j < kX; ++j) part[j][0] = part[j][1] = Vec::all(0.0f);
-    MC_UNROLL for (int q = 0; q < 4; ++q) {
-        const __m512i words = load_span(w + 64 * q);
-        const __m512i codes[4] = {numbers(words), numbers(_mm512_srli_epi16(words, 4)),
-                                  numbers(_mm512_srli_epi16(words, 8)), numbers(_mm512_srli_epi16(words, 12))};
-        MC_UNROLL for (int k = 0; k < 4; ++k) {
-            MC_UNROLL for (int j = 0; j < kX; ++j) {
-                int32_t pair;
-                __builtin_memcpy(&pair, x + j * x_step + 4 * (4 * q + k), sizeof pair);
-                part[j][k % 2] = dot(part[j][k % 2], codes[k], _mm512_set1_epi32(pair));
+    Products parts[kX][kPlanes];
+    MC_UNROLL for (int j = 0; j < kX; ++j) {
+        MC_UNROLL for (int p = 0; p < kPlanes; ++p) {
+            parts[j][p] = Products::all(kCentred ? four_of_x(x + j * x_step + p * kPlaneBytes + kPackedBlock) : 0);
+        }
+    }
+    auto multiply = [&](Bytes codes, int at) {
+        MC_UNROLL for (int j = 0; j < kX; ++j) {
+            MC_UNROLL for (int p = 0; p < kPlanes; ++p) {
+                parts[j][p] = parts[j][p].add(codes, four_of_x(x + j * x_step + p * kPlaneBytes + at));
             }
         }
+    };
+    MC_UNROLL for (int q = 0; q < 4; ++q) {
+        const Bytes bits = load_bytes(w + 64 * q);
+        if constexpr (kBytes) {
+            const Bytes more = load_bytes(w + kPackedBits + 64 * q);
+            multiply(lower_bytes(bits, more), 8 * q);
+            multiply(upper_bytes(bits, more), 8 * q + 4);
+        } else {
+            multiply(lower(bits), 8 * q);
+            multiply(upper(bits), 8 * q + 4);
+        }
     }
-    MC_UNROLL for (int j = 0; j < kX; ++j) sums[j] = add(part[j][0], part[j][1]);
+    MC_UNROLL for (int j = 0; j < kX; ++j) {
+        sums[j] = Products::value(parts[j][kPlanes - 2], parts[j][kPlanes - 1]);
+        if constexpr (kPlanes == 3) {
+            sums[j] = fmadd(Products::value(Products::all(0), parts[j][0]), Vec::all(65536.0f), sums[j]);
+        }
+    }
 }
 
-// 16 rows by kX rows of x, in one stream: two groups side by side are faster out of a cache and much slower out of memory.
-template <int kBits, int kX>
-inline void packed_rows(const DotPacked& a, const char* w, float* out) {
+// kPackedRows rows by kX rows of x from `first` on, in one stream: two groups side by side are faster out of a cache and much slower out
+// of memory.
+template <int kBits, int kPlanes, int kX>
+inline void packed_rows(const DotPacked& a, const char* w, int64_t first, float* out) {
+    constexpr int kVecs = kPackedRows / Vec::kWidth;
     const int64_t blocks = a.n / kPackedBlock;
-    const char* x = a.x;
-    Vec total[kX];
-    MC_UNROLL for (int j = 0; j < kX; ++j) total[j] = Vec::all(0.0f);
-    for (int64_t b = 0; b < blocks; ++b, x += kStepBytes) {
-        Vec codes[kX], high[kX];
-        sums_of_products<kX>(w, x, a.x_step, codes);
-        w += kPackedBits;
-        if constexpr (kBits == 8) {
-            sums_of_products<kX>(w, x, a.x_step, high);
-            w += kPackedBits;
-        }
-        const Vec scale = load(reinterpret_cast<const float*>(w));
-        const Vec offset = load(reinterpret_cast<const float*>(w) + kPackedRows);
-        w += kPackedRows * 8;
-        MC_UNROLL for (int j = 0; j < kX; ++j) {
-            const float of_x = a.sums[j * blocks + b];
-            const Vec less = Vec::all(-128.0f * of_x);
-            codes[j] = add(codes[j], less);
-            if constexpr (kBits == 8) codes[j] = fmadd(add(high[j], less), Vec::all(16.0f), codes[j]);
-            total[j] = fmadd(scale, codes[j], fmadd(offset, Vec::all(of_x), total[j]));
-        }
+    const char* x = a.x + first * a.x_step;
+    const float *scales = a.scales + first * blocks, *sums = a.sums + first * blocks;
+    Vec total[kX][kVecs];
+    MC_UNROLL for (int j = 0; j < kX; ++j) {
+        MC_UNROLL for (int i = 0; i < kVecs; ++i) total[j][i] = Vec::all(0.0f);
     }
-    MC_UNROLL for (int j = 0; j < kX; ++j) store(out + j * kColumns, total[j]);
+    for (int64_t b = 0; b < blocks; ++b, x += kPlanes * kPlaneBytes) {
+        const auto* numbers = reinterpret_cast<const float*>(w + kBits / 4 * kPackedBits);
+        MC_UNROLL for (int i = 0; i < kVecs; ++i) {
+            const char* rows = w + i * 4 * Vec::kWidth;
+            Vec codes[kX], high[kX];
+            constexpr bool kInHalves = kBits == 8 && !kWholeBytes;
+            sums_of_products<kPlanes, kX, kBits == 8 && kWholeBytes, !kInHalves>(rows, x, a.x_step, codes);
+            if constexpr (kInHalves) {  // c - 128 = low + 16 (high - 8)
+                sums_of_products<kPlanes, kX, false, true>(rows + kPackedBits, x, a.x_step, high);
+                MC_UNROLL for (int j = 0; j < kX; ++j) codes[j] = fmadd(high[j], Vec::all(16.0f), codes[j]);
+            }
+            const Vec scale = load(numbers + i * Vec::kWidth);
+            const Vec middle = fmadd(scale, Vec::all(1 << (kBits - 1)), load(numbers + kPackedRows + i * Vec::kWidth));
+            MC_UNROLL for (int j = 0; j < kX; ++j) {
+                const Vec by_codes = mul(codes[j], Vec::all(scales[j * blocks + b]));
+                total[j][i] = fmadd(scale, by_codes, fmadd(middle, Vec::all(sums[j * blocks + b]), total[j][i]));
+            }
+        }
+        w += packed_block_bytes(kBits);
+    }
+    MC_UNROLL for (int j = 0; j < kX; ++j) {
+        MC_UNROLL for (int i = 0; i < kVecs; ++i) store(out + (first + j) * kColumns + i * Vec::kWidth, total[j][i]);
+    }
 }
 
-template <int kBits>
+template <int kBits, int kPlanes>
 void packed_columns(const DotPacked& a) {
     const int64_t step = a.n / kPackedBlock * packed_block_bytes(kBits);
     for (int64_t row = 0; row < a.w_rows; row += kPackedRows) {
         const char* w = a.w + row / kPackedRows * step;
-        float* out = a.out + row;
-        switch (a.x_rows) {
-            case 1: packed_rows<kBits, 1>(a, w, out); break;
-            case 2: packed_rows<kBits, 2>(a, w, out); break;
-            case 3: packed_rows<kBits, 3>(a, w, out); break;
-            default: packed_rows<kBits, kPackedX>(a, w, out);
+        for (int64_t r = 0; r < a.x_rows; r += kPackedX) {  // after the first four, W is in the first-level cache
+            switch (a.x_rows - r) {
+                case 1: packed_rows<kBits, kPlanes, 1>(a, w, r, a.out + row); break;
+                case 2: packed_rows<kBits, kPlanes, 2>(a, w, r, a.out + row); break;
+                case 3: packed_rows<kBits, kPlanes, 3>(a, w, r, a.out + row); break;
+                default: packed_rows<kBits, kPlanes, kPackedX>(a, w, r, a.out + row);
+            }
         }
     }
 }
 
 void dot_packed(const DotPacked& a) {
-    if (a.bits == 8) packed_columns<8>(a);
-    else packed_columns<4>(a);
+    if (a.bits == 8) return a.planes == 2 ? packed_columns<8, 2>(a) : packed_columns<8, 3>(a);
+    a.planes == 2 ? packed_columns<4, 2>(a) : packed_columns<4, 3>(a);
 }
 
 }  // namespace

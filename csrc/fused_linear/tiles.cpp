@@ -31,7 +31,7 @@ constexpr int64_t kTurnedStep = kBlock + 16;  // floats
 constexpr int64_t kLine = 64;
 constexpr int64_t kBytes = 2;  // of an element of x, W and out
 // Rows up to which one stream over W is no slower than matrix tiles, by measurement (bench/README.md).
-constexpr int64_t kFewRows = kPackedX;
+constexpr int64_t kFewRows = 4;
 
 class LinearTiles {
 public:

@@ -298,7 +298,7 @@ typedef struct mc_fused_linear_args {
 
     /* x [N, E] and weight [O, E], f32, f16 or bf16, each its own; last dimension contiguous. O is even with swiglu. */
     mc_tensor x, weight;
-    mc_packed_weight packed; /* absent, or bf16's weight before it was rounded, which is the caller's duty; see below */
+    mc_packed_weight packed; /* absent, or the weight before it was rounded, which is the caller's duty; see below */
 
     mc_tensor norm;     /* [E] gain, or absent: no norm. f32, f16 or bf16, contiguous */
     double eps;         /* finite, >= 0. Not read without norm */
@@ -311,8 +311,10 @@ typedef struct mc_fused_linear_args {
 } mc_fused_linear_args;
 
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
- * (and subnormal numbers are taken for zero). There up to four rows of x are multiplied with `packed`, whose numbers are not
- * rounded to bf16; in all other cases the weight is read.
+ * (and subnormal numbers are taken for zero).
+ * A few rows of x (up to 8, 4 or 3 for 4 bits, 6, 4 or 1 for 8 bits, by the level: as many as make it faster), where x and weight
+ * are both bf16 or both f32 and all numbers are finite, are multiplied with `packed`, which is exact then; x, normed, is rounded to 2^-16 (bf16) or 2^-24 (f32) of the largest of each 32 elements, and 32 that are
+ * all below 1e-30 are taken for zeros. In all other cases the weight is read.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it, nor on which other rows x has; on how many there
  * are it may depend within rounding. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);

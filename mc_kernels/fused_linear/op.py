@@ -88,9 +88,9 @@ def fused_linear(
     Args:
         x: [..., E]; fp32, bf16 or fp16.
         weight: [O, E] as `torch.nn.Linear` holds it, contiguous last dimension; its dtype may differ from x's.
-        packed: the weight before it was rounded to bf16, in codes of 4 or 8 bits (`mc_kernels.packed_weight`), or None.
-            Up to four rows of bf16 x are multiplied with it where the processor multiplies bf16, and the weight is not
-            read. That the values agree is the caller's duty.
+        packed: the weight before it was rounded, in codes of 4 or 8 bits (`mc_kernels.packed_weight`), or None. On a
+            CPU a few rows of finite x, as many as make it faster, are multiplied with it, where x and weight are both
+            bf16 or both fp32, and the weight is not read. That the values agree is the caller's duty.
         norm: [E] gain of an RMS norm of x, or None for no norm. eps: added to the mean square.
         bias: [O], added to the product.
         swiglu: the O rows are the gate's, then the up projection's: silu(gate) * up.

@@ -1,8 +1,8 @@
-"""Quantised weights kept as they are, beside the bf16 ones: from a GGUF file into `packed.weights`, and from there
-to a decoder's linear maps.
+"""Quantised weights kept as they are, beside the dequantised ones: from a GGUF file into `packed.weights`, and from
+there to a decoder's linear maps.
 
-A decode step then reads codes of 4 or 8 bits in place of bf16 (`mc_kernels.packed_weight`); all else goes on with the
-weights.
+A decode step then reads codes of 4 or 8 bits in place of bf16 or fp32 (`mc_kernels.packed_weight`); all else goes on
+with the weights.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def save_packed(directory: Path, packed: dict[str, Tensor]) -> None:
 
 
 def load_packed(directory: Path, decoder: Decoder) -> None:
-    """Put the packed weights of a directory beside the decoder's: where there are such, the decoder is a bf16 one on a
-    CPU that multiplies bf16, and all rows of a map are packed alike."""
+    """Put the packed weights of a directory beside the decoder's: where there are such, the decoder is in bf16 or fp32
+    on a CPU with the native library, and all rows of a map are packed alike."""
     path = directory / FILE
-    on_cpu = decoder.dtype == torch.bfloat16 and decoder.device.type == "cpu"
-    if not (path.is_file() and on_cpu and native.multiplies_bf16()):
+    on_cpu = decoder.dtype in (torch.bfloat16, torch.float32) and decoder.device.type == "cpu"
+    if not (path.is_file() and on_cpu and native.available() is None):
         return
     memory = HugePages()
     try:

@@ -17,6 +17,13 @@ from mc_kernels.testing import Guarded, assert_within_error_rule, poisoned_empty
 
 needs_library = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 each_bits = pytest.mark.parametrize("bits", [4, 8])
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+
+
+def rows_read(bits: int) -> int:
+    """Rows of x up to which the level in use reads a packed weight: more are faster with the weight itself."""
+    by_level = {"scalar": (4, 4), "amx-emulated": (4, 4), "avx2": (3, 1), "avx512": (4, 1)}
+    return by_level.get(native.library().cpu_isa(), (8, 6))[bits == 8]
 
 
 def parts(rows: int, inputs: int, bits: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,22 +84,21 @@ CASES: list[dict[str, Any]] = [
 
 @each_level
 @each_bits
+@each_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) if v is not True else k for k, v in c.items()))
-def test_one_row_follows_the_error_rule(backend: str, bits: int, case: dict[str, Any]) -> None:
+def test_one_row_follows_the_error_rule(backend: str, bits: int, dtype: torch.dtype, case: dict[str, Any]) -> None:
     rows, inputs, swiglu = case["rows"], case["inputs"], case.get("swiglu", False)
     packed, exact_weight = weight_of(rows, inputs, bits, seed=1)
     outputs = rows // 2 if swiglu else rows
-    args: dict[str, Any] = {"x": normal(1, 1, inputs, dtype=torch.bfloat16), "swiglu": swiglu}
+    args: dict[str, Any] = {"x": normal(1, 1, inputs, dtype=dtype), "swiglu": swiglu}
     if case.get("norm"):
-        args |= {"norm": (1 + normal(2, inputs, std=0.2)).bfloat16(), "eps": EPS}
+        args |= {"norm": (1 + normal(2, inputs, std=0.2)).to(dtype), "eps": EPS}
     if case.get("bias"):
-        args["bias"] = normal(3, rows, dtype=torch.bfloat16)
+        args["bias"] = normal(3, rows, dtype=dtype)
     if case.get("residual"):
-        args["residual"] = normal(4, 1, outputs, dtype=torch.bfloat16)
-    weight = exact_weight.bfloat16()
-    read = weight
-    if native.multiplies_bf16():  # then the weight itself is not even looked at
-        read = torch.full_like(weight, float("nan"))
+        args["residual"] = normal(4, 1, outputs, dtype=dtype)
+    weight = exact_weight.to(dtype)
+    read = torch.full_like(weight, float("nan"))  # the weight itself is not even looked at
     guarded = Guarded(packed)
     with poisoned_empty():
         out = fused_linear(weight=read, packed=guarded.view, backend=backend, **args)
@@ -107,29 +113,83 @@ def test_one_row_follows_the_error_rule(backend: str, bits: int, case: dict[str,
 
 
 @each_level
+@each_dtype
 @each_bits
-def test_rows_do_not_depend_on_each_other(backend: str, bits: int) -> None:
+def test_rows_do_not_depend_on_each_other(backend: str, dtype: torch.dtype, bits: int) -> None:
     packed, exact_weight = weight_of(144, 96, bits)
-    weight, x = exact_weight.bfloat16(), normal(5, 4, 96, dtype=torch.bfloat16)
-    args: dict[str, Any] = {"norm": normal(6, 96).bfloat16(), "bias": normal(7, 144), "backend": backend}
-    one_by_one = [fused_linear(x[i : i + 1], weight, packed=packed, **args) for i in range(4)]
-    for n in (2, 3, 4):
+    weight, x = exact_weight.to(dtype), normal(5, 9, 96, dtype=dtype)
+    args: dict[str, Any] = {"norm": normal(6, 96).to(dtype), "bias": normal(7, 144), "backend": backend}
+    most, unused = rows_read(bits), torch.full_like(weight, torch.nan)
+    one_by_one = [fused_linear(row, unused, packed=packed, **args) for row in x.split(1)]
+    for n in range(2, most + 1):
         with poisoned_empty():
-            together = fused_linear(x[:n], torch.full_like(weight, torch.nan) if native.multiplies_bf16() else weight,
-                                    packed=packed, **args)  # fmt: skip
+            together = fused_linear(x[:n], unused, packed=packed, **args)
         assert torch.equal(together, torch.cat(one_by_one[:n]))
+    more = fused_linear(x[: most + 1], weight, packed=torch.full_like(packed, 0xFF), **args)
+    assert torch.equal(more, fused_linear(x[: most + 1], weight, **args))
     exact = fused_linear(x.double(), exact_weight.double(), norm=args["norm"].double(), bias=args["bias"].double())
-    rival = plain(x=x, weight=weight, norm=args["norm"], eps=1e-5, bias=args["bias"].bfloat16())
+    rival = plain(x=x, weight=weight, norm=args["norm"], eps=1e-5, bias=args["bias"].to(dtype))
     assert_within_error_rule(torch.cat(one_by_one), exact, rival)
 
 
 @each_level
+@each_dtype
+@each_bits
+def test_every_code_meets_its_element(backend: str, dtype: torch.dtype, bits: int) -> None:
+    """Rows of x with one element, of either sign, by codes that are all different: exact, as are the largest sums."""
+    codes = torch.randint(0, 2**bits, (48, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    packed = pack_weight(codes, torch.ones(48, 2), bits=bits)
+    unused = torch.full((48, 64), torch.nan, dtype=dtype)
+    for i in range(64):
+        x = torch.zeros(1, 64, dtype=dtype)
+        x[0, i] = -1.0 if i % 3 else 1.0
+        got = fused_linear(x, unused, packed=packed, backend=backend)
+        assert torch.equal(got, (codes[:, i].float() * float(x[0, i])).to(dtype)[None]), i
+    full = pack_weight(torch.full((48, 64), 2**bits - 1, dtype=torch.uint8), torch.ones(48, 2), bits=bits)
+    for sign in (-1.0, 1.0):
+        got = fused_linear(torch.full((1, 64), sign).to(dtype), unused, packed=full, backend=backend)
+        assert torch.equal(got, torch.full((1, 48), sign * 64 * (2**bits - 1)).to(dtype))
+
+
+@each_level
+@each_dtype
+@each_bits
+def test_elements_of_all_sizes(backend: str, dtype: torch.dtype, bits: int) -> None:
+    """Blocks that are 2^40 apart, elements within a block that are 2^12 apart, zeros, and numbers next to nothing."""
+    packed, exact_weight = weight_of(64, 256, bits)
+    x = normal(3, 4, 256)
+    x[0] *= 2.0 ** torch.randint(-20, 20, (8, 1), generator=torch.Generator().manual_seed(2)).expand(8, 32).reshape(-1)
+    x[1] *= 2.0 ** torch.randint(-12, 0, (256,), generator=torch.Generator().manual_seed(2))
+    x[2, 32:64] = 0.0
+    x[3] *= 1e-33
+    x = x.to(dtype)
+    unused = torch.full((64, 256), torch.nan).to(dtype)
+    got = torch.cat([fused_linear(row, unused, packed=packed, backend=backend) for row in x.split(1)])
+    exact, weight = exact_weight.double(), exact_weight.to(dtype)
+    for i in range(3):
+        assert_within_error_rule(got[i], x[i].double() @ exact.T, (x[i].float() @ weight.float().T).to(dtype))
+    assert (got[3].double() - x[3].double() @ exact.T).abs().max() < 1e-30
+
+
+@each_level
+@each_dtype
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_meets_the_weight(backend: str, dtype: torch.dtype, bad: float) -> None:
+    packed, exact_weight = weight_of(48, 64, 4)
+    x, weight = normal(1, 2, 64, dtype=dtype), exact_weight.to(dtype)
+    x[1, 40] = bad
+    got = fused_linear(x, weight, packed=torch.full_like(packed, 0xFF), backend=backend)
+    torch.testing.assert_close(got, fused_linear(x, weight, backend=backend), rtol=0, atol=0, equal_nan=True)
+    assert not got[1].isfinite().any()
+
+
+@each_level
 def test_other_calls_read_the_weight(backend: str) -> None:
-    """Many rows, other dtypes of x, other backends, gradients: as if there were no packed weight."""
+    """Many rows, another dtype of x, other backends, gradients: as if there were no packed weight."""
     packed, exact_weight = weight_of(48, 64, 4)
     weight = exact_weight.bfloat16()
     wrong = torch.full_like(packed, 0xFF)  # NaN wherever it is read
-    for x in (normal(1, 5, 64, dtype=torch.bfloat16), normal(1, 1, 64), normal(1, 1, 64, dtype=torch.float16)):
+    for x in (normal(1, 9, 64, dtype=torch.bfloat16), normal(1, 1, 64), normal(1, 1, 64, dtype=torch.float16)):
         got = fused_linear(x, weight, packed=wrong, backend=backend)
         assert torch.equal(got, fused_linear(x, weight, backend=backend))
     x = normal(1, 1, 64, dtype=torch.bfloat16)
@@ -159,7 +219,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"packed": packed[..., :383]}, ValueError, "packed: expected shape [3, 2, 384], got"),
         ({"packed": packed[0]}, ValueError, "packed: expected 3 dimensions"),
         ({"packed": packed.transpose(0, 1).contiguous().transpose(0, 1)}, ValueError, "packed: expected a contiguous"),
-        ({"weight": exact_weight}, TypeError, "weight: expected dtype bfloat16"),
+        ({"weight": weight.half()}, TypeError, "weight: expected dtype bfloat16, float32"),
         ({"weight": weight[:, :60], "x": x[:, :60]}, ValueError, "a multiple of 32 elements, got 60"),
         ({"swiglu": True}, ValueError, "packed: expected a multiple of 32 rows with swiglu, got 48"),
     ]
@@ -232,7 +292,7 @@ def test_decoder_layers_read_packed_weights(backend: str, bits: int) -> None:
     assert torch.equal(by_layers(call), by_ops(layers))
     plain_layers = [w._replace(qkv_packed=None, out_packed=None, gate_up_packed=None, down_packed=None) for w in layers]
     dense = by_layers(DecoderLayers(plain_layers, eps=EPS, rope=rope(DIMS, "half-split")))
-    assert torch.equal(by_layers(call), dense) != native.multiplies_bf16()
+    assert not torch.equal(by_layers(call), dense)
     assert (by_layers(call).double() - dense.double()).norm() < 0.02 * dense.double().norm()
 
 
@@ -279,8 +339,8 @@ def test_addresses_are_checked_by_the_library() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             call(given)
-    with pytest.raises(TypeError, match="packed: expected a weight of bf16"):
-        call((packed.data_ptr(), 4), exact)
+    with pytest.raises(TypeError, match="packed: expected a weight of bf16 or f32, got dtype code 1"):
+        call((packed.data_ptr(), 4), exact.half())
     inside = packed.view(-1)[384:448].view(torch.bfloat16)[None]
     with pytest.raises(ValueError, match="out: expected memory apart from packed"):
         library.fused_linear(native.view(x), native.view(weight), None, 0.0, None, False, None, native.view(inside), 1,

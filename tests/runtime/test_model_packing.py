@@ -22,7 +22,7 @@ from mc_runtime.model import resolve as resolve_module
 from mc_runtime.model.layers import Linear
 from mc_runtime.model.packing import FILE, pack_rows
 
-reads_packed = pytest.mark.skipif(not native.multiplies_bf16(), reason="this processor does not multiply bf16")
+reads_packed = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 KINDS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
@@ -61,17 +61,17 @@ def linears(decoder: Any) -> list[Linear]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_weights_are_those_of_the_file(tmp_path: Path, kind: str, tied: bool) -> None:
-    loaded = load_model(model_file(tmp_path / "m", kind, tied=tied), dtype=torch.bfloat16, device="cpu")
-    decoder = loaded.decoder
-    places = [(m.packed, m.weight) for m in linears(decoder)] + [(decoder.head_packed, decoder.head)]
-    for packed, weight in places:
-        assert packed is not None
-        assert packed_bits(packed.data) == KINDS[kind]
-        assert torch.equal(unpack_weight(packed.data, *weight.shape).bfloat16(), weight)
-    exact = load_model(tmp_path / "m" / "model.gguf", dtype=torch.float32, device="cpu").decoder
-    assert all(m.packed is None for m in linears(exact))
-    for packed, weight in zip(places, [*(m.weight for m in linears(exact)), exact.head], strict=True):
-        assert torch.equal(unpack_weight(packed[0].data, *weight.shape), weight)
+    path = model_file(tmp_path / "m", kind, tied=tied)
+    for dtype in (torch.bfloat16, torch.float32):
+        decoder = load_model(path, dtype=dtype, device="cpu").decoder
+        places = [(m.packed, m.weight) for m in linears(decoder)] + [(decoder.head_packed, decoder.head)]
+        for packed, weight in places:
+            assert packed is not None
+            assert packed_bits(packed.data) == KINDS[kind]
+            assert torch.equal(unpack_weight(packed.data, *weight.shape).to(dtype), weight)
+    half = load_model(path, dtype=torch.float16, device="cpu").decoder
+    assert half.head_packed is None
+    assert all(m.packed is None for m in linears(half))
 
 
 def test_another_engine_finds_nothing_but_the_weights_in_the_folder(tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_a_decode_step_reads_them_and_agrees(tmp_path: Path) -> None:
     path = model_file(tmp_path / "m", "Q4_1")
     ids = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(1))
     logits = {}
-    for name in ("packed", "dense", "exact"):
-        dtype = torch.float32 if name == "exact" else torch.bfloat16
+    for name in ("packed", "dense", "packed fp32", "exact"):
+        dtype = torch.float32 if name in ("packed fp32", "exact") else torch.bfloat16
         model = load_model(path, dtype=dtype, device="cpu")
-        if name == "dense":
+        if name in ("dense", "exact"):
             model.decoder.head_packed = None
             for m in linears(model.decoder):
                 m.packed = None
@@ -102,6 +102,7 @@ def test_a_decode_step_reads_them_and_agrees(tmp_path: Path) -> None:
     error, rival = ((logits[n] - logits["exact"]).norm() for n in ("packed", "dense"))
     assert 0 < error <= 2 * rival
     assert not torch.equal(logits["packed"], logits["dense"])
+    assert 0 < (logits["packed fp32"] - logits["exact"]).norm() <= 1e-5 * logits["exact"].norm()
 
 
 @reads_packed
