@@ -10,7 +10,8 @@
 //   goes into a strip of a few keys in the first-level cache, from which all queries read it.
 // - Scores are summed a vector of keys at a time, so that the sum across a register costs 3 operations a score.
 // - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h). What is read next, keys
-//   and values, is fetched evenly over all steps then: fetches in bursts wait for each other.
+//   and values, is fetched evenly over all steps then: fetches in bursts wait for each other. Not on processors with
+//   matrix tiles, whose vector products of bf16 take twice the time of two of fp32 (bench/README.md).
 //
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): scale, magnitude and log2 e are in the queries.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
@@ -48,7 +49,8 @@ public:
           x_(x),
           row_ops_(*isa_level().rows),
           ops_(attend_ops(isa_level())),
-          in_pairs_(ops_.attend_pairs && x_.dtype == kBF16 && rotates() && in_pairs(x_.row, x_.interleaved)) {
+          in_pairs_(ops_.attend_pairs && !isa_level().matmul->outruns_memory && x_.dtype == kBF16 && rotates() &&
+                    in_pairs(x_.row, x_.interleaved)) {
         out_step_ = (x_.row.dims + kPad - 1) / kPad * kPad;
         run_ = std::max(kRun, blocks_of((x_.slots + kMostRuns - 1) / kMostRuns) * kBlock);
         runs_ = (x_.slots + run_ - 1) / run_;
