@@ -25,6 +25,7 @@ namespace {
 
 struct Features {
     bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
+    bool intel = false;
 };
 
 #if defined(__x86_64__)
@@ -48,6 +49,8 @@ bool may_use_tiles() {
 Features detect() {
     Features out;
     uint32_t a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return out;
+    out.intel = b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return out;
     const bool osxsave = bit(c, 27), avx = bit(c, 28), fma = bit(c, 12), f16c = bit(c, 29);
     if (!(osxsave && avx && fma && f16c)) return out;
@@ -70,9 +73,14 @@ Features detect() { return {}; }
 
 constexpr int kLevels = 6;
 
+const Features& features() {
+    static const Features have = detect();
+    return have;
+}
+
 // Slowest first. A level without units of its own for an op has those of the level below.
 const IsaLevel* levels() {
-    static const Features have = detect();
+    static const Features& have = features();
     static const IsaLevel table[kLevels] = {
         {"amx-emulated", rows_scalar(), matmul_emulated(), true, true, "scalar"},
         {"scalar", rows_scalar(), matmul_scalar(), true, false, "scalar"},
@@ -136,6 +144,8 @@ const IsaLevel& isa_level() {
     }
     return *level;
 }
+
+bool streams_want_fetches() { return features().intel; }
 
 const RowOps& row_ops() { return *isa_level().rows; }
 

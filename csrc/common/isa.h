@@ -21,6 +21,10 @@ struct IsaLevel {
 // The level in use. Throws Error(MC_UNAVAILABLE) if MC_CPU_ISA names one that cannot serve.
 const IsaLevel& isa_level();
 
+// Whether a stream in the order of memory is faster where the program fetches what comes next: on Intel's processors by a
+// third, on AMD's it is slower by a tenth (bench/README.md, "Packed weights" and "Reading weights").
+bool streams_want_fetches();
+
 // Its row primitives.
 const RowOps& row_ops();
 

@@ -20,7 +20,7 @@ inline Bytes upper_bytes(Bytes b, Bytes c) { return low_of(_mm512_srli_epi16(b, 
 #if defined(__AVX512VNNI__)
 
 constexpr bool kWholeBytes = true;
-constexpr int64_t kFourBitRows = 8, kEightBitRows = 6;
+constexpr int64_t kFourBitRows = 8, kEightBitRows = 8;
 
 struct Products {
     __m512i v;

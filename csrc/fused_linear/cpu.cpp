@@ -161,13 +161,14 @@ private:
         if (packed_) {
             // Tasks, columns and the halves of swiglu begin at whole groups of rows.
             const auto* packed = static_cast<const char*>(a_.packed.data) + row / kPackedRows * packed_step();
-            ops_.dot_packed({packed, a_.packed.bits, n, x_.inputs, bytes(x_row), planes_, x_rows, bytes_step(),
+            const auto* next_packed = static_cast<const char*>(a_.packed.data) + next / kPackedRows * packed_step();
+            ops_.dot_packed({packed, next_packed, fetch_, a_.packed.bits, n, x_.inputs, bytes(x_row), planes_, x_rows, bytes_step(),
                              scales_.get(), sums_.get(), out});
         } else if (in_pairs_) {
-            ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out});
+            ops_.dot_pairs({w, then, x_.weight_step, n, x_.inputs, pairs(x_row), x_rows, pairs_step(), out, fetch_});
         } else {
             ops_.dot[a_.weight.dtype]({w, then, x_.weight_step, n, x_.inputs, ready_x_.get() + x_row * padded_, x_rows,
-                                       padded_, out});
+                                       padded_, out, fetch_});
         }
     }
 
@@ -177,6 +178,7 @@ private:
     const bool in_pairs_;
     bool packed_;  // is read in place of the weight
     const int planes_;
+    const bool fetch_ = streams_want_fetches();
     const int64_t blocks_, padded_;
     Floats ready_x_, scales_, sums_, gain_, bias_;  // [N, padded] (of 2 or 3 bytes), [N, E / 32] twice, [E], [O]
     int64_t threads_;

@@ -1,8 +1,8 @@
 // How what is read next of W is fetched.
 //
-// A single row of x reads W row by row, in the order of memory, and fetches nothing: that is the stream which the
-// hardware's prefetchers know, and they keep more lines on their way than a core may ask for. More rows of x share
-// tiles of a few rows of W, side by side, which the prefetchers do not follow.
+// A single row of x reads W row by row, in the order of memory: that is the stream which the hardware's prefetchers know.
+// Some keep more lines on their way than a core may ask for, and there nothing is fetched; others do not
+// (streams_want_fetches). More rows of x share tiles of a few rows of W, side by side, which no prefetcher follows.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,11 @@ public:
 private:
     const char *w_, *next_;
     int64_t n_rows_, step_, distance_;
+};
+
+template <bool kYes>
+struct Fetches {
+    static constexpr bool value = kYes;
 };
 
 // Returns where to go on.

@@ -51,6 +51,7 @@ struct DotRows {
     const float* x;
     int64_t x_rows, padded;
     float* out;
+    bool fetch;  // with one row of x too, see fetch.h
 };
 
 // The same of bf16 by bf16 products: x as NarrowRow leaves it, its rows x_step bytes apart.
@@ -60,6 +61,7 @@ struct DotPairs {
     const char* x;
     int64_t x_rows, x_step;
     float* out;
+    bool fetch;  // with one row of x too, see fetch.h
 };
 
 // x [n] in whole numbers of 2 or 3 bytes, by blocks of 32, see packed_impl.h: bytes [36 planes n / 32], scales
@@ -74,7 +76,8 @@ struct BytesOfRow {
 
 // The same by a packed W, see mc_packed_weight.
 struct DotPacked {
-    const char* w;  // of the first row, which is the first of a group
+    const char *w, *next;  // of the first row, which is the first of a group, and of those that are read after them
+    bool fetch;
     int bits;
     int64_t w_rows, n;
     const char* x;  // as BytesOfRow leaves it

@@ -94,7 +94,11 @@ inline void strip(const DotRows& a, int64_t first, int64_t n, const float* x, fl
     int64_t i = 0;
     for (; i + kRows <= n; i += kRows) {
         const int64_t row = first + i;
-        tile<T, kRows, kX, (kX > 1)>(a, a.w + row * a.w_step, x, ahead.of(row), acc + i);
+        if (kX > 1 || a.fetch) {
+            tile<T, kRows, kX, true>(a, a.w + row * a.w_step, x, ahead.of(row), acc + i);
+        } else {
+            tile<T, kRows, kX, false>(a, a.w + row * a.w_step, x, nullptr, acc + i);
+        }
     }
     for (; i < n; ++i) tile<T, 1, kX, false>(a, a.w + (first + i) * a.w_step, x, nullptr, acc + i);
     for (int j = 0; j < kX; ++j) store(out + j * kColumns + first, sums(acc + j * Vec::kWidth));

@@ -29,6 +29,7 @@
 
 #include <cstdint>
 
+#include "fetch.h"
 #include "linear.h"
 #include "packed.h"
 #include "vec_math.h"
@@ -137,9 +138,9 @@ inline void sums_of_products(const char* w, const char* x, int64_t x_step, Vec* 
 }
 
 // kPackedRows rows by kX rows of x from `first` on, in one stream: two groups side by side are faster out of a cache and much slower out
-// of memory.
-template <int kBits, int kPlanes, int kX>
-inline void packed_rows(const DotPacked& a, const char* w, int64_t first, float* out) {
+// of memory. kFetch: `ahead` on is fetched meanwhile.
+template <int kBits, int kPlanes, int kX, bool kFetch>
+inline void packed_rows(const DotPacked& a, const char* w, const char* ahead, int64_t first, float* out) {
     constexpr int kVecs = kPackedRows / Vec::kWidth;
     const int64_t blocks = a.n / kPackedBlock;
     const char* x = a.x + first * a.x_step;
@@ -149,6 +150,7 @@ inline void packed_rows(const DotPacked& a, const char* w, int64_t first, float*
         MC_UNROLL for (int i = 0; i < kVecs; ++i) total[j][i] = Vec::all(0.0f);
     }
     for (int64_t b = 0; b < blocks; ++b, x += kPlanes * kPlaneBytes) {
+        if constexpr (kFetch) ahead = fetch<kBits / 4 * kPackedBits + 8 * kPackedRows>(ahead);
         const auto* numbers = reinterpret_cast<const float*>(w + kBits / 4 * kPackedBits);
         MC_UNROLL for (int i = 0; i < kVecs; ++i) {
             const char* rows = w + i * 4 * Vec::kWidth;
@@ -176,16 +178,21 @@ inline void packed_rows(const DotPacked& a, const char* w, int64_t first, float*
 template <int kBits, int kPlanes>
 void packed_columns(const DotPacked& a) {
     const int64_t step = a.n / kPackedBlock * packed_block_bytes(kBits);
+    const Ahead ahead(a.w, a.next, (a.w_rows + kPackedRows - 1) / kPackedRows, 1, step);
     for (int64_t row = 0; row < a.w_rows; row += kPackedRows) {
         const char* w = a.w + row / kPackedRows * step;
-        for (int64_t r = 0; r < a.x_rows; r += kPackedX) {  // after the first four, W is in the first-level cache
+        auto rows = [&](int64_t r, auto fetches) {
+            const char* next = ahead.of(row / kPackedRows);
             switch (a.x_rows - r) {
-                case 1: packed_rows<kBits, kPlanes, 1>(a, w, r, a.out + row); break;
-                case 2: packed_rows<kBits, kPlanes, 2>(a, w, r, a.out + row); break;
-                case 3: packed_rows<kBits, kPlanes, 3>(a, w, r, a.out + row); break;
-                default: packed_rows<kBits, kPlanes, kPackedX>(a, w, r, a.out + row);
+                case 1: return packed_rows<kBits, kPlanes, 1, fetches.value>(a, w, next, r, a.out + row);
+                case 2: return packed_rows<kBits, kPlanes, 2, fetches.value>(a, w, next, r, a.out + row);
+                case 3: return packed_rows<kBits, kPlanes, 3, fetches.value>(a, w, next, r, a.out + row);
+                default: return packed_rows<kBits, kPlanes, kPackedX, fetches.value>(a, w, next, r, a.out + row);
             }
-        }
+        };
+        a.fetch ? rows(0, Fetches<true>{}) : rows(0, Fetches<false>{});
+        // After the first four rows of x, W is in a core's own caches.
+        for (int64_t r = kPackedX; r < a.x_rows; r += kPackedX) rows(r, Fetches<false>{});
     }
 }
 

@@ -72,16 +72,20 @@ inline void group_pairs(int lines, TileRows& w, const char* x, int64_t x_step, i
 }
 
 // One row of x. Sums across registers are taken for a whole vector of outputs, as of tiles.
+template <bool kFetch>
 void stream_pairs(const DotPairs& a) {
     static_assert(kColumns % Vec::kWidth == 0);
     const int64_t whole = a.n / kSpan * kStepBytes;
     const __mmask32 rest = (1u << a.n % kSpan) - 1;
+    const Ahead ahead(a.w, a.next, a.w_rows, 1, a.w_step);
     for (int64_t first = 0; first < a.w_rows; first += Vec::kWidth) {
         Vec sums_of[Vec::kWidth];
         for (int64_t i = 0; i < Vec::kWidth; ++i) {  // beyond the last row: that row again
-            const char* row = a.w + (first + i < a.w_rows ? first + i : a.w_rows - 1) * a.w_step;
+            const int64_t number = first + i < a.w_rows ? first + i : a.w_rows - 1;
+            const char *row = a.w + number * a.w_step, *next = ahead.of(number);
             Vec acc = Vec::all(0.0f);
             for (int64_t at = 0; at < whole; at += kStepBytes) {
+                if constexpr (kFetch) next = fetch<kStepBytes>(next);
                 acc = dot(acc, load_span(row + at), load_span(a.x + at));
             }
             if (rest) acc = dot(acc, _mm512_maskz_loadu_epi16(rest, row + whole), load_span(a.x + whole));
@@ -92,7 +96,7 @@ void stream_pairs(const DotPairs& a) {
 }
 
 void dot_pairs(const DotPairs& a) {
-    if (a.x_rows == 1) return stream_pairs(a);
+    if (a.x_rows == 1) return a.fetch ? stream_pairs<true>(a) : stream_pairs<false>(a);
     const int64_t whole = a.n / kSpan * kStepBytes;
     const __mmask32 rest = (1u << a.n % kSpan) - 1;
     const int64_t groups = (a.x_rows + kTileX - 1) / kTileX;

@@ -312,7 +312,7 @@ typedef struct mc_fused_linear_args {
 
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
  * (and subnormal numbers are taken for zero).
- * A few rows of x (up to 8, 4 or 3 for 4 bits, 6, 4 or 1 for 8 bits, by the level: as many as make it faster), where x and weight
+ * A few rows of x (up to 8, 4 or 3 for 4 bits, 8, 4 or 1 for 8 bits, by the level: as many as make it faster), where x and weight
  * are both bf16 or both f32 and all numbers are finite, are multiplied with `packed`, which is exact then; x, normed, is rounded to 2^-16 (bf16) or 2^-24 (f32) of the largest of each 32 elements, and 32 that are
  * all below 1e-30 are taken for zeros. In all other cases the weight is read.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it, nor on which other rows x has; on how many there
