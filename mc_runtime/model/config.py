@@ -121,6 +121,9 @@ class ModelConfig:
             raise ModelError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly")
         if self.rope.kind not in ROPE_KINDS:
             raise ModelError(f"RoPE scaling {self.rope.kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
+        if self.rope.attention_scaling != 1.0 and self.rope.partial_factor < 1.0:
+            # Such models scale the rotated dimensions alone; `RopeSpec` scales all.
+            raise ModelError(f"partial rotation ({self.rope.partial_factor:g}) with YaRN's magnitude is not supported")
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:

@@ -65,6 +65,10 @@ def edit_config(directory: Path, **changes: Any) -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "RoPE scaling 'longrope'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}},
+            "partial rotation \\(0.5\\) with YaRN's magnitude",
+        ),
         ({"num_key_value_heads": 3}, "evenly"),
         ({"hidden_size": "wide"}, "config.json: ValueError"),
         ({"hidden_size": None}, "config.json: TypeError"),
