@@ -37,13 +37,13 @@ const LinearOps& linear_ops(const IsaLevel& level) {
 class Floats {
 public:
     explicit Floats(int64_t n) : lines_(static_cast<size_t>((n + 15) / 16)) {}
-    float* get() const { return lines_.empty() ? nullptr : lines_.front().f; }
+    float* get() { return lines_.empty() ? nullptr : lines_.front().f; }
 
 private:
     struct alignas(64) Line {
         float f[16];
     };
-    mutable std::vector<Line> lines_;
+    std::vector<Line> lines_;
 };
 
 bool reads_packed(const mc_fused_linear_args& a, const Linear& x, const LinearOps& ops) {
@@ -116,7 +116,7 @@ private:
 
     // False: x has an infinity or a NaN, of which the weight makes what it should.
     bool make_bytes(const float* gain, float eps) {
-        const Floats row(padded_);
+        Floats row(padded_);
         for (int64_t r = 0; r < x_.rows; ++r) {
             ops_.widen[a_.x.dtype][0]({x_.x + r * x_.x_step, x_.inputs, padded_, gain, eps, row.get()});
             const int64_t block = r * blocks_;

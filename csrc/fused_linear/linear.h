@@ -110,8 +110,8 @@ struct LinearOps {
     void (*finish[kDtypes])(const FinishRow&);   // [x's dtype]
     bool (*to_bytes)(const BytesOfRow&);         // false where a number is infinite or none
     void (*dot_packed)(const DotPacked&);
-    // Rows of x, kXRows at most, up to which a W packed in codes of 4 and of 8 bits is faster than bf16: more of them are bound
-    // by arithmetic (bench/README.md).
+    // Rows of x, kXRows at most, up to which a W packed in codes of 4 and of 8 bits is faster than itself: more of them are
+    // bound by arithmetic (bench/README.md).
     int64_t packed_rows[2];
     // For bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
     void (*narrow)(const NarrowRow&);

@@ -6,10 +6,12 @@
 //   sum of (s c + m) x  =  s (sum of (c - h) x)  +  (m + h s) (sum of x),    h = 8, or 128 for codes of 8 bits
 //
 // where h, the middle of the codes, keeps the two parts from being large and of opposite signs.
+//
 // x is brought to whole numbers first, q = x / t, of its block's own t: |q| <= 127 * 256 for x of bf16, so that q is two
 // signed bytes and an element is wrong by 2^-16 of the block's largest at most (bf16 is by 2^-9 of itself); for x of fp32 a
-// byte more. Sums of codes by bytes are exact, and begin with -h (sum of q). A register has 4 elements of each row, which meet the same 4 of x in all its
-// lanes: scales, offsets and sums are vectors of rows, and nothing is summed across a register.
+// byte more. Sums of codes by bytes are exact, and begin with -h (sum of q). A register has 4 elements of each row, which
+// meet the same 4 of x in all its lanes: scales, offsets and sums are vectors of rows, and nothing is summed across a
+// register.
 //
 // The 8 elements of a part of a block lie in x in the order in which the bytes of a row's two words hold their codes:
 // 0 4 1 5 are the lower four bits, 2 6 3 7 the upper.
@@ -51,7 +53,7 @@ inline uint64_t in_the_order_of_codes(uint64_t x) {
 // A block is its elements' high bytes and `start` of these, then the same of the next lower ones.
 template <int kPlanes>
 bool to_planes(const BytesOfRow& a) {
-    constexpr float kMost = 127 << 8 * (kPlanes - 1);
+    constexpr float kMost = 127 << (8 * (kPlanes - 1));
     const Vec zero = Vec::all(0.0f);
     Vec wrong = zero;
     for (int64_t b = 0; b < a.n / kPackedBlock; ++b) {
@@ -137,8 +139,8 @@ inline void sums_of_products(const char* w, const char* x, int64_t x_step, Vec* 
     }
 }
 
-// kPackedRows rows by kX rows of x from `first` on, in one stream: two groups side by side are faster out of a cache and much slower out
-// of memory. kFetch: `ahead` on is fetched meanwhile.
+// kPackedRows rows by kX rows of x from `first` on, in one stream: two groups side by side are faster out of a cache and
+// much slower out of memory. kFetch: `ahead` on is fetched meanwhile.
 template <int kBits, int kPlanes, int kX, bool kFetch>
 inline void packed_rows(const DotPacked& a, const char* w, const char* ahead, int64_t first, float* out) {
     constexpr int kVecs = kPackedRows / Vec::kWidth;
