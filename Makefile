@@ -121,7 +121,7 @@ wheel-test:   ## the ops' tests on a wheel, with the oldest torch; some minutes 
 	$(WHEEL)/venv/bin/python -m build --wheel -o $(WHEEL)/dist .
 	$(WHEEL)/venv/bin/python -m pip install $(OLDEST_TORCH)
 	$(WHEEL)/venv/bin/python -m pip install $(WHEEL)/dist/*.whl "pytest>=8.3" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "hypothesis>=6.120" "pybind11>=2.12" "numpy<2.4"
-	cp -r tests bench examples docs csrc build_native.py pyproject.toml $(WHEEL)/
+	cp -r tests bench examples docs csrc build_native.py build_cuda.py pyproject.toml $(WHEEL)/
 	cd $(WHEEL) && OMP_NUM_THREADS=1 venv/bin/python -m pytest --numprocesses logical --dist loadfile tests/kernels $(ARGS)
 
 clean:
