@@ -1,7 +1,7 @@
 // Bytes with AVX2, see packed_impl.h. Included after vec_avx2.h.
 #pragma once
 
-#include "halves.h"
+#include "starts.h"
 
 namespace mc {
 namespace {

@@ -1,8 +1,8 @@
-// Bytes with AVX-512, see packed_impl.h: with VNNI, which all processors have that multiply bf16, or without. Included after
-// vec_avx512.h.
+// Bytes with AVX-512, see packed_impl.h: with VNNI, which all processors have that multiply bf16, or without. Included
+// after vec_avx512.h.
 #pragma once
 
-#include "halves.h"
+#include "starts.h"
 
 namespace mc {
 namespace {
@@ -26,11 +26,7 @@ struct Products {
     __m512i v;
 
     static Products all(int32_t start) { return {_mm512_set1_epi32(start)}; }
-    static int32_t start(const int8_t* x, int bits) {
-        int32_t sum = 0;
-        for (int i = 0; i < kPackedBlock; ++i) sum += x[i];
-        return -(1 << (bits - 1)) * sum;
-    }
+    static int32_t start(const int8_t* x, int bits) { return start_of_sum(x, bits); }
     Products add(Bytes codes, int32_t x) const { return {_mm512_dpbusd_epi32(v, codes, _mm512_set1_epi32(x))}; }
     static Vec value(Products high, Products low) {
         return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high.v, 8), low.v))};

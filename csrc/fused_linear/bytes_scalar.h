@@ -1,7 +1,7 @@
 // Bytes in portable C++, see packed_impl.h. Included after vec_scalar.h.
 #pragma once
 
-#include "packed.h"
+#include "starts.h"
 
 namespace mc {
 namespace {
@@ -42,11 +42,7 @@ struct Products {
         for (int32_t& sum : out.v) sum = start;
         return out;
     }
-    static int32_t start(const int8_t* x, int bits) {
-        int32_t sum = 0;
-        for (int i = 0; i < kPackedBlock; ++i) sum += x[i];
-        return -(1 << (bits - 1)) * sum;
-    }
+    static int32_t start(const int8_t* x, int bits) { return start_of_sum(x, bits); }
     Products add(const Bytes& codes, int32_t x) const {
         int8_t four[4];
         std::memcpy(four, &x, sizeof four);

@@ -128,7 +128,7 @@ private:
     }
 
     int64_t packed_step() const { return x_.inputs / kPackedBlock * packed_block_bytes(a_.packed.bits); }
-    int64_t bytes_step() const { return blocks_ * planes_ * (kPackedBlock + 4); }
+    int64_t bytes_step() const { return blocks_ * planes_ * kPlaneBytes; }
     char* bytes(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * bytes_step(); }
     int64_t pairs_step() const { return padded_ * 2; }
     char* pairs(int64_t row) { return reinterpret_cast<char*>(ready_x_.get()) + row * pairs_step(); }
@@ -195,8 +195,9 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
         const mc::IsaLevel& level = mc::isa_level();
         if (x.rows == 0 || x.outputs == 0) return;  // the other of the two may be more than there is memory for
         const mc::LinearOps& ops = mc::linear_ops(level);
-        const bool packed = mc::reads_packed(*args, x, ops);
-        if (!packed && mc::serves_linear_tiles(*args, x, level, ops)) return mc::linear_tiles(*args, x, level, ops, n_threads);
+        if (!mc::reads_packed(*args, x, ops) && mc::serves_linear_tiles(*args, x, level, ops)) {
+            return mc::linear_tiles(*args, x, level, ops, n_threads);
+        }
         mc::Call(*args, x, ops, n_threads).run();
     });
 }

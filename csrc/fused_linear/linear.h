@@ -64,8 +64,8 @@ struct DotPairs {
     bool fetch;  // with one row of x too, see fetch.h
 };
 
-// x [n] in whole numbers of 2 or 3 bytes, by blocks of 32, see packed_impl.h: bytes [36 planes n / 32], scales
-// and sums of x [n / 32].
+// x [n] in whole numbers of 2 or 3 bytes, by blocks of 32, see packed_impl.h: bytes [n / 32 * planes *
+// kPlaneBytes], scales and sums of x [n / 32].
 struct BytesOfRow {
     const float* x;
     int64_t n;

@@ -39,8 +39,6 @@
 namespace mc {
 namespace {
 
-constexpr int64_t kPlaneBytes = kPackedBlock + 4;
-
 // The first four bytes of eight alternate with the others.
 inline uint64_t in_the_order_of_codes(uint64_t x) {
     auto spread = [](uint64_t four) {

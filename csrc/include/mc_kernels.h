@@ -204,9 +204,9 @@ typedef struct mc_context_attention_args {
     const float *k_scale, *v_scale;
 } mc_context_attention_args;
 
-/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, many queries, and of few those of heads of
- * 64 or 128 dimensions that turn whole and by halves, are multiplied so: turned queries and keys and what the softmax gives an entry are rounded to it
- * (and subnormal numbers taken for zero).
+/* Sums are fp32. Where all is bf16 and the instruction set level multiplies bf16, many queries are multiplied so, and on
+ * level avx512bf16 (not amx, where fp32 is faster) few queries of heads of 64 or 128 dimensions that turn whole and by halves:
+ * turned queries and keys and what the softmax gives an entry are rounded to it (and subnormal numbers taken for zero).
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. B, T or S may be 0; with S = 0 all queries see
  * nothing. */
 MC_API int32_t mc_context_attention_cpu(const mc_context_attention_args* args, int32_t n_threads);
@@ -312,9 +312,10 @@ typedef struct mc_fused_linear_args {
 
 /* Sums are fp32. Where x and weight are bf16 and the instruction set level multiplies bf16, a normed x is rounded to it
  * (and subnormal numbers are taken for zero).
- * A few rows of x (up to 8, 4 or 3 for 4 bits, 8, 4 or 1 for 8 bits, by the level: as many as make it faster), where x and weight
- * are both bf16 or both f32 and all numbers are finite, are multiplied with `packed`, which is exact then; x, normed, is rounded to 2^-16 (bf16) or 2^-24 (f32) of the largest of each 32 elements, and 32 that are
- * all below 1e-30 are taken for zeros. In all other cases the weight is read.
+ * A few rows of x (up to 8, 4 or 3 for 4 bits, 8, 4 or 1 for 8 bits, by the level: as many as make it faster), where x and
+ * weight are both bf16 or both f32 and all numbers are finite, are multiplied with `packed`, whose numbers are not rounded; x,
+ * normed, is rounded to 2^-16 (bf16) or 2^-24 (f32) of the largest of each 32 elements, and 32 that are all below 1e-30 are
+ * taken for zeros. In all other cases the weight is read.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it, nor on which other rows x has; on how many there
  * are it may depend within rounding. Sizes may be 0; with E = 0, y is the bias. */
 MC_API int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t n_threads);
