@@ -60,8 +60,14 @@ def gist(
             show_default="as --start",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Length of the schedule.")] = 300,
-    minutes: Annotated[float | None, typer.Option(help="Stop, with a checkpoint, after so long.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Length of the schedule.", show_default="300, or as many as --minutes hold"),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop, with a checkpoint, after so long; without --steps the schedule ends with them."),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(help="Peak learning rate.", show_default="3e-3 pooled, 6e-4 projected, 1e-3 embedding"),
@@ -100,6 +106,7 @@ def gist(
         curriculum=curriculum, tokens=tokens, crowd=crowd, questions=question_share if questions else 0.0,
     )  # fmt: skip
     rate = DEFAULT_LR[settings.kind] if lr is None else lr
+    steps = 300 if steps is None and minutes is None else steps
     options = TrainOptions(steps=steps, minutes=minutes, lr=rate, seed=seed, accumulate=accumulate)
     files = parse_texts(texts)
     with joined() as rank_of_process:
@@ -122,7 +129,7 @@ def gist(
         trainer = Trainer(task, run, options)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=rank_of_process > 0) as bar:
-            shown = bar.add_task("training", total=steps, completed=trainer.step)
+            shown = bar.add_task("training", total=steps, completed=trainer.step)  # without steps: no end is shown
             names = ("loss", "nll", "answer_nll", "reconstruction", "contrast")
             trainer.run(
                 lambda line: bar.update(
@@ -134,7 +141,8 @@ def gist(
         if trainer.rank == 0:
             trained = task.maker.install(net, trainer.averaged())
             trained.save(out, dtype=torch.bfloat16)
-            console.print(f"step {trainer.step} of {steps}: {out}, {out.stat().st_size / 1e6:.1f} MB")
+            of = "" if steps is None else f" of {steps}"
+            console.print(f"step {trainer.step}{of}: {out}, {out.stat().st_size / 1e6:.1f} MB")
             plot_run(run / LOG, f"{settings.kind} gists, {trainer.step} steps")
 
 

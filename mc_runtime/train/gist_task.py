@@ -75,10 +75,9 @@ class GistTask(GistRuns):
             self.reader = BagReader(decoder, features, o.reader_rank, o.reader_rows)
             self.parameters |= self.reader.parameters
 
-    def begin_step(self, step: int, steps: int) -> None:
-        """Set the parts per block that the curriculum asks for at this step."""
+    def begin_step(self, done: float) -> None:
+        """Set the parts per block that the curriculum asks for when this share of the schedule is done."""
         quarters, halves = self.options.curriculum
-        done = step / max(1, steps)
         self.parts = 4 if done < quarters else 2 if done < quarters + halves else 1
 
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:

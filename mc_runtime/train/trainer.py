@@ -34,7 +34,8 @@ BETAS = (0.9, 0.95)
 class Task(Protocol):
     """What is trained. parameters: by name, fp32 leaves; those that do not require a gradient are kept as they are.
 
-    Optional, looked up by name: `begin_step(step, steps)` is called before each step of `steps`, counted from 0.
+    Optional, looked up by name: `begin_step(done)` is called before each step, with the share of the schedule that is
+    done, from 0 to 1.
     """
 
     parameters: dict[str, Tensor]
@@ -46,10 +47,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """steps: of the whole schedule. accumulate: micro-batches a step and process. minutes: stop, with a checkpoint,
-    after so long. floor: the learning rate's end over its peak. save_every: steps between checkpoints."""
+    """steps: of the whole schedule; None: as many as `minutes` hold, and the learning rate falls with the clock (a
+    resume counts the time that was trained before). accumulate: micro-batches a step and process. minutes: stop, with a
+    checkpoint, after so long. floor: the learning rate's end over its peak. save_every: steps between checkpoints."""
 
-    steps: int = 300
+    steps: int | None = 300
     lr: float = 3e-3
     warmup: int = 10
     floor: float = 0.1
@@ -61,13 +63,30 @@ class TrainOptions:
     save_every: int = 10
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise InputError("steps: expected a number, or minutes to hold them, got neither")
 
-def learning_rate(step: int, options: TrainOptions) -> float:
-    """Linear warm-up, then a half cosine from lr to floor * lr at the last step."""
+
+def learning_rate(step: int, options: TrainOptions, seconds: float = 0.0) -> float:
+    """Linear warm-up over the first steps, then a half cosine from lr to floor * lr at the schedule's end.
+
+    seconds: trained before this step; what the schedule goes by where it has no number of steps.
+    """
     if step < options.warmup:
         return options.lr * (step + 1) / options.warmup
-    done = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
+    if options.steps is None:
+        done = share_done(step, options, seconds)
+    else:
+        done = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
     return options.lr * (options.floor + (1 - options.floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def share_done(step: int, options: TrainOptions, seconds: float) -> float:
+    """Of the schedule, from 0 to 1."""
+    if options.steps is None:
+        return min(1.0, seconds / max(1e-9, 60 * (options.minutes or 0.0)))
+    return min(1.0, step / max(1, options.steps))
 
 
 class Trainer:
@@ -86,7 +105,7 @@ class Trainer:
             self.trained.values(), lr=options.lr, betas=BETAS, weight_decay=options.weight_decay
         )
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.rng = random.Random(f"{options.seed} {self.rank}")
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE).exists():
@@ -100,8 +119,9 @@ class Trainer:
 
     def run(self, on_step: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
         """Train to the end of the schedule or of the minutes; returns the last line of the log."""
-        begin, line = time.monotonic(), {"step": self.step}
-        while self.step < self.options.steps and not self._time_is_up(begin):
+        line, before, begin = {"step": self.step}, self.seconds, time.monotonic()
+        steps = math.inf if self.options.steps is None else self.options.steps
+        while self.step < steps and not self._time_is_up(begin, before):
             line = self._one_step()
             on_step(line)
             if self.rank == 0:
@@ -113,23 +133,26 @@ class Trainer:
         self.save()
         return line
 
-    def _time_is_up(self, begin: float) -> bool:
-        """The first process decides for all: one that went on alone would wait for the others for ever."""
+    def _time_is_up(self, begin: float, before: float) -> bool:
+        """Sets the seconds trained so far. The first process decides for all: one that went on alone would wait for the
+        others for ever. A schedule by the clock counts earlier runs too, one of steps gives every run its minutes."""
+        self.seconds = before + time.monotonic() - begin
         if self.options.minutes is None:
             return False
-        late = [time.monotonic() - begin > 60 * self.options.minutes]
+        clock = [self.seconds]
         if self.world > 1:
-            dist.broadcast_object_list(late, 0)
-        return late[0]
+            dist.broadcast_object_list(clock, 0)
+        self.seconds = clock[0]
+        return self.seconds - (0.0 if self.options.steps is None else before) > 60 * self.options.minutes
 
     def _one_step(self) -> dict[str, Any]:
         begin, seen = time.monotonic(), dict[str, list[float]]()
-        rate = learning_rate(self.step, self.options)
+        rate = learning_rate(self.step, self.options, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         begin_step = getattr(self.task, "begin_step", None)
         if begin_step is not None:
-            begin_step(self.step, self.options.steps)
+            begin_step(share_done(self.step, self.options, self.seconds))
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(self.options.accumulate):
             loss, figures = self.task.loss(self.rng)
@@ -162,6 +185,7 @@ class Trainer:
             return
         state = {
             "step": self.step,
+            "seconds": self.seconds,
             "options": asdict(self.options),
             "parameters": {name: p.detach() for name, p in self.trained.items()},
             "ema": self.ema,
@@ -179,7 +203,7 @@ class Trainer:
         for name, p in self.trained.items():
             p.data.copy_(state["parameters"][name])
             self.ema[name].copy_(state["ema"][name])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state.get("seconds", 0.0)
         self.optimizer.load_state_dict(state["optimizer"])
         # Older states hold the first process's alone, as "rng". A process that joins later draws samples of its own.
         rngs = state["rngs"] if "rngs" in state else [state["rng"]]

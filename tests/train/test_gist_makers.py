@@ -208,7 +208,7 @@ def test_curriculum(name: str, model: LoadedModel, corpus: Callable[..., Corpus]
     t = GistTask(model.decoder, [corpus()], maker_of(name, model, noise=0.1), options)
     parts = []
     for step in range(8):
-        t.begin_step(step, 8)
+        t.begin_step(step / 8)
         parts.append(t.parts)
     assert parts == [4, 4, 2, 2, 1, 1, 1, 1]
     ids = text(corpus, 2 * K)

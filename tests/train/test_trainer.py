@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -76,6 +77,33 @@ def test_minutes_stop_it_with_a_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(Quadratic(), tmp_path, options)
     assert trainer.run() == {"step": 0}
     assert (tmp_path / "state.pt").exists()
+
+
+def test_a_schedule_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of steps the rate falls to its end with the minutes, over a resume as well."""
+    now = [100.0]
+    monkeypatch.setattr("mc_runtime.train.trainer.time.monotonic", lambda: now[0])
+    options = TrainOptions(steps=None, minutes=1.0, lr=1.0, warmup=2, floor=0.1, save_every=1)
+
+    def on_step(line: dict[str, float]) -> None:
+        now[0] += 6.0
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+
+    trainer = Trainer(Quadratic(), tmp_path, options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(on_step)
+    trainer._time_is_up(100.0, 0.0)
+    trainer.save()
+    now[0] = 5000.0
+    Trainer(Quadratic(), tmp_path, options).run(on_step)
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    rates = [line["lr"] for line in lines]
+    steps = [line["step"] for line in lines]
+    assert (steps, rates[:2]) == ([1, 2, 3, *range(5, 12)], [0.5, 1.0])  # the interrupted step's line was not written
+    assert rates[2:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * s / 10)) for s in (2, *range(4, 11))])
+    with pytest.raises(InputError, match="steps"):
+        TrainOptions(steps=None)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -210,14 +238,14 @@ def test_steps_are_announced(tmp_path: Path) -> None:
     class Counting(Quadratic):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[tuple[int, int]] = []
+            self.seen: list[float] = []
 
-        def begin_step(self, step: int, steps: int) -> None:
-            self.seen.append((step, steps))
+        def begin_step(self, done: float) -> None:
+            self.seen.append(done)
 
     task = Counting()
     Trainer(task, tmp_path, TrainOptions(steps=3)).run()
-    assert task.seen == [(0, 3), (1, 3), (2, 3)]
+    assert task.seen == [0, 1 / 3, 2 / 3]
 
 
 def test_plot(tmp_path: Path) -> None:
