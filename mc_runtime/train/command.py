@@ -13,12 +13,14 @@ from .ablate_command import ablate
 from .gist_command import gist
 from .joint_command import joint
 from .lens_command import lens
+from .replies_command import replies
 
 app = typer.Typer(no_args_is_help=True, help="Train the nets on texts of your own; the base model stays frozen.")
 app.command()(gist)
 app.command()(lens)
 app.command()(joint)
 app.command()(ablate)
+app.command()(replies)
 
 
 def parse_texts(texts: Sequence[str]) -> list[tuple[Path, float]]:

@@ -43,7 +43,7 @@ class GistTaskOptions:
     margin: float = 0.2
     questions: float = 0.0
     question_lengths: tuple[int, ...] = (512, 1024, 2048)
-    question_near: int = 72
+    question_near: int = 88
     asked: int = 4
     crowd: int = 0
     crowded: float = 0.3

@@ -2,7 +2,9 @@
 
 Gists that are trained on continuations alone draw attention to themselves: a model that has the very sentence with the
 answer in front of it then answers from the gists around it. So a share of the samples asks. The answer's block and its
-neighbours stand in full in most of them, and in gists in the rest.
+neighbours stand in full in most of them, and in gists in the rest; the teacher has that passage and no gists. The
+replies are the model's own words where they are known (`replies`): the first token of a person's bare answer is 10 nats
+away for the model, and gists would learn the form of answers before anything else.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 
 from .layouts import Entry
-from .lens_questions import Article, article_span
+from .lens_questions import Article, Question, article_span
 
 # Share of questions whose answer stands in full detail, and of the other blocks that do as well.
 ANSWER_OPEN, OTHERS_OPEN = 0.75, 0.1
@@ -78,7 +80,7 @@ class QuestionSource:
             asked = []
             for question, start, stop in found:
                 first, last = ((len(self.system) + at) // self.size for at in (start, stop - 1))
-                turn = self._turn(question.text, question.answer, near)
+                turn = self._turn(question, near)
                 if first > 0 and turn is not None:
                     asked.append((*turn, (first, last)))
             if len(asked) >= count:
@@ -87,14 +89,23 @@ class QuestionSource:
                 return ids, *(np.array(part, np.int64) for part in zip(*chosen, strict=True))  # type: ignore[return-value]
         raise InputError(f"questions: no article of {far} tokens with {count} answers was found in {TRIES} tries")
 
-    def _turn(self, question: str, answer: str, near: int) -> tuple[list[int], tuple[int, int]] | None:
-        """`near` tokens: the question's turn and the answer, then padding; None where that is too long."""
-        prompt = self.model.chat.user_turn_ids(question)
-        reply = [*self.model.tokenizer.encode(answer), *self.model.chat.assistant_end_ids()[:1]]
+    def _turn(self, question: Question, near: int) -> tuple[list[int], tuple[int, int]] | None:
+        """`near` tokens: the question's turn and the model's own reply (the bare answer where there is none), then
+        padding; None where that is too long."""
+        prompt = self.model.chat.user_turn_ids(question.text)
+        reply = self.model.tokenizer.encode(question.answer if question.reply is None else question.reply)
+        if question.reply_ends:
+            reply = [*reply, *self.model.chat.assistant_end_ids()[:1]]
         stop = len(prompt) + len(reply)
         if stop > near:
             return None
         return [*prompt, *reply, *[0] * (near - stop)], (len(prompt), stop)
+
+
+def passage_alone(blocks: int, size: int, first: int, last: int) -> list[Entry]:
+    """Entries of the first block, the answer's blocks and one on either side, all in full, and of nothing else."""
+    shown = [0, *range(max(1, first - 1), min(blocks, last + 2))]
+    return [Entry(0, i) for block in shown for i in range(block * size, (block + 1) * size)]
 
 
 def open_answers(

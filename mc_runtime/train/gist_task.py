@@ -23,13 +23,12 @@ from torch import Tensor
 from mc_kernels import GistPoolWeights
 from mc_runtime.errors import InputError
 from mc_runtime.model.decoder import Decoder
-from mc_runtime.model.stores import ConcatStore
 
 from .corpus import Corpus, sample_mixture
 from .crowd import Crowd
 from .gist_kinds import GistMaker, LevelGists, read_text
 from .gist_options import LOGITS, GistTaskOptions
-from .gist_questions import QuestionSource, open_answers
+from .gist_questions import QuestionSource, open_answers, passage_alone
 from .gist_runs import GistRuns
 from .layouts import Entry, LayoutOptions, draw_layout
 from .losses import distillation_loss, hidden_loss, neighbour_loss
@@ -144,14 +143,14 @@ class GistTask(GistRuns):
         return Crowd(self.decoder, self.corpora, self.maker, self.options.crowd)
 
     def _question_loss(self, rng: random.Random, source: QuestionSource) -> tuple[Tensor, dict[str, float]]:
-        """Of a micro-batch of questions: the answers' tokens alone count. nll is not reported: it is not the texts'."""
+        """Of a micro-batch of questions: the answers' tokens alone count. The teacher reads nothing but the answer's
+        passage: it answers twice as well as from the whole text. nll is not reported: it is not the texts'."""
         o = self.options
         far = rng.choice(o.question_lengths)
         batch = max(1, o.tokens // (far + o.asked * o.question_near))
         drawn = source.draw(rng, batch, o.asked, far, o.question_near)
         ids, near = drawn.ids, drawn.near.flatten(0, 1)
-        k, v = read_text(self.decoder, ids)
-        of_k, of_v = (None, None) if self.maker.kind == "embedding" else (k, v)
+        of_k, of_v = (None, None) if self.maker.kind == "embedding" else read_text(self.decoder, ids)
         levels = self.maker.make(self.decoder, ids, of_k, of_v, self.parts)
         rows = [row for row in range(batch) for _ in range(o.asked)]
         gists, level2 = self.per_block(levels), o.layout.level2 if len(levels) > 1 else 0.0
@@ -169,9 +168,11 @@ class GistTask(GistRuns):
             crowd=crowd, fresh=True,
         )  # fmt: skip
         with torch.no_grad():
-            span = torch.arange(far + o.question_near, device=ids.device).expand(len(rows), -1)
-            store = ConcatStore(k[:, rows], v[:, rows], span[:, :far])
-            teacher = self.decoder(self.decoder.embed(near), span[:, far:], store).hidden
+            alone = [passage_alone(far // self.size, self.size, *at) for at in drawn.blocks.flatten(0, 1).tolist()]
+            teacher = self.run(
+                ids, of_k, of_v, [], [(row, far) for row in rows], alone, [True] * len(rows), o.question_near,
+                near_ids=near, fresh=True,
+            )  # fmt: skip
         place = torch.arange(o.question_near - 1, device=ids.device)
         first, stop = drawn.answer.flatten(0, 1)[..., None].unbind(1)
         asked = (place >= first - 1) & (place < stop - 1)

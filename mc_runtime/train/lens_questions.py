@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from mc_runtime.model import LoadedModel, Tokenizer
 
 @dataclass(frozen=True)
 class Question:
-    """paragraph: its place among the article's; answer_start: characters into it."""
+    """paragraph: its place among the article's; answer_start: characters into it. reply: how the base model itself
+    gives the answer (see `replies`), where that is known; reply_ends: it ends there, else it was cut."""
 
     paragraph: int
     text: str
     answer: str
     answer_start: int
+    reply: str | None = None
+    reply_ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,24 @@ def read_articles(path: Path) -> list[Article]:
 def _article(data: dict[str, object]) -> Article:
     paragraphs: list[dict[str, object]] = data["paragraphs"]  # type: ignore[assignment]
     questions = [
-        Question(i, str(q["question"]).strip(), str(q["answers"][0]["text"]), int(q["answers"][0]["answer_start"]))
+        Question(
+            i,
+            str(q["question"]).strip(),
+            str(q["answers"][0]["text"]),
+            int(q["answers"][0]["answer_start"]),
+            q["answers"][0].get("reply"),
+            bool(q["answers"][0].get("reply_ends", True)),
+        )
         for i, paragraph in enumerate(paragraphs)
         for q in paragraph["qas"]  # type: ignore[attr-defined]
         if q["answers"]
     ]
     return Article(str(data["title"]), tuple(str(p["context"]) for p in paragraphs), tuple(questions))
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a text contains an answer as whole words, whatever the case."""
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from mc_runtime.eval.needle.haystack import NOISE, draw_depths, history_of, nois
 from mc_runtime.eval.needle.planted import InProse, Passkey
 from mc_runtime.eval.needle.report import rows, to_json
 from mc_runtime.eval.needle.run import Record, Setting, cases, measure
-from mc_runtime.eval.needle.scoring import generated, ranked_first, says, share
+from mc_runtime.eval.needle.scoring import generated, ranked_first, share
 from mc_runtime.eval.needle.tasks import RULER, TASKS, make_tasks
 from mc_runtime.eval.readers import MemoryStore, Question, Reply, Span, make_readers
 from mc_runtime.eval.readers.opening import parse_names, parse_size
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
-from mc_runtime.train.lens_questions import Article
+from mc_runtime.train.lens_questions import Article, says
 from mc_runtime.train.lens_questions import Question as ArticleQuestion
 
 

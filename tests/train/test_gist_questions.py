@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
 from mc_runtime.train.gist_options import GistTaskOptions
-from mc_runtime.train.gist_questions import QuestionSource, open_answers
+from mc_runtime.train.gist_questions import QuestionSource, open_answers, passage_alone
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
-from mc_runtime.train.lens_questions import read_articles
+from mc_runtime.train.lens_questions import Question, read_articles
 from mc_runtime.train.pooled_maker import PooledMaker
 
 K, FAR, NEAR = 8, 320, 64
@@ -89,15 +90,42 @@ def test_loss_is_that_of_the_answers_and_teaches(
     assert any(float(p.grad.abs().max()) > 0 for p in task.parameters.values() if p.grad is not None)
 
 
-def test_with_everything_in_full_the_student_is_the_teacher(
+def test_with_the_passage_alone_the_student_is_the_teacher(
     source: QuestionSource, model: LoadedModel, corpus: Callable[[str], Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mc_runtime.train.gist_questions.OTHERS_OPEN", 1.1)
-    monkeypatch.setattr("mc_runtime.train.gist_questions.ANSWER_OPEN", 1.1)
+    monkeypatch.setattr(
+        "mc_runtime.train.gist_task.open_answers",
+        lambda rng, blocks, size, first, last, *_: passage_alone(blocks, size, first, last),
+    )
     options = GistTaskOptions(**{**OPTIONS.__dict__, "teacher": 1.0})
     task = GistTask(model.decoder, [corpus("a")], pools(model), options, questions=source)
     loss, _ = task.loss(random.Random(1))
     np.testing.assert_allclose(loss.item(), 0.0, atol=1e-5)
+
+
+def test_what_the_teacher_reads() -> None:
+    shown = [e.index // K for e in passage_alone(20, K, 7, 8)]
+    assert shown == sorted([0, 6, 7, 8, 9] * K)
+    assert {e.index // K for e in passage_alone(20, K, 1, 19)} == set(range(20))
+    assert {e.index // K for e in passage_alone(20, K, 1, 1)} == {0, 1, 2}
+
+
+def test_the_models_own_reply_is_what_follows(source: QuestionSource, model: LoadedModel) -> None:
+    """In place of the answer, with an end only where the model ended it."""
+    plain = Question(0, "Which 1?", "4th", 9)
+    for question, said in (
+        (plain, "4th<|im_end|>"),
+        (replace(plain, reply="It is the 4th lamp."), "It is the 4th lamp.<|im_end|>"),
+        (replace(plain, reply="It is the 4th", reply_ends=False), "It is the 4th"),
+    ):
+        turn = source._turn(question, NEAR)
+        assert turn is not None
+        ids, (start, stop) = turn
+        assert model.tokenizer.decode(ids[start:stop]) == said.removesuffix("<|im_end|>")
+        assert (ids[stop - 1] == model.chat.assistant_end_ids()[0]) == said.endswith("<|im_end|>")
+        assert len(ids) == NEAR
+        assert source._turn(question, stop) is not None
+        assert source._turn(question, stop - 1) is None
 
 
 def test_a_share_of_the_micro_batches_asks(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from mc_runtime.train.lens_questions import says
+
 from ..readers import Question, Reply
 from ..statistics import Estimate, bootstrap, wilson
-
-
-def says(text: str, answer: str) -> bool:
-    """Whether a text contains an answer as whole words, whatever the case."""
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def generated(question: Question, reply: Reply) -> float:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..needle.scoring import generated, ranked_first, says
+from mc_runtime.train.lens_questions import says
+
+from ..needle.scoring import generated, ranked_first
 from ..readers import Question, Reader, Reply
 from .plan import Plan, Planner
 
