@@ -22,7 +22,7 @@ from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 
 from .layouts import Entry
-from .lens_questions import Article, Question, article_span
+from .lens_questions import Article, Question, TokenisedArticle
 
 # Share of questions whose answer stands in full detail, and of the other blocks that do as well.
 ANSWER_OPEN, OTHERS_OPEN = 0.75, 0.1
@@ -54,10 +54,12 @@ class QuestionSource:
         self.articles = [one for one in articles if one.questions]
         if not self.articles:
             raise InputError("questions: expected articles with questions, got none")
+        self._tokens: dict[int, TokenisedArticle] = {}
         self.system = model.chat.system_ids(DEFAULT_SYSTEM_PROMPT if system is None else system)
 
     def draw(self, rng: random.Random, batch: int, questions: int, far: int, near: int) -> QuestionBatch:
-        """Raises InputError if no article is long enough for `far` tokens with `questions` questions."""
+        """A history that holds fewer questions has some of them again. Raises InputError if no article is long enough
+        for `far` tokens."""
         rows = [self._history(rng, questions, far, near) for _ in range(batch)]
         ids, follow, answer, blocks = (np.stack(part) for part in zip(*rows, strict=True))
         device = self.model.decoder.device
@@ -72,8 +74,7 @@ class QuestionSource:
         self, rng: random.Random, count: int, far: int, near: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         for _ in range(TRIES):
-            article = rng.choice(self.articles)
-            span = article_span(self.model.tokenizer, article, rng, far - len(self.system))
+            span = self._tokenised(rng.randrange(len(self.articles))).span(rng, far - len(self.system))
             if span is None:
                 continue
             text, found = span
@@ -83,11 +84,16 @@ class QuestionSource:
                 turn = self._turn(question, near)
                 if first > 0 and turn is not None:
                     asked.append((*turn, (first, last)))
-            if len(asked) >= count:
-                chosen = rng.sample(asked, count)
+            if asked:  # behind other gists, and beside others in full, a question is another sample
+                chosen = [*rng.sample(asked, min(count, len(asked))), *rng.choices(asked, k=max(0, count - len(asked)))]
                 ids = np.array([*self.system, *text], np.int64)
                 return ids, *(np.array(part, np.int64) for part in zip(*chosen, strict=True))  # type: ignore[return-value]
-        raise InputError(f"questions: no article of {far} tokens with {count} answers was found in {TRIES} tries")
+        raise InputError(f"questions: no article of {far} tokens with an answer was found in {TRIES} tries")
+
+    def _tokenised(self, which: int) -> TokenisedArticle:
+        if which not in self._tokens:
+            self._tokens[which] = TokenisedArticle(self.model.tokenizer, self.articles[which])
+        return self._tokens[which]
 
     def _turn(self, question: Question, near: int) -> tuple[list[int], tuple[int, int]] | None:
         """`near` tokens: the question's turn and the model's own reply (the bare answer where there is none), then

@@ -10,6 +10,7 @@ import lzma
 import random
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,22 @@ def article_span(
     gives them. None where the article is too short from there on."""
     text, found = article_tokens(tokenizer, article, rng.randrange(len(article.paragraphs)), room)
     return None if len(text) < room else (text[:room], [one for one in found if one[2] <= room])
+
+
+class TokenisedArticle:
+    """An article tokenised once, for many spans of it. text: its tokens; starts: the first of each paragraph; found:
+    its questions, each with the answer's first token and end."""
+
+    def __init__(self, tokenizer: Tokenizer, article: Article) -> None:
+        self.text, self.found = article_tokens(tokenizer, article)
+        lengths = [len(tokenizer.encode(paragraph + "\n\n")) for paragraph in article.paragraphs]
+        self.starts = [0, *accumulate(lengths)][:-1]
+
+    def span(self, rng: random.Random, room: int) -> tuple[list[int], list[tuple[Question, int, int]]] | None:
+        """As `article_span`."""
+        begin = self.starts[rng.randrange(len(self.starts))]
+        text = self.text[begin : begin + room]
+        if len(text) < room:
+            return None
+        inside = [(q, start - begin, stop - begin) for q, start, stop in self.found if begin <= start]
+        return text, [one for one in inside if one[2] <= room]

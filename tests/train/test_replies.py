@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 from mc_runtime.model.stores import ConcatStore
-from mc_runtime.train.lens_questions import Article, read_articles
+from mc_runtime.train.lens_questions import Article, TokenisedArticle, article_span, read_articles
 from mc_runtime.train.replies import AROUND, Reply, greedy_replies, own_replies, write_articles
 
 TOKENS = 6
@@ -105,6 +106,18 @@ def test_right_replies_are_kept_and_written(
     assert steps[-1] == (4, 2)
     with pytest.raises(InputError, match="out"):
         write_articles(tmp_path / "none" / "x.json", articles, kept)
+
+
+def test_spans_of_an_article_that_was_tokenised_once(model: LoadedModel, articles: list[Article]) -> None:
+    for article in articles:
+        once = TokenisedArticle(model.tokenizer, article)
+        found = 0
+        for seed in range(8):
+            for room in (20, 150, 400):
+                want = article_span(model.tokenizer, article, random.Random(seed), room)
+                assert once.span(random.Random(seed), room) == want
+                found += len(want[1]) if want else 0
+        assert found
 
 
 def test_command(tmp_path: Path, model: LoadedModel, articles: list[Article], monkeypatch: pytest.MonkeyPatch) -> None:
