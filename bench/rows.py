@@ -58,11 +58,6 @@ class Row:
         return self.op, self.case, self.backend, self.device, self.dtype, self.cache.split()[0]
 
     @property
-    def issued_s(self) -> float | None:
-        """Seconds that a call takes in a loop that does nothing else: on a GPU of host and device the slower one's."""
-        return None if self.median_s is None else max(self.median_s, self.host_s or 0.0)
-
-    @property
     def bandwidth(self) -> float | None:
         return self.bytes / self.median_s if self.median_s else None
 

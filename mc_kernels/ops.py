@@ -6,6 +6,7 @@ from .gist_encode import GistEncodeWeights, gist_encode
 from .gist_pool import GistPoolWeights, collapse_, gist_pool
 from .kv_splice import PageTable, SplicePlan, kv_splice_
 from .lens_score import LensScoreWeights, lens_score, signed_score
+from .preference import for_graphs
 from .refocus import GistStore, RefocusLists, RefocusRule, RefocusState, refocus_
 from .registry import BackendError, availability
 from .rope import RopeSpec
@@ -27,6 +28,7 @@ __all__ = [
     "availability",
     "collapse_",
     "context_attention",
+    "for_graphs",
     "fused_linear",
     "gist_encode",
     "gist_pool",

@@ -2,14 +2,18 @@
 shape.
 
 `preference.json` beside this file is written by `python bench/gpu_check.py --write-preference` from what it measured.
-For each key it has the seconds of a public call by each backend that gave a right result, of its host code and its
-kernels whichever take longer (a program that issues call after call waits for the slower of the two):
+For each key it has the seconds that the device takes for a call by each backend that gave a right result, and those
+that the host takes to issue it:
 
-    seconds[op][dtype][bucket][backend]
+    seconds[op][dtype][bucket][backend] = {"device": 3.1e-5, "host": 1.2e-5}
+
+A program that issues call after call waits for the slower of the two, which is what counts; a CUDA graph is replayed
+without that host code, so under `for_graphs` the device's alone does. Without "host" the device's are all that a call
+takes.
 
 dtype is that of the op's first tensor ("bfloat16"). A bucket names the kind of call and its sizes, most of them rounded
 down to a power of four (`4096+`: 4,096 to 16,383); `BUCKETS` says what counts for each op. A call whose key is there is
-served by the backends in the order of their seconds, any other in the registry's fallback order (its `PREFERENCE`). As
+served by the backends in the order of these seconds, any other in the registry's fallback order (its `PREFERENCE`). As
 long as nothing has been measured, `measured` is null, there are no seconds, and all calls are of the latter kind.
 """
 
@@ -18,16 +22,19 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_name("preference.json")
 # What the file says of itself: JSON has no comments.
 ABOUT = (
-    "Which backend serves each op on CUDA tensors: seconds of a public call (of host and device the slower one's), by"
-    " op, dtype, bucket of shapes and backend; the fastest serves. mc_kernels/preference.py says what the keys mean."
+    "Which backend serves each op on CUDA tensors: seconds of a public call on the device and on the host, by op,"
+    " dtype, bucket of shapes and backend; the one whose slower part is fastest serves, in CUDA graphs the one that is"
+    " fastest on the device. mc_kernels/preference.py says what the keys mean."
     " Written by `python bench/gpu_check.py --write-preference`. Where `measured` is null nothing has been measured"
     " yet, and every call is served in the registry's fallback order: Triton, CUDA C++, the oracle."
 )
@@ -98,13 +105,35 @@ def key(op: str, args: Sequence[Any]) -> Key:
     return op, str(args[0].dtype).removeprefix("torch."), BUCKETS[op](*args)
 
 
+_here = threading.local()
+
+
+@contextmanager
+def for_graphs() -> Iterator[None]:
+    """Calls of this thread in here are served by the backend that is fastest on the device, however long the host takes
+    to issue them: for the calls that a CUDA graph records, and those that warm up for it (`mc_kernels.for_graphs`).
+    A backend that is named, by argument or by `MC_BACKEND`, serves in here as elsewhere."""
+    before = getattr(_here, "graphs", False)
+    _here.graphs = True
+    try:
+        yield
+    finally:
+        _here.graphs = before
+
+
+class Orders(NamedTuple):
+    """Backends, fastest first: of calls that are issued one by one, and of those that a graph replays."""
+
+    issued: tuple[str, ...]
+    replayed: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Table:
-    """measured: on what and when ("gpu", "date", ...), None: nothing was measured. orders: backends by key, fastest
-    first."""
+    """measured: on what and when ("gpu", "date", ...), None: nothing was measured. orders: by key."""
 
     measured: Mapping[str, str] | None
-    orders: Mapping[Key, tuple[str, ...]]
+    orders: Mapping[Key, Orders]
 
     @functools.cached_property
     def ops(self) -> frozenset[str]:
@@ -114,7 +143,10 @@ class Table:
         """The backends to ask for a call, best first: what was measured, then the others in their fallback order."""
         if op not in self.ops:
             return fallback
-        found = self.orders.get(key(op, args), ())
+        orders = self.orders.get(key(op, args))
+        if orders is None:
+            return fallback
+        found = orders.replayed if getattr(_here, "graphs", False) else orders.issued
         return (*found, *(name for name in fallback if name not in found))
 
 
@@ -126,14 +158,19 @@ def _object(where: str, value: object, keys: Collection[str] | None = None) -> d
     return value
 
 
-def _order(where: str, seconds: object) -> tuple[str, ...]:
-    given = _object(where, seconds, BACKENDS)
-    for name, x in given.items():
-        if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf:
-            raise ValueError(f"{where}.{name}: expected seconds above 0, got {json.dumps(x)}")
+def _orders(where: str, backends: object) -> Orders:
+    given = _object(where, backends, BACKENDS)
     if not given:
         raise ValueError(f"{where}: expected the seconds of at least one backend, got none")
-    return tuple(sorted(given, key=lambda name: given[name]))
+    device, issued = dict[str, float](), dict[str, float]()
+    for name, parts in given.items():
+        for part, x in _object(f"{where}.{name}", parts, ("device", "host")).items():
+            if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < math.inf:
+                raise ValueError(f"{where}.{name}.{part}: expected seconds above 0, got {json.dumps(x)}")
+        if "device" not in parts:
+            raise ValueError(f"{where}.{name}.device: expected seconds above 0, got none")
+        device[name], issued[name] = parts["device"], max(parts.values())
+    return Orders(*(tuple(sorted(by, key=by.__getitem__)) for by in (issued, device)))
 
 
 def load(path: Path) -> Table:
@@ -143,11 +180,11 @@ def load(path: Path) -> Table:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a JSON table of measured backends ({error})") from error
     page = _object(f"{path}", page, ("about", "measured", "seconds"))
-    orders: dict[Key, tuple[str, ...]] = {}
+    orders: dict[Key, Orders] = {}
     for op, dtypes in _object(f"{path}: seconds", page.get("seconds"), BUCKETS).items():
         for dtype, buckets in _object(f"{path}: seconds.{op}", dtypes).items():
             for bucket, seconds in _object(f"{path}: seconds.{op}.{dtype}", buckets).items():
-                orders[op, dtype, bucket] = _order(f"{path}: seconds.{op}.{dtype}.{bucket}", seconds)
+                orders[op, dtype, bucket] = _orders(f"{path}: seconds.{op}.{dtype}.{bucket}", seconds)
     measured = page.get("measured")
     if measured is not None:
         for name, x in _object(f"{path}: measured", measured).items():

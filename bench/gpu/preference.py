@@ -49,23 +49,31 @@ def note_key(workload: Workload, keys: Keys) -> None:
 
 
 def seconds(rows: Sequence[Row], keys: Mapping[tuple[str, str], Key]) -> dict[str, Any]:
-    """seconds[op][dtype][bucket][backend], of host and device the slower one's (`Row.issued_s`): what a call takes in a
-    program that issues one after the other and never gets far ahead of the device. Of the cases whose row says which
-    of two backends to take: both were timed, or one was and the other's result is wrong. Cases that share a bucket
-    count by their geometric mean."""
-    found: dict[Key, list[dict[str, float]]] = {}
+    """seconds[op][dtype][bucket][backend]: the device's, and the host's to issue a call where they are known apart. Of
+    the cases whose row says which of two backends to take: both were timed, or one was and the other's result is wrong.
+    Cases that share a bucket count by their geometric mean."""
+    found: dict[Key, list[dict[str, Row]]] = {}
     for (op, case), key in keys.items():
         mine = [r for r in rows if (r.op, r.case) == (op.removesuffix("_"), case) and r.backend in BACKENDS]
-        timed = {r.backend: r.issued_s for r in mine if r.issued_s is not None}
+        timed = {r.backend: r for r in mine if r.median_s is not None}
         if timed and len(timed) + sum(r.correct is False for r in mine) > 1:
             found.setdefault(key, []).append(timed)
     out: dict[str, Any] = {}
     for (op, dtype, bucket), cases in sorted(found.items()):
         always = [b for b in BACKENDS if all(b in timed for timed in cases)]
         if always:
-            means = {b: float(f"{statistics.geometric_mean([timed[b] for timed in cases]):.3g}") for b in always}
-            out.setdefault(op, {}).setdefault(dtype, {})[bucket] = means
+            parts = {b: _mean_parts([timed[b] for timed in cases]) for b in always}
+            out.setdefault(op, {}).setdefault(dtype, {})[bucket] = parts
     return out
+
+
+def _mean_parts(rows: Sequence[Row]) -> dict[str, float]:
+    parts = {"device": [r.median_s for r in rows], "host": [r.host_s for r in rows]}
+    return {
+        name: float(f"{statistics.geometric_mean(known):.3g}")
+        for name, values in parts.items()
+        if len(known := [x for x in values if x is not None]) == len(rows)
+    }
 
 
 def save(path: Path, report: Report, keys: Mapping[tuple[str, str], Key]) -> int:

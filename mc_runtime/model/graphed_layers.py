@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from mc_kernels import RopeSpec
+from mc_kernels import RopeSpec, for_graphs
 from mc_kernels.decoder_layers import CacheSlots
 from mc_kernels.registry import ENV_BACKEND
 from mc_runtime.model.module_tree import ModuleTree
@@ -160,7 +160,7 @@ class GraphedLayers:
 def capture(step: Callable[[], Step], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Step]:
     """`step` as a graph, and what it returned: memory that every replay writes anew. What other threads do on the GPU
     meanwhile is theirs."""
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), for_graphs():
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):

@@ -44,28 +44,31 @@ def test_every_key_is_of_an_op() -> None:
 
 def test_two_backends_make_an_entry() -> None:
     keys = {("lens_score", "a"): KEY}
-    want = {"lens_score": {"bfloat16": {KEY[2]: {"triton": 4e-6, "cuda": 3e-6}}}}
+    want = {"lens_score": {"bfloat16": {KEY[2]: {"triton": {"device": 4e-6}, "cuda": {"device": 3e-6}}}}}
     assert seconds([TRITON, CUDA, replace(CUDA, case="b"), replace(TRITON, backend="torch")], keys) == want
     # One alone says nothing, unless the other's result is wrong.
     absent = replace(CUDA, median_s=None, correct=None, error="not available: no library")
     assert seconds([TRITON, absent], keys) == {}
     wrong = replace(TRITON, median_s=None, correct=False, error="wrong: error 1")
-    assert seconds([wrong, CUDA], keys) == {"lens_score": {"bfloat16": {KEY[2]: {"cuda": 3e-6}}}}
+    assert seconds([wrong, CUDA], keys) == {"lens_score": {"bfloat16": {KEY[2]: {"cuda": {"device": 3e-6}}}}}
     assert seconds([wrong, absent], keys) == {}
     assert seconds([TRITON, CUDA], {}) == {}
 
 
-def test_the_slower_of_host_and_device_counts() -> None:
-    """CUDA's kernels are faster and its host code too slow to show it."""
-    rows = [replace(TRITON, host_s=1e-6), replace(CUDA, host_s=9e-6)]
-    assert seconds(rows, {("lens_score", "a"): KEY})["lens_score"]["bfloat16"][KEY[2]] == {"triton": 4e-6, "cuda": 9e-6}
+def test_the_host_s_part_stands_beside_the_device_s() -> None:
+    rows = [replace(TRITON, host_s=1e-6), replace(CUDA, waits=True)]
+    want = {"triton": {"device": 4e-6, "host": 1e-6}, "cuda": {"device": 3e-6}}
+    assert seconds(rows, {("lens_score", "a"): KEY})["lens_score"]["bfloat16"][KEY[2]] == want
 
 
 def test_cases_of_one_bucket_count_together() -> None:
     """By ratios, so that the longer one does not decide alone."""
     keys = {("lens_score", "a"): KEY, ("lens_score", "b"): KEY}
     rows = [TRITON, CUDA, replace(TRITON, case="b", median_s=9e-6), replace(CUDA, case="b", median_s=27e-6)]
-    assert seconds(rows, keys)["lens_score"]["bfloat16"][KEY[2]] == {"triton": 6e-6, "cuda": 9e-6}
+    assert seconds(rows, keys)["lens_score"]["bfloat16"][KEY[2]] == {
+        "triton": {"device": 6e-6},
+        "cuda": {"device": 9e-6},
+    }
 
 
 def test_an_op_in_place_is_found_by_its_row() -> None:
@@ -78,7 +81,7 @@ def test_what_is_written_is_what_the_registry_reads(tmp_path: Path) -> None:
     path = tmp_path / "preference.json"
     assert save(path, report(TRITON, CUDA), {("lens_score", "a"): KEY}) == 1
     found = load(path)
-    assert found.orders == {KEY: ("cuda", "triton")}
+    assert found.orders == {KEY: (("cuda", "triton"), ("cuda", "triton"))}
     assert found.measured == {
         "gpu": "a card", "cuda": "13.0", "torch": "2.13.0", "date": "2030-01-01", "commit": "abc",
     }  # fmt: skip

@@ -227,7 +227,6 @@ def test_a_gpu_s_rows_have_the_host_beside_them() -> None:
     """A column of its own, which a CPU's table lacks; what waits for the device has no such figure."""
     apart = timed("kv_splice", 10e-6, 0.5, host_s=400e-6)
     waits = timed("kv_splice", 20e-6, 0.5, case="other", waits=True)
-    assert (apart.issued_s, waits.issued_s) == (400e-6, 20e-6)
     text = printed(table(report(apart, waits)))
     for part in ("host", "400 µs", "10 µs", "waits"):
         assert part in text

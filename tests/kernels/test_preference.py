@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mc_kernels import preference, registry
+from mc_kernels import for_graphs, preference, registry
 from mc_kernels.context_attention.cases import SMALL as ATTENTION
 from mc_kernels.kv_splice.cases import SMALL as SPLICES
 from mc_kernels.preference import BUCKETS, at_least, key, load, table
@@ -56,8 +57,15 @@ def serve(
     monkeypatch.setitem(IMPLS, op, {name: impl(name) for name in ("ref", "triton", "cuda")})
 
 
-def page(op: str, buckets: dict[str, dict[str, float]], dtype: str = "float32") -> dict[str, Any]:
-    return {"about": "", "measured": MEASURED, "seconds": {op: {dtype: buckets}}}
+def page(op: str, buckets: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+    """buckets: by name, the parts of each backend, or the device's seconds alone."""
+    full: Any = buckets
+    if isinstance(buckets, dict):
+        full = {
+            bucket: {b: {"device": x} if isinstance(x, float) else x for b, x in backends.items()}
+            for bucket, backends in buckets.items()
+        }
+    return {"about": "", "measured": MEASURED, "seconds": {op: {dtype: full}}}
 
 
 def served(op: str, size: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> Any:
@@ -77,6 +85,26 @@ def test_the_faster_backend_serves_its_bucket(op: str, use: Callable[[object], P
     assert served(op, 1, torch.bfloat16) == "triton"
     assert served(op, 1, device="cpu") == "ref"
     assert select(op, "triton", "cuda", (torch.empty(1),))() == "triton", "a name wins"
+
+
+def test_the_slower_of_host_and_device_counts_but_in_graphs(op: str, use: Callable[[object], Path]) -> None:
+    triton, cuda = {"device": 1e-6, "host": 9e-6}, {"device": 2e-6, "host": 3e-6}
+    use(page(op, {"size=1+": {"triton": triton, "cuda": cuda}}))
+    assert served(op, 1) == "cuda"
+    with for_graphs():
+        assert served(op, 1) == "triton"
+        with for_graphs():
+            assert served(op, 1) == "triton"
+        assert served(op, 1) == "triton"
+        with ThreadPoolExecutor(1) as others:
+            assert others.submit(served, op, 1).result() == "cuda", "another thread's calls are its own"
+        assert served(op, 16) == "triton", "not measured: the fallback order"
+        assert select(op, "cuda", "cuda", (torch.empty(1),))() == "cuda", "a name wins"
+    with pytest.raises(ZeroDivisionError), for_graphs():
+        raise ZeroDivisionError
+    assert served(op, 1) == "cuda"
+    use(page(op, {"size=1+": {"triton": {"device": 2.5e-6}, "cuda": cuda}}))
+    assert served(op, 1) == "triton", "without a host's part the device's is all"
 
 
 def test_other_ops_keep_the_fallback_order(
@@ -163,9 +191,12 @@ GOOD = {"triton": 2e-6, "cuda": 1e-6}
         (page("lens_score", []), "seconds.lens_score.float32: expected an object, got []"),  # type: ignore[arg-type]
         (page("lens_score", {"a": {}}), "seconds.lens_score.float32.a: expected the seconds of at least one backend"),
         (page("lens_score", {"a": {"cpu": 1.0}}), "float32.a: expected some of triton, cuda, got cpu"),
-        (page("lens_score", {"a": {"cuda": 0}}), "a.cuda: expected seconds above 0, got 0"),
-        (page("lens_score", {"a": {"cuda": float("nan")}}), "a.cuda: expected seconds above 0, got NaN"),
-        (page("lens_score", {"a": {"cuda": True}}), "a.cuda: expected seconds above 0, got true"),
+        (page("lens_score", {"a": {"cuda": 1}}), "a.cuda: expected an object, got 1"),
+        (page("lens_score", {"a": {"cuda": {"device": 0}}}), "a.cuda.device: expected seconds above 0, got 0"),
+        (page("lens_score", {"a": {"cuda": float("nan")}}), "a.cuda.device: expected seconds above 0, got NaN"),
+        (page("lens_score", {"a": {"cuda": {"device": 1.0, "host": True}}}), "a.cuda.host: expected .* got true"),
+        (page("lens_score", {"a": {"cuda": {"host": 1.0}}}), "a.cuda.device: expected seconds above 0, got none"),
+        (page("lens_score", {"a": {"cuda": {"wall": 1.0}}}), "a.cuda: expected some of device, host, got wall"),
         (page("lens_score", {"a": GOOD}) | {"measured": None}, "measured: expected what .* were measured on, got null"),
         (page("lens_score", {"a": GOOD}) | {"measured": {"gpu": 1}}, "measured.gpu: expected a text, got 1"),
     ],
