@@ -140,7 +140,7 @@ class _Chunks:
     window slides by dropping entries and renumbering the rest."""
 
     def __init__(self, engine: CacheEngine, *, sink: int, window: int, chunk: int) -> None:
-        self.engine, self.sink, self.window = engine, sink, window
+        self.engine, self.sink, self.window, self.chunk = engine, sink, window, chunk
         self.cache = engine.allocate(sink + window + chunk)
         self.slots = torch.zeros(0, dtype=torch.int64, device=engine.device)
 
@@ -152,7 +152,7 @@ class _Chunks:
         slots = torch.arange(n, n + len(ids), device=device)
         self.cache.pos[0, slots] = slots
         x = self.engine.embed(torch.from_numpy(ids)[None].to(device))
-        writer = self.cache.writer(slots[None], n + len(ids))
+        writer = self.cache.writer(slots[None], n + len(ids), repeats=len(ids) == self.chunk)
         output = self.engine.forward(x, slots[None], writer, hidden_layer=self.engine.config.n_layers // 2)
         self.slots = torch.cat((self.slots, slots))
         span = slice(n, n + len(ids))

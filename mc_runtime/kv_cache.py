@@ -106,21 +106,21 @@ class KVCache:
             if bias is not None:
                 self.bias[0, slots] = bias
 
-    def writer(self, slots: Tensor, used: int) -> SlotWriter:
-        return SlotWriter(self, slots, used)
+    def writer(self, slots: Tensor, used: int, *, repeats: bool = False) -> SlotWriter:
+        return SlotWriter(self, slots, used, repeats=repeats)
 
 
 class SlotWriter:
     """Where a forward writes its keys and values: slots [B, T] of a cache (the model's `KVStore`).
 
     All T entries of a layer are written before the layer attends, so entries of one forward see each other as far as
-    their positions allow. Only slots [0, used) are attended to.
+    their positions allow. Only slots [0, used) are attended to. repeats: see `KVStore`.
     """
 
-    def __init__(self, cache: KVCache, slots: Tensor, used: int) -> None:
+    def __init__(self, cache: KVCache, slots: Tensor, used: int, *, repeats: bool = False) -> None:
         if slots.dim() != 2 or slots.shape[0] != cache.batch:
             raise ValueError(f"slots: expected [B={cache.batch}, T], got {list(slots.shape)}")
-        self.cache, self.used, self.slots = cache, used, slots
+        self.cache, self.used, self.slots, self.repeats = cache, used, slots, repeats
         self.kv_bias = None if cache.bias is None else cache.bias[:, :used]
         self.pos = cache.pos[:, :used]
 

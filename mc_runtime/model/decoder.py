@@ -13,7 +13,7 @@ On a CPU without gradients a few rows, which is what a decode step is, and in bf
 `fused_linear`: a weight is read at the rate of memory, and norms, activation and residuals cost no calls of their own.
 Results agree within rounding. Where such rows run over a slot cache, one native call does all layers
 (`native_layers.py`). Up to four rows read weights that came quantised as they were (`packing.py`). On a GPU a decode
-step over a slot cache is a CUDA graph (`graphed_layers.py`).
+step over a slot cache, and a chunk of a text that is read, is a CUDA graph (`graphed_layers.py`).
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ class Decoder(nn.Module):
         """
         n_layers = self.check_forward(x, positions, stop_layer, hidden_layer)
         context = SelfStore() if store is None else store
-        if graphs(x) and n_layers and hidden_layer is None:
+        if n_layers and graphs(x, context):
             norm = self.norm if stop_layer is None else None
             replayed = self._graphed_layers.run(
-                self.layers, x, positions, context, self.rope, n_layers, return_mass, norm
+                self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass, norm
             )
             if replayed is not None:
                 return DecoderOutput(*replayed)

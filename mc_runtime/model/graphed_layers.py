@@ -1,8 +1,10 @@
-"""A decode step on a GPU as one CUDA graph.
+"""A decode step on a GPU, or a chunk of a text that is read, as one CUDA graph.
 
 A step is some hundred kernels of a few microseconds; the code that launches them takes several times as long, at every
 step. Recorded once over a slot cache they are replayed by one call. The recorded step attends to the whole cache, of
-which `pos` says what is in use, so that it serves whatever the number of entries.
+which `pos` says what is in use, so that it serves whatever the number of entries. Of more than one row a step is
+recorded where its store says that the like of it comes again (`KVStore.repeats`): recording takes as long as three of
+them.
 
 A graph holds addresses, not tensors: it is looked up by those that a call brings, so one whose memory has gone to
 another cache of the same shape is right for that one too. The first step over a cache runs as usual, which compiles
@@ -33,14 +35,15 @@ logger = logging.getLogger(__name__)
 # Graphs that are kept, the least recently used one goes first: each has some megabytes of its own.
 MOST_GRAPHS = 8
 
-Step = tuple[Tensor, Tensor | None]
+# The stream after the layers, their masses, and the stream after the layer that is tapped.
+Step = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def graphs(x: Tensor) -> bool:
-    """Whether x [B, T, E] is a decode step on a GPU, without gradients and not part of a recording already."""
+def graphs(x: Tensor, store: KVStore) -> bool:
+    """Whether x [B, T, E] is a step on a GPU that comes again, without gradients and not part of a recording."""
     return (
         x.is_cuda
-        and x.shape[1] == 1
+        and (x.shape[1] == 1 or getattr(store, "repeats", False))
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
@@ -55,8 +58,7 @@ class _Recorded:
     x: Tensor
     positions: Tensor
     slots: Tensor
-    hidden: Tensor
-    mass: Tensor | None
+    results: Step
 
 
 class GraphedLayers:
@@ -79,10 +81,11 @@ class GraphedLayers:
 
     def run(
         self, layers: nn.ModuleList, x: Tensor, positions: Tensor, store: KVStore, rope: RopeSpec, n_layers: int,
-        return_mass: bool, norm: nn.Module | None,
+        hidden_layer: int | None, return_mass: bool, norm: nn.Module | None,
     ) -> Step | None:  # fmt: skip
-        """The stream after `n_layers` (normed, where `norm` is given) and their masses, as `Decoder.forward`; None
-        where the step has to be run otherwise: over a store without slots, with hooks, for the first time."""
+        """The stream after `n_layers` (normed, where `norm` is given), their masses and the stream after
+        `hidden_layer`, as `Decoder.forward`; None where the step has to be run otherwise: over a store without slots,
+        with hooks, for the first time."""
         whole_cache = getattr(store, "whole_cache", None)
         if whole_cache is None or getattr(store, "sigma", None) is not None or torch_module._has_any_global_hook():
             return None
@@ -93,7 +96,7 @@ class GraphedLayers:
                 return None
             cache: CacheSlots = whole_cache()
             key = (
-                x.shape, positions.dtype, return_mass, n_layers, os.environ.get(ENV_BACKEND),
+                x.shape, positions.dtype, return_mass, n_layers, hidden_layer, os.environ.get(ENV_BACKEND),
                 None if norm is None else (id(norm), *(p.data_ptr() for p in norm.parameters())),
                 torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0,
                 *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (cache.k, cache.v, cache.kv_pos)),
@@ -107,7 +110,9 @@ class GraphedLayers:
             self._graphs.move_to_end(key)
             one = self._graphs[key]
             if one is None:
-                one = self._graphs[key] = self._record(layers, x, positions, cache, rope, n_layers, return_mass, norm)
+                one = self._graphs[key] = self._record(
+                    layers, x, positions, cache, rope, n_layers, hidden_layer, return_mass, norm
+                )
             if not isinstance(one, _Recorded):
                 return None
             one.x.copy_(x)
@@ -115,7 +120,9 @@ class GraphedLayers:
             one.slots.copy_(cache.slots)
             one.graph.replay()
             used = getattr(store, "used", cache.k.shape[3])
-            return one.hidden.clone(), None if one.mass is None else one.mass[..., :used].clone()
+            hidden, mass, tapped = one.results
+            mass = None if mass is None else mass[..., :used].clone()
+            return hidden.clone(), mass, None if tapped is None else tapped.clone()
 
     def _unchanged(self, layers: nn.ModuleList, rope: RopeSpec) -> bool:
         """Whether the layers and where their weights lie are those of the graphs, which are dropped otherwise, and have
@@ -134,7 +141,7 @@ class GraphedLayers:
 
     def _record(
         self, layers: nn.ModuleList, x: Tensor, positions: Tensor, cache: CacheSlots, rope: RopeSpec, n_layers: int,
-        return_mass: bool, norm: nn.Module | None,
+        hidden_layer: int | None, return_mass: bool, norm: nn.Module | None,
     ) -> _Recorded | bool:  # fmt: skip
         # Not tensors of inference mode, even where it is on: the next caller may be without it.
         with torch.inference_mode(False), torch.no_grad():
@@ -143,18 +150,21 @@ class GraphedLayers:
 
         def step() -> Step:
             stream, masses = inputs[0], list[Tensor]()
-            for layer in layers[:n_layers]:
+            tapped = stream if hidden_layer == 0 else None
+            for number, layer in enumerate(layers[:n_layers], start=1):
                 stream, mass = layer(stream, inputs[1], store, rope, return_mass, False)
                 if mass is not None:
                     masses.append(mass)
-            return stream if norm is None else norm(stream), torch.stack(masses) if masses else None
+                if number == hidden_layer:
+                    tapped = stream
+            return stream if norm is None else norm(stream), torch.stack(masses) if masses else None, tapped
 
         try:
-            graph, (hidden, masses) = capture(step, x.device)
+            graph, results = capture(step, x.device)
         except RuntimeError as error:
             logger.warning("decode steps are not recorded as a CUDA graph: %s", str(error).partition("\n")[0])
             return False
-        return _Recorded(graph, inputs[0], inputs[1], inputs[2], hidden, masses)
+        return _Recorded(graph, inputs[0], inputs[1], inputs[2], results)
 
 
 def capture(step: Callable[[], Step], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Step]:

@@ -19,7 +19,8 @@ class KVStore(Protocol):
     `sigma [B, S]` damps the RoPE bands of spread-out entries, or None;
     `in_slots() -> CacheSlots | None`, called after `begin`: tensors that hold the keys and values of all layers, and
     where in them the entries being run belong. Layers may then be run as one native call, without `update`;
-    `whole_cache() -> CacheSlots`, called instead of `begin`: the same with all slots of the cache, in use or not.
+    `whole_cache() -> CacheSlots`, called instead of `begin`: the same with all slots of the cache, in use or not;
+    `repeats`: forwards of as many entries over the same cache follow, which pays for recording one on a GPU.
     """
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

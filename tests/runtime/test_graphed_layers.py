@@ -1,4 +1,4 @@
-"""Decode steps replayed as a CUDA graph do what the layers do one by one."""
+"""Decode steps and chunks of text replayed as a CUDA graph do what the layers do one by one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from mc_runtime.engines import NativeEngine
+from mc_runtime.ingest import _Chunks
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model.decoder import Decoder
 from mc_runtime.model.graphed_layers import MOST_GRAPHS, GraphedLayers, Step
@@ -43,7 +45,9 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("no CUDA device")
     if request.param == "cpu":
         monkeypatch.setattr("mc_runtime.model.graphed_layers.capture", repeat)
-        monkeypatch.setattr("mc_runtime.model.decoder.graphs", lambda x: x.shape[1] == 1)
+        monkeypatch.setattr(
+            "mc_runtime.model.decoder.graphs", lambda x, store: x.shape[1] == 1 or getattr(store, "repeats", False)
+        )
     return tiny_model(device=request.param).decoder
 
 
@@ -92,6 +96,52 @@ def test_steps_are_those_of_the_layers(decoder: Decoder, batch: int, weighted: b
     assert close(cache.data, expected_cache.data)
     assert len(hidden) == STEPS + 1
     assert len({x.data_ptr() for x in hidden}) == STEPS + 1  # a later step does not write into what was returned
+
+
+@pytest.mark.parametrize("tap", [None, 0, 1, 2])
+def test_chunks_of_a_text_are_those_of_the_layers(decoder: Decoder, tap: int | None) -> None:
+    """Where the store says that they repeat, with a tapped layer; others are run one by one."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(1, 70, decoder.config.embed_dim, generator=generator).to(decoder.device, decoder.dtype)
+    results = []
+    for one in (decoder, usual(decoder)):
+        cache = KVCache.allocate(one.config, 96, dtype=one.dtype, device=one.device)
+        outputs = []
+        with torch.inference_mode():
+            for first in range(0, 70, 16):
+                count = min(16, 70 - first)
+                positions = torch.arange(first, first + count, device=one.device)[None]
+                cache.pos[:, first : first + count] = positions
+                writer = cache.writer(positions, first + count, repeats=count == 16)
+                outputs.append(one(text[:, first : first + count], positions, writer, hidden_layer=tap))
+        results.append((outputs, cache))
+    (got, got_cache), (want, want_cache) = results
+    assert len(decoder._graphed_layers) == 1
+    for a, b in zip(got, want, strict=True):
+        assert close(a.hidden, b.hidden)
+        assert (a.tapped is None) == (b.tapped is None) == (tap is None)
+        if a.tapped is not None and b.tapped is not None:
+            assert close(a.tapped, b.tapped)
+    assert len({a.hidden.data_ptr() for a in got}) == len(got)
+    assert close(got_cache.data, want_cache.data)
+
+
+def test_ingest_reads_its_whole_chunks_by_graphs(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sliding window, so that slots are dropped and numbered anew between the chunks."""
+    replays: list[int] = []
+    run = GraphedLayers.run
+    monkeypatch.setattr(
+        GraphedLayers, "run", lambda self, *a: (lambda r: replays.append(r is not None) or r)(run(self, *a))
+    )
+    ids = torch.randint(0, decoder.config.vocab_size, (150,), generator=torch.Generator().manual_seed(3)).numpy()
+    results = []
+    for one in (decoder, usual(decoder)):
+        chunks = _Chunks(NativeEngine(one), sink=8, window=16, chunk=32)
+        with torch.inference_mode():
+            results.append([tuple(x.clone() for x in chunks.run(ids[i : i + 32])) for i in range(0, 150, 32)])
+    assert replays[:5] == [False, True, True, True]
+    for got, want in zip(*results, strict=True):
+        assert all(close(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_other_weights_are_recorded_anew(decoder: Decoder) -> None:
