@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -15,11 +16,27 @@ from tiny import tiny_model
 
 from mc_runtime.model import LoadedModel
 from mc_runtime.train.corpus import Corpus
+from mc_runtime.train.lens_questions import Article, read_articles
 
 
 @pytest.fixture(scope="session")
 def model() -> LoadedModel:
     return tiny_model()
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> list[Article]:
+    told = []
+    for name in ("Ada", "Bob", "Cleo", "Dan"):
+        paragraphs = []
+        for number in range(6):
+            context = f"{name} keeps lamp {number}. It is the {number + 3}th lamp that {name} has had in this house."
+            answer = {"text": f"{number + 3}th", "answer_start": context.index(f"{number + 3}th")}
+            paragraphs.append({"context": context, "qas": [{"question": f"Which {number}?", "answers": [answer]}]})
+        told.append({"title": name, "paragraphs": paragraphs})
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"data": told}))
+    return read_articles(path)
 
 
 @pytest.fixture

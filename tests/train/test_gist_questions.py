@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_questions import QuestionSource, open_answers, passage_alone
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.layouts import LayoutOptions
-from mc_runtime.train.lens_questions import Question, read_articles
+from mc_runtime.train.lens_questions import Article, Question
 from mc_runtime.train.pooled_maker import PooledMaker
 
 K, FAR, NEAR = 8, 320, 64
@@ -31,18 +29,8 @@ OPTIONS = GistTaskOptions(
 
 
 @pytest.fixture
-def source(tmp_path: Path, model: LoadedModel) -> QuestionSource:
-    articles = []
-    for name in ("Ada", "Bob", "Cleo", "Dan"):
-        paragraphs = []
-        for number in range(6):
-            context = f"{name} keeps lamp {number}. It is the {number + 3}th lamp that {name} has had in this house."
-            answer = {"text": f"{number + 3}th", "answer_start": context.index(f"{number + 3}th")}
-            paragraphs.append({"context": context, "qas": [{"question": f"Which {number}?", "answers": [answer]}]})
-        articles.append({"title": name, "paragraphs": paragraphs})
-    path = tmp_path / "questions.json"
-    path.write_text(json.dumps({"data": articles}))
-    return QuestionSource(model, read_articles(path), K)
+def source(articles: list[Article], model: LoadedModel) -> QuestionSource:
+    return QuestionSource(model, articles, K)
 
 
 def test_answers_are_where_they_are_said_to_be(source: QuestionSource, model: LoadedModel) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from mc_runtime.train.gist_options import GistTaskOptions
 from mc_runtime.train.gist_questions import QuestionSource
 from mc_runtime.train.gist_task import GistTask
 from mc_runtime.train.lens_fit import fit_lens, label_scenes
-from mc_runtime.train.lens_questions import Article, read_articles
+from mc_runtime.train.lens_questions import Article
 from mc_runtime.train.lens_samples import LensSample, SampleOptions, load_samples
 from mc_runtime.train.lens_task import LensTaskOptions
 from mc_runtime.train.trainer import Trainer, TrainOptions
@@ -35,21 +34,6 @@ def on_gpu() -> LoadedModel:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return tiny_model(device="cuda")
-
-
-@pytest.fixture
-def articles(tmp_path: Path) -> list[Article]:
-    told = []
-    for name in ("Ada", "Bob", "Cleo", "Dan"):
-        paragraphs = []
-        for number in range(6):
-            context = f"{name} keeps lamp {number}. It is the {number + 3}th lamp that {name} has had in this house."
-            answer = {"text": f"{number + 3}th", "answer_start": context.index(f"{number + 3}th")}
-            paragraphs.append({"context": context, "qas": [{"question": f"Which {number}?", "answers": [answer]}]})
-        told.append({"title": name, "paragraphs": paragraphs})
-    path = tmp_path / "questions.json"
-    path.write_text(json.dumps({"data": told}))
-    return read_articles(path)
 
 
 def gist_task(model: LoadedModel, corpus: Corpus, articles: list[Article], questions: float) -> GistTask:
