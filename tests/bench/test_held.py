@@ -156,6 +156,10 @@ def test_a_device_behind_a_slow_host() -> None:
     assert late.median == pytest.approx(early.median, rel=0.5)
     assert waited.waits
     stream = CudaStream(device)
-    first = stream.record()
-    stream.hold(5e-3)
-    assert stream.between(first, stream.record()) == pytest.approx(5e-3, rel=0.5)
+    held = []
+    for _ in range(5):
+        first = stream.record()
+        stream.hold(5e-3)
+        held.append(stream.between(first, stream.record()))
+    # Other processes' kernels may run in between, so it can be longer; never shorter.
+    assert 4e-3 < min(held) < 7.5e-3
