@@ -10,6 +10,7 @@ import typer
 from mc_runtime.errors import InputError
 
 from .ablate_command import ablate
+from .average import average
 from .gist_command import gist
 from .joint_command import joint
 from .lens_command import lens
@@ -21,6 +22,7 @@ app.command()(lens)
 app.command()(joint)
 app.command()(ablate)
 app.command()(replies)
+app.command()(average)
 
 
 def parse_texts(texts: Sequence[str]) -> list[tuple[Path, float]]:
