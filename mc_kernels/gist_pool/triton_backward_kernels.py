@@ -14,13 +14,16 @@ def load_gradient(
     ok_ptr, ov_ptr, n_rows, m_ptr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o and gy = o + o M^T of a tile: o's columns' sums [DP] and gy [ROWS, DP], for key and value."""
+    """o and gy = o + o M^T of a tile: o's columns' sums [DP] and gy [ROWS, DP], for key and value. In fp32 o is added
+    last, as y is in `add_residual`."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DP)
     here = (rows < n_rows)[:, None]
     mask = here & (dims < D)[None, :]
     gk = tl.load(ok_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     gv = tl.load(ov_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     ck, cv = tl.sum(gk, axis=0), tl.sum(gv, axis=0)
+    if PRECISION == "ieee":
+        gk, gv = tl.zeros((ROWS, DP), tl.float32), tl.zeros((ROWS, DP), tl.float32)
     for start in range(0, D, INNER):
         i = start + tl.arange(0, INNER)
         o_at, o_mask = rows[:, None] * D + i[None, :], here & (i < D)[None, :]
@@ -35,6 +38,9 @@ def load_gradient(
         gk = tl.dot(ov, kv, gk, input_precision=PRECISION)
         gv = tl.dot(ok, vk, gv, input_precision=PRECISION)
         gv = tl.dot(ov, vv, gv, input_precision=PRECISION)
+    if PRECISION == "ieee":
+        gk += tl.load(ok_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0)
+        gv += tl.load(ov_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0)
     return ck, cv, gk, gv
 
 
@@ -79,7 +85,7 @@ def backward_blocks_kernel(
             along = tl.zeros((KP,), tl.float32)
         for g in range(G):
             wk, wv, b = load_head(w_ptr, b_ptr, g, inside, entries, dims, D, K)
-            nw, p = attend(k, v, inv_rms, wk, wv, b, inside, False)
+            nw, p = attend(k, v, inv_rms, wk, wv, b, inside, PRECISION == "ieee")
             here = rows[:, None] == i * G + g
             ok, ov = tl.sum(tl.where(here, gk, 0.0), axis=0), tl.sum(tl.where(here, gv, 0.0), axis=0)
             gx = tl.sum(k * ok[None, :] + v * ov[None, :], axis=1)

@@ -48,7 +48,8 @@ def inverse_rms(k, v, D: tl.constexpr):
 
 @triton.jit
 def attend(k, v, inv_rms, wk, wv, b, inside, EXACT: tl.constexpr):
-    """n . w and p, [KP] each. EXACT: exp and quotient to fp32 rounding, for which the backward lacks registers."""
+    """n . w and p, [KP] each. EXACT: exp and quotient to fp32 rounding, for which the backward of halves lacks
+    registers: what rounds at 2^-22 there is nothing beside a half, but the most of the error of fp32's gradients."""
     nw = tl.sum(k * wk[None, :] + v * wv[None, :], axis=1) * inv_rms
     logits = tl.where(inside, nw + b, float("-inf"))
     logits -= tl.max(logits, axis=0)
@@ -97,14 +98,22 @@ def add_residual(
 ):  # fmt: skip
     """y + y M + c. A matrix product needs slices of y, which registers cannot give: y goes through the program's own
     rows of `yk_ptr`, `yv_ptr` [n_rows, D], that is through the first-level cache, in their dtype. These rows are free
-    again afterwards; the barriers order the program's threads."""
+    again afterwards; the barriers order the program's threads.
+
+    In fp32 y and c come last: a product is one chain of additions, and begun with y each of its 2D would round at the
+    size of y, which M's part is a small correction of."""
     rows, dims = tl.arange(0, ROWS), tl.arange(0, DP)
     here = (rows < n_rows)[:, None]
     tl.store(yk_ptr + rows[:, None] * D + dims[None, :], yk, mask=here & (dims < D)[None, :])
     tl.store(yv_ptr + rows[:, None] * D + dims[None, :], yv, mask=here & (dims < D)[None, :])
     tl.debug_barrier()
-    yk += tl.load(c_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
-    yv += tl.load(c_ptr + D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+    ck = tl.load(c_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+    cv = tl.load(c_ptr + D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+    if PRECISION == "ieee":
+        yk, yv = tl.zeros((ROWS, DP), tl.float32), tl.zeros((ROWS, DP), tl.float32)
+    else:
+        yk += ck
+        yv += cv
     for start in range(0, D, INNER):
         i = start + tl.arange(0, INNER)
         a_at, a_mask = rows[:, None] * D + i[None, :], here & (i < D)[None, :]
@@ -119,6 +128,10 @@ def add_residual(
         yv = tl.dot(ak, kv, yv, input_precision=PRECISION)
         yk = tl.dot(av, vk, yk, input_precision=PRECISION)
         yv = tl.dot(av, vv, yv, input_precision=PRECISION)
+    if PRECISION == "ieee":
+        at, mask = rows[:, None] * D + dims[None, :], here & (dims < D)[None, :]
+        yk = tl.load(yk_ptr + at, mask=mask, other=0.0) + (yk + ck)
+        yv = tl.load(yv_ptr + at, mask=mask, other=0.0) + (yv + cv)
     tl.debug_barrier()
     return yk, yv
 
