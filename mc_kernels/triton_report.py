@@ -34,7 +34,8 @@ class Compilation:
 
     shape: what it is for, as "SmolLM2-135M". signature: argument name to Triton type ("*bf16", "i32", "i64", "fp32"),
     constexprs to "constexpr". constexprs: their values (None for an argument that is not given). aligned: names of the
-    arguments that are multiples of 16, as Triton specialises pointers of torch's allocator.
+    arguments that are multiples of 16, as Triton specialises pointers of torch's allocator. most_registers: that a
+    thread may have.
     """
 
     shape: str
@@ -44,6 +45,7 @@ class Compilation:
     num_warps: int
     num_stages: int = 3
     aligned: Sequence[str] = field(default=())
+    most_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def compile_one(op: str, one: Compilation, capability: int) -> Resources:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in one.aligned}
     constexprs = {(names.index(name),): value for name, value in one.constexprs.items()}
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, "maxnreg": one.most_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, local = _resource_usage(compiled.asm["cubin"])
     plain = ", ".join(f"{k}={v}" for k, v in one.constexprs.items() if k.isupper() and v is not None)
     configuration = f"{plain}; {one.num_warps} warps, {one.num_stages} stages"
+    if one.most_registers:
+        configuration += f", at most {one.most_registers} registers"
     return Resources(
         op, one.kernel.fn.__name__, one.shape, configuration, capability, registers, local, compiled.metadata.shared
     )

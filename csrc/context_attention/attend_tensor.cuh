@@ -158,34 +158,46 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
     MC_SHARED_MEMORY(memory);
     SharedMemory shared(memory);
     const Part p = part_of(call, static_cast<int>(blockIdx.x), 8 * T);
-    const Bands bands = Bands::take(call, shared);
-    bands.fill(call);
-    __syncthreads();
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = lane % 4;
     const int step = kTileSlots * static_cast<int>(blockDim.x) / 32;
     const bool turns = call.inv_freq != nullptr;
+
+    // All that the block begins with is on its way together, one latency and not one after another: the first keys, even
+    // if no row sees them, their positions, the queries, theirs, and the frequencies.
+    using Stored = Piece<E, S>;
+    const char *k = p.keys(call), *v = p.values(call);
+    int tile = p.low + kTileSlots * (static_cast<int>(threadIdx.x) / 32);
+    typename Stored::Loaded keys[2][D / 32];
+    load_keys<D>(call, k, {tile + g < p.high, tile + g + 8 < p.high}, tile + g, c, keys);
+    Slots now(call, p, tile + g);
+    Quad query[T][D / 32];
+    int64_t own[T];
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+        const int row = 8 * t + g;
+        const char* from = p.queries(call, min(row, p.count - 1)) + 16 * c;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) query[t][j] = row < p.count ? read_constant<Quad>(from + 64 * j) : Quad{};
+        own[t] = p.position(call, row);
+    }
+    const Bands bands = Bands::take(call, shared);
+    bands.fill(call);
+    __syncthreads();
 
     const Span<Quad> queries = shared.take<Quad>(T * D / 32 * 32);  // [T][D / 32][lanes]
     int64_t at[T][2], latest = -1;
     Running<D, T> state;
 #pragma unroll
     for (int t = 0; t < T; ++t) {
-        const int row = 8 * t + g;
-        Quad query[D / 32];
-#pragma unroll
-        for (int j = 0; j < D / 32; ++j) {
-            query[j] = row < p.count ? read_constant<Quad>(p.queries(call, row) + 16 * c + 64 * j) : Quad{};
-        }
-        const int64_t own = p.position(call, row);
-        if (turns) turn_row<E, D>(call, bands, c, own, 0.0f, false, query);
-        latest = max(latest, own);
+        if (turns) turn_row<E, D>(call, bands, c, own[t], 0.0f, false, query[t]);
+        latest = max(latest, own[t]);
         if (threadIdx.x < 32) {
 #pragma unroll
-            for (int j = 0; j < D / 32; ++j) queries[(t * (D / 32) + j) * 32 + lane] = query[j];
+            for (int j = 0; j < D / 32; ++j) queries[(t * (D / 32) + j) * 32 + lane] = query[t][j];
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            at[t][r] = p.position(call, 8 * t + 2 * c + r);
+            at[t][r] = __shfl_sync(0xffffffffu, own[t], 4 * (2 * c + r));
             state.top[t][r] = -MC_INFINITY;
             state.total[t][r] = 0.0f;
         }
@@ -198,13 +210,7 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
     for (int lanes = 4; lanes < 32; lanes *= 2) latest = max(latest, __shfl_xor_sync(0xffffffffu, latest, lanes));
     __syncthreads();
 
-    using Stored = Piece<E, S>;
-    const char *k = p.keys(call), *v = p.values(call);
     const float scale = scale_of<S>(call, p);
-    int tile = p.low + kTileSlots * (static_cast<int>(threadIdx.x) / 32);
-    Slots now(call, p, tile + g);
-    typename Stored::Loaded keys[2][D / 32];
-    load_keys<D>(call, k, now, latest, tile + g, c, keys);
     for (; tile < p.high; tile += step) {
         const Slots next(call, p, tile + step + g);
         const unsigned seen[2] = {__ballot_sync(0xffffffffu, now.seen(0, latest)),
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kTensorThreads, T == 1 ? 3 : 2)
         }
         // On their way together, 8 KB a warp at D = 128; not before the keys have turned, which takes the registers.
         load_values<D>(call, v, seen, tile, lane, values);
-        load_keys<D>(call, k, next, latest, tile + step + g, c, keys);
+        load_keys<D>(call, k, {next.seen(0, latest), next.seen(1, latest)}, tile + step + g, c, keys);
 #pragma unroll
         for (int t = 0; t < T; ++t) {
 #pragma unroll

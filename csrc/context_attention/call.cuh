@@ -91,7 +91,7 @@ struct Bands {
     }
 };
 
-constexpr float kLog2 = 0.69314718055994530942f, kLog2E = 1.44269504088896340736f;
+constexpr float kLog2 = 0.69314718055994530942f;
 #if defined(__CUDACC__)
 #define MC_INFINITY __int_as_float(0x7f800000)
 #else
@@ -110,8 +110,8 @@ MC_DEVICE float result_scale_of(const AttendCall& c, const Part& p) {
     return 1.0f;
 }
 
-// exp(x - top), 0 where top is -infinity. The difference first: a large logit in units of log 2 is rounded once more.
-MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : exp2f((x - top) * kLog2E); }
+// exp(x - top), 0 where top is -infinity. Not by exp2f: a large difference in units of log 2 is rounded once more.
+MC_DEVICE float share(float x, float top) { return top == -MC_INFINITY ? 0.0f : expf(x - top); }
 
 MC_DEVICE float lse_of(float top, float total) { return total > 0.0f ? top + log2f(total) * kLog2 : -MC_INFINITY; }
 

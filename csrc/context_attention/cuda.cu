@@ -10,7 +10,7 @@
 namespace mc::cuda {
 namespace {
 
-constexpr int64_t kMostDims = 256, kLeastSplit = 128, kMostSplits = 128;
+constexpr int64_t kMostDims = 256, kLeastSplit = 64;
 // Resident at a time on a multiprocessor, by registers: of a tile of 16 rows, of others.
 constexpr int64_t kBlocksOfMany = 2, kBlocksOfFew = 3;
 
@@ -33,9 +33,10 @@ Layout layout_of(const mc_context_attention_args& a, const Attention& x) {
     l.row_tiles = (x.rows + l.tile_rows - 1) / l.tile_rows;
     const int64_t rows = x.batch * x.heads * x.queries, programs = x.batch * x.kv_heads * l.row_tiles;
     if (rows == 0 || x.slots == 0) return l;
-    const int64_t tile = l.tensor ? kTileSlots * kTensorThreads / 32 : kPlainSlots;
-    l.splits = std::clamp<int64_t>((l.tile_rows == 16 ? kBlocksOfMany : kBlocksOfFew) * multiprocessors() / programs, 1,
-                                   std::min(kMostSplits, std::max<int64_t>(x.slots / kLeastSplit, 1)));
+    const int64_t tile = l.tensor ? kTileSlots : kPlainSlots;  // a warp's, a block's
+    const int64_t resident = l.tile_rows == 16 ? kBlocksOfMany : kBlocksOfFew;
+    l.splits = std::clamp<int64_t>(resident * multiprocessors() / programs, 1,
+                                   std::min<int64_t>(kMostSplits, std::max<int64_t>(x.slots / kLeastSplit, 1)));
     l.chunk = ((x.slots + l.splits - 1) / l.splits + tile - 1) / tile * tile;
     l.splits = (x.slots + l.chunk - 1) / l.chunk;
     if (l.splits > 1) {
@@ -156,7 +157,9 @@ void launch_all(const AttendCall& c, const Layout& l, bool fp8, void* stream) {
         fp8 ? attend<E, Fp8>(c, l, blocks, stream) : attend<E, E>(c, l, blocks, stream);
     }
     if (c.all_rows && l.splits != 1) {
-        launch("context_attention (splits)", join_splits<E>, c.all_rows, block_threads(kJoinThreads), 0, stream, c);
+        const int threads = block_threads(kJoinThreads);
+        launch("context_attention (splits)", join_splits<E>, c.all_rows, threads,
+               join_shared_bytes(threads, c.splits, c.dims), stream, c);
     }
     const int64_t slots = static_cast<int64_t>(c.batch) * c.slots;
     if (c.mass && slots) {

@@ -14,7 +14,9 @@
 // values and the next one's keys on their way together, 8 KB at D = 128, from the product with the keys to that with the
 // values, straight into the operands' registers; three blocks of four warps are up to 96 KB a multiprocessor, where
 // Little's law asks 25 (H100) to 36 KB (H200) for 1 us of latency. So there is no stage in shared memory, and no
-// asynchronous copy into one.
+// asynchronous copy into one. Of a short context the ends count (10 us of 22 at 8k slots, H200): a block has all that it
+// begins with on its way together, its first keys with its queries, one latency of DRAM and not four; and join_splits asks
+// for all of a row before it waits: a split after the other it took 12 us of 36 at 8k slots (H100).
 //
 // Rotation: an entry's bytes of one KV head take 35 (H100) or 25 (H200) cycles of a multiprocessor to arrive at D = 128. Of
 // its 64 pairs each costs some 9 instructions for the phase (3 of them integer products, 2 of the special function unit)
@@ -38,29 +40,81 @@
 
 #include "attend_plain.cuh"
 #include "attend_tensor.cuh"
+#include "values.cuh"
 
 namespace mc::cuda {
 
-constexpr int kJoinThreads = 128, kMassThreads = 128;
+constexpr int kJoinThreads = 256, kMassThreads = 128, kMostSplits = 128;
 
-// Row blockIdx.x of [B, Hq, T]. No splits: nothing is seen.
+inline int64_t join_shared_bytes(int threads, int64_t splits, int64_t dims) {
+    return shared_bytes_of<float>(threads / 32 * splits) + shared_bytes_of<float>(threads / 32 * dims);
+}
+
+// Row blockIdx.x of [B, Hq, T]. No splits: nothing is seen. A warp has every eighth split, a lane every 32nd dimension,
+// and of 64 splits and 128 dimensions all is asked for before anything is awaited: one latency of L2 and not one a split.
 template <class E>
 __global__ void __launch_bounds__(kJoinThreads) join_splits(const __grid_constant__ AttendCall c) {
+    MC_SHARED_MEMORY(memory);
+    SharedMemory shared(memory);
+    constexpr int kSplitsEach = 8, kDimsEach = 4;
+    const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const Span<float> weights = shared.take<float>(warps * c.splits).part(warp * c.splits, c.splits);  // of each warp
+    const Span<float> sums = shared.take<float>(warps * c.dims);
     const int64_t row = static_cast<int64_t>(blockIdx.x);
+    float parts[kSplitsEach][kDimsEach];
+    const auto load = [&](int s, int first) {
+        const float* at = c.partial_out + (s * c.all_rows + row) * c.dims + first + lane;
+#pragma unroll
+        for (int j = 0; j < kSplitsEach; ++j, s += warps, at += warps * c.all_rows * c.dims) {
+#pragma unroll
+            for (int i = 0; i < kDimsEach; ++i) {
+                parts[j][i] = s < c.splits && first + lane + 32 * i < c.dims ? read<float>(at + 32 * i) : 0.0f;
+            }
+        }
+    };
+    load(warp, 0);
+    float tops[kMostSplits / 32], totals[kMostSplits / 32], top = -MC_INFINITY, total = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kMostSplits / 32; ++j) {
+        const int s = lane + 32 * j;
+        tops[j] = s < c.splits ? read<float>(c.tops + s * c.all_rows + row) : -MC_INFINITY;
+        totals[j] = s < c.splits ? read<float>(c.totals + s * c.all_rows + row) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kMostSplits / 32; ++j) top = max(top, tops[j]);
+    top = warp_max(top);
+#pragma unroll
+    for (int j = 0; j < kMostSplits / 32; ++j) {
+        const float weight = share(tops[j], top) * totals[j];
+        if (lane + 32 * j < c.splits) weights[lane + 32 * j] = weight;
+        total += weight;
+    }
+    total = warp_sum(total);
+    __syncwarp();
+    for (int first = 0; first < c.dims; first += 32 * kDimsEach) {
+        float sum[kDimsEach] = {};
+        for (int s = warp; s < c.splits; s += warps * kSplitsEach) {
+            if (first > 0 || s > warp) load(s, first);
+#pragma unroll
+            for (int j = 0; j < kSplitsEach; ++j) {
+                const float weight = s + j * warps < c.splits ? weights[s + j * warps] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < kDimsEach; ++i) sum[i] += weight * parts[j][i];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kDimsEach; ++i) {
+            const int d = first + lane + 32 * i;
+            if (d < c.dims) sums[warp * c.dims + d] = sum[i];
+        }
+    }
+    __syncthreads();
     const int64_t t = row % c.queries, h = row / c.queries % c.heads, b = row / c.queries / c.heads;
-    float top = -MC_INFINITY, total = 0.0f;
-    for (int s = 0; s < c.splits; ++s) top = max(top, read<float>(c.tops + s * c.all_rows + row));
-    const auto weight = [&](int64_t at) { return share(read<float>(c.tops + at), top) * read<float>(c.totals + at); };
-#pragma unroll 4
-    for (int s = 0; s < c.splits; ++s) total += weight(s * c.all_rows + row);
     char* to = c.out + b * c.out_step[0] + h * c.out_step[1] + t * c.out_step[2];
     for (int d = static_cast<int>(threadIdx.x); d < c.dims; d += static_cast<int>(blockDim.x)) {
         float sum = 0.0f;
-#pragma unroll 4
-        for (int s = 0; s < c.splits; ++s) {
-            const int64_t at = s * c.all_rows + row;
-            sum += weight(at) * read<float>(c.partial_out + at * c.dims + d);
-        }
+        for (int w = 0; w < warps; ++w) sum += sums[w * c.dims + d];
         write(to + d * sizeof(typename E::Bits), E::narrow(total > 0.0f ? sum / total : 0.0f));
     }
     if (threadIdx.x != 0) return;

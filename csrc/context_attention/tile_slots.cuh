@@ -36,17 +36,17 @@ struct Extras {
     }
 };
 
-// Slots that no row of the block sees are not read. L: a piece as it is loaded.
+// Of slots g and g + 8 of a tile, those that are wanted; 0 in the place of others. L: a piece as it is loaded.
 template <int D, class L>
-MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const Slots& slots, int64_t latest, int first,
-                         int piece, L (&to)[2][D / 32]) {
+MC_DEVICE void load_keys(const AttendCall& c, const char* keys, const bool (&wanted)[2], int first, int piece,
+                         L (&to)[2][D / 32]) {
     constexpr int kPiece = sizeof(L);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const char* row = keys + (first + 8 * i + (MC_FAULT(11) ? 1 : 0)) * c.k_step[2] + kPiece * piece;
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) {
-            to[i][j] = slots.seen(i, latest) ? read_constant<L>(row + 4 * kPiece * j) : L{};
+            to[i][j] = wanted[i] ? read_constant<L>(row + 4 * kPiece * j) : L{};
         }
     }
 }

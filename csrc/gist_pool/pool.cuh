@@ -7,7 +7,7 @@
 namespace mc::cuda {
 
 constexpr int kPoolThreads = 256, kRows = 8, kEntries = 4;
-constexpr float kPoolEps = 1e-12f, kLog2 = 1.44269504088896340736f;  // the former: mc_kernels/gist_pool/ref.py
+constexpr float kPoolEps = 1e-12f;  // mc_kernels/gist_pool/ref.py
 
 // The weights of all layers and heads. Steps in bytes.
 struct PoolWeights {
@@ -95,7 +95,7 @@ MC_DEVICE void pool_row(const Head& head, int gist, Span<float> scores, Span<flo
     for (int j = lane; j < x.count; j += kWarp) most = fmaxf(most, scores[j]);
     most = warp_max(most);
     for (int j = lane; j < x.count; j += kWarp) {
-        const float s = scores[j], p = s == -INFINITY ? 0.0f : exp2f((s - most) * kLog2);  // a NaN stays
+        const float s = scores[j], p = s == -INFINITY ? 0.0f : expf(s - most);  // a NaN stays
         scores[j] = p;
         total += p;
     }

@@ -79,6 +79,23 @@ MC_DEVICE bool rests(const RefocusCall& c, int64_t cycle, int64_t changed) {
     return changed > 0 && changed < cycle && cycle <= changed + c.cooldown;
 }
 
+// Asks for what the passes read to come to L2, all at once: in their rounds every load of a chain would wait for DRAM.
+MC_DEVICE void ask_for_all(const RefocusCall& c, int n) {
+    const auto ask = [](const void* array, int64_t bytes) {
+        constexpr int64_t kLine = 128;
+        for (int64_t at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine) {
+            prefetch(static_cast<const char*>(array) + at);
+        }
+    };
+    ask(c.levels, 4 * static_cast<int64_t>(n));
+    ask(c.born, 4 * static_cast<int64_t>(n));
+    ask(c.index, 8 * static_cast<int64_t>(n));
+    ask(c.slots, 8 * static_cast<int64_t>(n));
+    ask(c.scores, 8 * static_cast<int64_t>(n));
+    ask(c.store_keys, 8 * static_cast<int64_t>(c.n_store));
+    ask(c.store_rows, 4 * static_cast<int64_t>(c.n_store));
+}
+
 // Shared out over the entries: which gists may open and want to. rows: the first row of the children in the store, or -1.
 // Those that want to and are not resident are listed.
 MC_DEVICE void find_openings(const RefocusCall& c, Rounds& rounds, int n, int64_t cycle, int& n_wanted) {
@@ -89,10 +106,10 @@ MC_DEVICE void find_openings(const RefocusCall& c, Rounds& rounds, int n, int64_
         int row = -1;
         int64_t key = 0;
         bool wants = false;
-        if (r < n) {
-            const int level = read<int32_t>(c.levels + r);
-            if (level > 0 && !rests(c, cycle, -static_cast<int64_t>(read<int32_t>(c.born + r)))) {
-                const int64_t index = read<int64_t>(c.index + r), slot = read<int64_t>(c.slots + r);
+        if (r < n) {  // first what is read anyway, at once: what is read in turn costs the round a latency each
+            const int level = read<int32_t>(c.levels + r), born = read<int32_t>(c.born + r);
+            const int64_t index = read<int64_t>(c.index + r), slot = read<int64_t>(c.slots + r);
+            if (level > 0 && !rests(c, cycle, -static_cast<int64_t>(born))) {
                 const double gain = nats_of(read_constant<float>(c.scores + 2 * slot));
                 wants = opening_weight(c, gain, level, index) > 0.0;
                 key = node_key(c, level, index);
@@ -111,21 +128,39 @@ MC_DEVICE void find_openings(const RefocusCall& c, Rounds& rounds, int n, int64_
 MC_DEVICE bool may_close(const RefocusCall& c, int n, int64_t cycle, int r, int level, int64_t index, double& cost) {
     const int k = c.block;
     const int64_t parent = index / k;
-    if (index % k != 0 || r + k > n || level >= c.n_levels || read_constant<int64_t>(c.counts + level + 1) <= parent ||
-        read<int32_t>(c.levels + r + k - 1) != level || read<int64_t>(c.index + r + k - 1) != index + k - 1 ||
-        rests(c, cycle, read<int32_t>(c.born + r))) {
-        return false;
-    }
+    if (index % k != 0 || r + k > n || level >= c.n_levels) return false;
+    // Read at once: one after the other, each would cost the round a latency.
+    const int64_t stored = read_constant<int64_t>(c.counts + level + 1), last = read<int64_t>(c.index + r + k - 1);
+    const int last_level = read<int32_t>(c.levels + r + k - 1), born = read<int32_t>(c.born + r);
+    if (stored <= parent || last_level != level || last != index + k - 1 || rests(c, cycle, born)) return false;
     const int64_t span = span_of(c, level + 1), start = parent * span, stop = start + span;
     for (int i = 0; i < c.n_pinned; ++i) {
         const int64_t from = read_constant<int64_t>(c.pinned + 2 * i),
                       to = read_constant<int64_t>(c.pinned + 2 * i + 1);
         if (from < to && from < stop && to > start) return false;
     }
-    cost = 0.0;  // a block of tokens is one leaf
-    for (int j = 0; j < (level > 0 ? k : 1); ++j) {
-        if (read<int32_t>(c.rows + r + j) >= 0) return false;  // a child asks to be opened
-        cost = __dadd_rn(cost, nats_of(read_constant<float>(c.scores + 2 * read<int64_t>(c.slots + r + j) + 1)));
+    cost = 0.0;
+    const int leaves = level > 0 ? k : 1;  // a block of tokens is one leaf
+    constexpr int kAtOnce = 8;
+    for (int from = 0; from < leaves; from += kAtOnce) {
+        int64_t slots[kAtOnce];
+        float scores[kAtOnce];
+        bool opens = false;  // a child asks to be opened
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            const bool some = from + j < leaves;
+            slots[j] = some ? read<int64_t>(c.slots + r + from + j) : 0;
+            if (some && read<int32_t>(c.rows + r + from + j) >= 0) opens = true;
+        }
+        if (opens) return false;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            scores[j] = from + j < leaves ? read_constant<float>(c.scores + 2 * slots[j] + 1) : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+            if (from + j < leaves) cost = __dadd_rn(cost, nats_of(scores[j]));
+        }
     }
     return true;
 }

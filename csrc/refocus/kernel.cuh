@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) refocus_plan(const __grid_con
     Rounds rounds{shared.take<uint32_t>(2 * kMostWarps)};
     const int64_t length = read<int64_t>(c.state + kLength), cycle = read<int64_t>(c.state + kCycle) + 1;
     const int n = static_cast<int>(between(0, length, c.capacity));
+    ask_for_all(c, n);
     int moved = 0;
     int wanted = 0;
     find_openings(c, rounds, n, cycle, wanted);

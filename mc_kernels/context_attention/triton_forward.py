@@ -16,12 +16,12 @@ from .triton_tiles import (
     LENGTHS,
     OF_SLOTS,
     band_steps,
-    cos_sin,
     damping,
     dot,
     load_key_positions,
     load_pairs,
     pair_products,
+    phases_for,
     rotate,
     row_of_query,
 )
@@ -61,6 +61,9 @@ def attend_kernel(
     b = (pid // m_blocks // splits // kv_heads).to(tl.int64)
     h = (pid // m_blocks // splits % kv_heads).to(tl.int64)
 
+    lo = split * chunk
+    hi = tl.minimum(lo + chunk, S)
+
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = m < rows
     t, q_head, row = row_of_query(m, h, T, G)
@@ -69,17 +72,17 @@ def attend_kernel(
     q1, q2 = load_pairs(q + b * q_b + q_head * q_h + t * q_t, row_ok, BLOCK_M, HALF, HALF_ROT, QK_D, INTERLEAVED)
     if ROTATE:
         freq, step = band_steps(inv_freq, HALF, HALF_ROT)
-        q_cos, q_sin = cos_sin(q_at, step)
+        q_cos, q_sin = phases_for(q, q_at, step)
         q1, q2 = rotate(q1, q2, q_cos, q_sin)
         q1, q2 = q1.to(q.dtype.element_ty), q2.to(q.dtype.element_ty)
 
-    lo = split * chunk
-    hi = tl.minimum(lo + chunk, S)
     if SKIP_FUTURE:
         hi = end_of_past(kv_pos + b * kv_pos_b, kv_pos_s, lo, hi, tl.max(q_at, 0))
     d = tl.arange(0, D_PAD)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    # Few rows: a sum a column, joined at the end. The sum over a tile's slots would be one over warps, with barriers.
+    COLUMNS: tl.constexpr = BLOCK_M * BLOCK_S <= 1024
+    total = tl.zeros((BLOCK_M, BLOCK_S) if COLUMNS else (BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
     for start in tl.range(lo, hi, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -88,7 +91,7 @@ def attend_kernel(
         key_rows = k + b * k_b + h * k_h + s.to(tl.int64) * k_s
         k1, k2 = load_pairs(key_rows, s_ok, BLOCK_S, HALF, HALF_ROT, QK_D, INTERLEAVED)
         if ROTATE:
-            cos, sin = cos_sin(k_at, step)
+            cos, sin = phases_for(k, k_at, step)
             if sigma is not None:
                 spread = tl.load(sigma + b * sigma_b + s.to(tl.int64) * sigma_s, mask=s_ok, other=0.0)
                 damp = damping(spread.to(tl.float32), freq)
@@ -106,12 +109,14 @@ def attend_kernel(
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp(x - anchor[:, None])
         shrink = tl.exp(top - anchor)
-        total = total * shrink + tl.sum(p, 1)
+        total = total * shrink[:, None] + p if COLUMNS else total * shrink + tl.sum(p, 1)
         values = v + b * v_b + h * v_h + s.to(tl.int64)[:, None] * v_s + d[None, :]
         v_tile = tl.load(values, mask=s_ok[:, None] & (d < D)[None, :], other=0.0)
         acc = dot(p.to(v.dtype.element_ty), v_tile, acc * shrink[:, None])
         top = new_top
 
+    if COLUMNS:
+        total = tl.sum(total, 1)
     total = tl.where(total > 0, total, 1.0)
     acc /= total[:, None]
     stored = row_ok[:, None] & (d < D)[None, :]
@@ -130,26 +135,23 @@ def attend_kernel(
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=OF_SLOTS)
 def combine_kernel(
     partial_out, tops, totals, out, lse, row_top, row_total, out_b, out_h, out_t, heads, T, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """One row of [B, Hq, T]: the parts of its splits, weighted by their share of the softmax. row_top and row_total
-    [B, Hq, T], of all of them, are stored if given."""
+    [B, Hq, T], of all of them, are stored if given. All of a row is asked for at once, its greatest logits with the
+    parts that they weigh: the kernel is one latency of L2, whatever the number of splits."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     d = tl.arange(0, D_PAD)
     i = tl.arange(0, SPLITS_PAD)
-    parts = tl.load(tops + i * rows + row, mask=i < splits, other=float("-inf"))
-    top = tl.max(parts, 0)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.load(totals + i * rows + row, mask=i < splits, other=0.0) * tl.exp(parts - anchor), 0)
-    acc = tl.zeros((D_PAD,), tl.float32)
-    for start in tl.range(0, splits, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        weight = tl.load(totals + j * rows + row, mask=j < splits, other=0.0)
-        weight *= tl.exp(tl.load(tops + j * rows + row, mask=j < splits, other=float("-inf")) - anchor)
-        ok = (j < splits)[:, None] & (d < D)[None, :]
-        part = tl.load(partial_out + (j * rows + row)[:, None] * D + d[None, :], mask=ok, other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
+    ok = (i < splits)[:, None] & (d < D)[None, :]
+    part = tl.load(partial_out + (i * rows + row)[:, None] * D + d[None, :], mask=ok, other=0.0)
+    tops_of = tl.load(tops + i * rows + row, mask=i < splits, other=float("-inf"))
+    weight = tl.load(totals + i * rows + row, mask=i < splits, other=0.0)
+    top = tl.max(tops_of, 0)
+    weight *= tl.exp(tops_of - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    acc = tl.sum(part * weight[:, None], 0)
     total = tl.where(total > 0, total, 1.0)
     acc /= total
     b, h, t = row // T // heads, row // T % heads, row % T

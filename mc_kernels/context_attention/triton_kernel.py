@@ -8,12 +8,18 @@ The backward's host code is in triton_backward.py. Everything is deterministic; 
 
 Decode (rows T G <= 64) streams keys and values once. Floor: bytes over bandwidth. Llama-3-8B at 32k slots: 134 MB a
 layer, 40 us at 3.35 TB/s (H100), 28 us at 4.8 TB/s (H200); at 2k 2.5 us, less than the launches. Slots are split so
-that programs fill two blocks on each multiprocessor in one wave, with several tiles of keys and values in flight each.
-Keys are rotated *while they are read*, phases computed in registers: some 28 instructions a pair of dimensions, 21 of
-them for the phase, its sine and cosine. At D = 128 that is 14 cycles of a multiprocessor for an entry of one KV head,
-whose 512 bytes take 34 (H100) or 24 (H200) cycles to arrive: it hides behind the memory. A table of cosines and sines
-would cost 4 D bytes of traffic an entry, 12.5 % of keys and values with 8 KV heads and 33 % with 3, and a launch to
-fill it: more than the 6 % that rotation may cost.
+that programs fill four blocks on each multiprocessor in one wave: a tile is a chain of products, sums over warps and
+barriers, during which a block alone leaves the multiprocessor idle half of the time (two blocks took 50 us of 32k slots
+on an H200 whose bytes take 35). Each has two tiles of keys and values in flight.
+Of a short context the ends count: measured on an H100, 8k slots took 8 us more than their share of 32k's. So tiles are
+small, since what the last one costs after its bytes have come is hidden by nothing, and the ranges of a row are joined
+with all loads under way at once. Asking for a program's slots (to L2) before it looks at its queries cost 2 us at 8k
+slots, 6 at 32k.
+Keys are rotated *while they are read*, phases computed in registers: some 17 instructions a pair of dimensions in 16
+bits (31 in fp32), 9 of them for the phase, its sine and cosine. At D = 128 that is 9 cycles of a multiprocessor for an
+entry of one KV head, of 19 in all, and 8 of the special function unit beside them, where its 512 bytes take 34 cycles
+to arrive (H100: 53 at the rate measured). A table of cosines and sines would cost 4 D bytes of traffic an entry, 12.5 %
+of keys and values with 8 KV heads and 33 % with 3, and a launch to fill it: more than the 6 % that rotation may cost.
 
 Prefill (more rows) is bound by the matrix rate: 4 D FLOPs a visible pair and head over 989 TFLOP/s; 512 queries of
 Llama-3-8B at 32k slots are 275 GFLOP, 0.28 ms. Rotating a tile of keys takes about as long as its products with 128
@@ -79,7 +85,7 @@ def context_attention_workspace(q: Tensor, k: Tensor, inv_freq: Tensor | None, r
     if q.numel() == 0 or k.numel() == 0:
         return 0
     heads = Heads.of(q, k, inv_freq, False)
-    return scratch_bytes(_scratch(q, k, heads, forward_tiles(q, k, heads), return_mass))
+    return scratch_bytes(_scratch(q, k, heads, forward_tiles(q, k, heads, return_mass), return_mass))
 
 
 def context_attention_triton(
@@ -113,7 +119,8 @@ def context_attention_triton(
     scale = scale if inv_freq is None else scale * attention_scaling**2
     inv_freq = turning(inv_freq)
     heads = Heads.of(q, k, inv_freq, interleaved)
-    tiles = forward_tiles(q, k, heads)
+    extras = return_mass or sigma is not None or kv_bias is not None
+    tiles = forward_tiles(q, k, heads, extras)
     scratch = carve(_scratch(q, k, heads, tiles, return_mass), workspace, q.device)
 
     with torch.cuda.device_of(q):
@@ -144,15 +151,16 @@ def context_attention_triton(
             "SKIP_FUTURE": tiles.skip_future, "BLOCK_M": tiles.block_m, "BLOCK_S": tiles.block_s,
         }  # fmt: skip
         programs = b * hkv * tiles.splits * math.ceil(heads.group * t / tiles.block_m)
-        launch(attend_kernel, programs, args, constants, tiles.num_warps, tiles.num_stages)
+        launch(attend_kernel, programs, args, constants, tiles.num_warps, tiles.num_stages, tiles.registers)
         if tiles.splits > 1:
             args = {
                 "partial_out": scratch["partial_out"], **of_splits, "out": result, "lse": lse, **of_rows,
                 **strides(out=(result, "bht")), "heads": hq, "T": t, "splits": tiles.splits,
             }  # fmt: skip
-            pad = next(x for x in (4, 16, MOST_SPLITS) if x >= tiles.splits)  # few values: each is compiled anew
-            constants = {"D": d, "D_PAD": heads.padded, "SPLITS_PAD": pad, "CHUNK": min(pad, 16)}
-            launch(combine_kernel, b * hq * t, args, constants, 1 if heads.padded <= 64 else 2)
+            pad = next(x for x in (16, 64, MOST_SPLITS) if x >= tiles.splits)  # few values: each is compiled anew
+            constants = {"D": d, "D_PAD": heads.padded, "SPLITS_PAD": pad}
+            warps = min(8, max(1, pad * heads.padded // 2048))  # of 64 elements a thread, which are in flight together
+            launch(combine_kernel, b * hq * t, args, constants, warps)
         if return_mass and "logits" in scratch:
             args = {"logits": scratch["logits"], **of_rows, "mass": mass, "rows": hq * t, "S": s}
             launch(mass_of_logits_kernel, b * math.ceil(s / 128), args, {"BLOCK_R": 16, "BLOCK_S": 128})

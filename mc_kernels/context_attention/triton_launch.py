@@ -23,6 +23,7 @@ from ..triton_specialisation import specialise
 # What the interpreter pretends to run on, so that short test inputs are split too; and a GPU not to be asked (meta).
 INTERPRETER_MULTIPROCESSORS = 8
 H100_MULTIPROCESSORS = 132
+REGISTERS = 1 << 16  # of a multiprocessor
 FEW_ROWS = 64
 LEAST_SPLIT = 128
 MOST_SPLITS = 128
@@ -63,12 +64,14 @@ def turning(inv_freq: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one launch of the forward does. rotate_on_read: else q and k are rotated by a pass of their own."""
+    """What one launch of the forward does. rotate_on_read: else q and k are rotated by a pass of their own. registers:
+    that a thread may have; None: as the compiler sees fit."""
 
     block_m: int
     block_s: int
     num_warps: int
     num_stages: int
+    registers: int | None
     splits: int
     chunk: int
     rotate_on_read: bool
@@ -81,24 +84,32 @@ def skips_future(queries: int, slots: int) -> bool:
     return 8 * queries >= slots
 
 
-def forward_tiles(q: Tensor, k: Tensor, heads: Heads) -> Tiles:
-    """The heuristics of the forward; see triton_kernel.py for the reasons."""
+def forward_tiles(q: Tensor, k: Tensor, heads: Heads, extras: bool = False) -> Tiles:
+    """The heuristics of the forward; see triton_kernel.py for the reasons. extras: sigma, bias or mass, which never
+    take more splits."""
     batch, kv_heads, queries, slots = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     rows = heads.group * queries
     few = rows <= FEW_ROWS
-    block_m, block_s, warps, stages = 128, 64, 8, 3
+    block_m, block_s, warps, stages, resident, registers = 128, 64, 8, 3, 2, None
     if few:
         block_m, warps = max(16, triton.next_power_of_2(rows)), 4
         block_s = 128 if heads.padded <= 64 and block_m <= 32 else 64
+        stages = 2 if heads.padded > 64 and block_m == 64 else 3  # 3 would spill on sm_80
     if heads.padded > 128:
         block_m, block_s, warps, stages = min(block_m, 64), 32, 8, 2
     if q.dtype == torch.float32:  # no tensor cores: operands of a product lie in registers
         block_m, block_s, stages = (16, 16, 2) if few else (32, 32 if heads.padded <= 128 else 16, 2)
+    least = LEAST_SPLIT
+    if block_m == 16 and heads.padded <= 128 and q.dtype != torch.float32:
+        # What the last tile costs when its bytes are there is not hidden: small ones.
+        block_s = least = 32
+        resident = 3 if extras else 4  # in 128 registers, extras would spill
+        registers = REGISTERS // (resident * warps * 32) // 8 * 8
     programs = batch * kv_heads * math.ceil(rows / block_m)
-    splits = max(1, min(2 * multiprocessors(q.device) // programs, slots // LEAST_SPLIT, MOST_SPLITS))
+    splits = max(1, min(resident * multiprocessors(q.device) // programs, slots // least, MOST_SPLITS))
     chunk = math.ceil(math.ceil(slots / splits) / block_s) * block_s
     skip = not few and skips_future(queries, slots)
-    return Tiles(block_m, block_s, warps, stages, math.ceil(slots / chunk), chunk, few, skip)
+    return Tiles(block_m, block_s, warps, stages, registers, math.ceil(slots / chunk), chunk, few, skip)
 
 
 @functools.cache
@@ -153,22 +164,23 @@ def strides(**tensors: tuple[Tensor | None, str]) -> dict[str, int]:
 
 
 def launch(
-    kernel: Any, programs: int, args: Mapping[str, Any], constants: Mapping[str, Any], warps: int = 4, stages: int = 2
-) -> None:
+    kernel: Any, programs: int, args: Mapping[str, Any], constants: Mapping[str, Any], warps: int = 4, stages: int = 2,
+    registers: int | None = None,
+) -> None:  # fmt: skip
     """Run `programs` instances on the current stream."""
     if _recorded is None:
-        kernel[(programs,)](**args, **constants, num_warps=warps, num_stages=stages)
+        kernel[(programs,)](**args, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
     else:
-        _recorded.append(_compilation(kernel, args, constants, warps, stages))
+        _recorded.append(_compilation(kernel, args, constants, warps, stages, registers))
 
 
 def _compilation(
-    kernel: Any, args: Mapping[str, Any], constants: Mapping[str, Any], warps: int, stages: int
+    kernel: Any, args: Mapping[str, Any], constants: Mapping[str, Any], warps: int, stages: int, registers: int | None
 ) -> Compilation:
     signature, fixed, aligned = specialise(kernel, args, _TYPES)
     fixed = {**constants, **fixed}
     signature |= dict.fromkeys(fixed, "constexpr")
-    return Compilation(_shape_name, kernel, signature, fixed, warps, stages, aligned)
+    return Compilation(_shape_name, kernel, signature, fixed, warps, stages, aligned, registers)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ not turn are paired too, with frequency 0. The order of the pairs is the same on
 Phases are fixed point: band b advances by step[b] = inv_freq[b] / 2 pi turns, held in 64 bits modulo one turn, so that
 position * step wraps around exactly where whole turns are dropped. The only error is that of step, below 2**-55 turns
 (inv_freq / 2 pi in fp64): 2**-31 turns at a position of 1e7, as the oracle's fp64, at the price of three integer
-multiply-adds. Sine and cosine are polynomials on half a turn: `tl.sin` would bring a path for huge angles, which keeps
-a table in local memory.
+multiply-adds. Sine and cosine are polynomials on half a turn, or for 16 bits the processor's approximations: `tl.sin`
+would bring a path for huge angles, which keeps a table in local memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import triton.language as tl
 from ..triton_backend import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
-TURNS_PER_RADIAN = tl.constexpr(0.15915494309189535)
-WHOLE_TURN = tl.constexpr(18446744073709551616.0)  # 2**64
+HIGH_PER_RADIAN = tl.constexpr(683565275.5764316)  # 2**32 / 2 pi
+HALF_WORD = tl.constexpr(4294967296.0)  # 2**32
+ROUNDER = tl.constexpr(6755399441055744.0)  # 1.5 * 2**52: the lower bits of a sum with it are the nearest whole number
 NEVER = tl.constexpr(9223372036854775807)  # the position of an empty slot, past every query
 # Arguments that change with the lengths, and pointers that may begin at any slot: no kernel is compiled anew for them.
 LENGTHS = (
@@ -47,9 +48,14 @@ def band_steps(inv_freq, HALF: tl.constexpr, HALF_ROT: tl.constexpr):
     """Frequencies [HALF] fp32 and steps [HALF] int64; 0 for pairs that do not turn."""
     pair = tl.arange(0, HALF)
     freq = tl.load(inv_freq + pair, mask=pair < HALF_ROT, other=0.0)
-    turns = freq.to(tl.float64) * TURNS_PER_RADIAN
-    turns -= tl.floor(turns + 0.5)
-    return freq.to(tl.float32), (turns * WHOLE_TURN).to(tl.int64)
+    # By sums, in whose lower bits whole turns drop out: conversions between 64-bit types are 16 a cycle and
+    # multiprocessor. And as the compiler carries no layout of a product through a bitcast, a thread needs the 8 bands
+    # that the queries' rotation has had already, and not 16 of its own.
+    high = freq.to(tl.float64) * HIGH_PER_RADIAN
+    rounded = high + ROUNDER
+    low = (high - (rounded - ROUNDER)) * HALF_WORD + ROUNDER
+    zero = tl.full((HALF,), ROUNDER, tl.float64).to(tl.int64, bitcast=True)
+    return freq.to(tl.float32), (rounded.to(tl.int64, bitcast=True) << 32) + (low.to(tl.int64, bitcast=True) - zero)
 
 
 @triton.jit
@@ -70,10 +76,46 @@ def cos_sin(positions, step):
 
 
 @triton.jit
+def cos_sin_16(positions, step):
+    """As `cos_sin`, to 2**-20: for what is rounded to 16 bits. By the special function unit, which is that exact up to
+    half a turn: 9 instructions in the place of 24. The upper half of the product's lower 64 bits is made by halves: its
+    lower half is never added up."""
+    low, low_step = positions.to(tl.uint32)[:, None], step.to(tl.uint32)[None, :]
+    high, high_step = (positions >> 32).to(tl.uint32)[:, None], (step >> 32).to(tl.uint32)[None, :]
+    turn = tl.umulhi(low, low_step) + low * high_step + high * low_step
+    angle = turn.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+    if INTERPRETED:
+        cos, sin = tl.cos(angle), tl.sin(angle)
+    else:
+        cos, sin = tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $2; sin.approx.ftz.f32 $1, $2;", "=&f,=f,f", [angle],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return cos, sin
+
+
+@triton.jit
+def phases_for(x, positions, step):
+    """cos and sin [N, HALF] for rows in memory at x: what is rounded to 16 bits again takes the cheaper ones."""
+    if x.dtype.element_ty == tl.float32:
+        cos, sin = cos_sin(positions, step)
+    else:
+        cos, sin = cos_sin_16(positions, step)
+    return cos, sin
+
+
+@triton.jit
 def damping(sigma, freq):
     """exp(-(freq sigma)^2 / 2) [N, HALF]; exactly 1 where either is 0."""
-    spread = sigma[:, None] * freq[None, :]
-    return tl.exp(spread * spread * -0.5)
+    spread = (sigma * 0.8493218002880191)[:, None] * freq[None, :]  # sqrt(log2(e) / 2)
+    power = -(spread * spread)
+    if INTERPRETED:
+        damp = tl.exp2(power)
+    else:  # what `tl.exp2` is, but for results below 1e-38
+        damp = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return damp
 
 
 @triton.jit

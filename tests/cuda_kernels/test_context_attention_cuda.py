@@ -30,7 +30,9 @@ WIDE_MANY = Case("tensor-wide-many", 8, 1, 128, 37, 3, features=True)
 # Slots enough for several splits.
 SPLIT = Case("split", 2, 1, 64, 300, 1, features=True)
 SPLIT_PLAIN = Case("split-plain", 2, 1, 16, 300, 1, features=True)
-CASES = [*SMALL, FEW, MANY, WIDE, WIDE_MANY, SPLIT, SPLIT_PLAIN]
+# More splits and more dimensions than are joined in one turn.
+MANY_SPLITS = Case("many-splits", 2, 1, 160, 570, 1, features=True)
+CASES = [*SMALL, FEW, MANY, WIDE, WIDE_MANY, SPLIT, SPLIT_PLAIN, MANY_SPLITS]
 TENSOR = [FEW, WIDE]
 
 
@@ -57,7 +59,7 @@ def test_large_scores(case: Case, device: str) -> None:
     attention_model.assert_exact_where_scores_are_large("cuda", case, device)
 
 
-@pytest.mark.parametrize("case", [WIDE_MANY, DECODE], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [WIDE_MANY, DECODE, MANY_SPLITS], ids=lambda c: c.name)
 def test_warps_of_a_block_are_joined(case: Case, device: str) -> None:
     emulate(device, threads=128, blocks=1)
     assert_formula(small(case, torch.bfloat16), device)

@@ -89,6 +89,25 @@ def test_the_cases_take_the_paths_they_are_for(device: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("slots", [40, 300, 2048, 8192, 32768])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_blocks_of_one_query_fill_one_wave(dim: int, slots: int) -> None:
+    """Registers and splits go together; extras never take more splits, for which the workspace would be too small."""
+    from mc_kernels.context_attention.triton_launch import H100_MULTIPROCESSORS, REGISTERS, Heads, forward_tiles
+
+    q = torch.empty(1, 32, 1, dim, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 8, slots, dim, dtype=torch.bfloat16, device="meta")
+    heads = Heads.of(q, k, torch.empty(dim // 2), False)
+    plain, with_extras = forward_tiles(q, k, heads), forward_tiles(q, k, heads, extras=True)
+    assert with_extras.splits <= plain.splits
+    for tiles in (plain, with_extras):
+        assert (tiles.splits - 1) * tiles.chunk < slots <= tiles.splits * tiles.chunk
+        assert (tiles.registers is None) == (dim == 256)
+        if tiles.registers:
+            resident = REGISTERS // (32 * tiles.num_warps * tiles.registers)
+            assert 8 * tiles.splits <= resident * H100_MULTIPROCESSORS
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [10, 16])
 @pytest.mark.parametrize("case", [DECODE, MANY], ids=ids)

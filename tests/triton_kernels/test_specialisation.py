@@ -56,7 +56,10 @@ def _scores(draw: random.Random) -> list[Compilation]:
 def test_few_compilations(calls: Callable[[random.Random], list[Compilation]], most: int) -> None:
     draw = random.Random(0)
     found = {
-        (one.kernel.fn.__name__, repr((one.signature, one.constexprs, one.aligned, one.num_warps, one.num_stages)))
+        (
+            one.kernel.fn.__name__,
+            repr((one.signature, one.constexprs, one.aligned, one.num_warps, one.num_stages, one.most_registers)),
+        )
         for _ in range(40)
         for one in calls(draw)
     }
