@@ -29,15 +29,17 @@ struct LensCall {
     int32_t entry_dtype, weight_dtype, operand;
     int32_t n, e, q, d, heads, passes, f, head_values, n_direct, n_features, hidden, inputs;
     int32_t tiles, splits;  // of N: tiles of kTile entries; parts into which a weighted sum is cut, by whole tiles
-    int32_t parts_n;        // of E, of kChunk columns: parts of an attended value
+    int32_t parts_n, chunk; // of E: parts of an attended value, and their columns
     int32_t e_step;         // elements from row to row of `vectors` and `sums`
+    int32_t keep;           // of eight pieces of the entries: for L2 to keep from stream to stream; 0: as it likes
     bool aligned;           // entries are of the operands' type and can be copied 16 bytes at a time
 
     // Workspace. vectors, p: operands; the others fp32.
     char *vectors, *p;  // [kTileRows, e_step], [vectors, tiles * kTile]
-    float *z, *tops, *totals, *sums, *parts, *act, *values;
+    float *z, *tops, *totals, *sums, *parts, *act, *values, *squares, *inverse,
+        *tile_tops;
     // [16, d], [vectors, tiles] twice, [splits, vectors, e_step], [parts_n, 16, d], [16, f], [16, heads * head_values];
-    // d and f padded to 4
+    // d and f padded to 4; of fast_kernel.cuh alone [parts_n, 8], [tiles * kTile] twice
 
     MC_BOTH int vectors_n() const { return heads * q; }
     MC_BOTH int head_dim() const { return d / heads; }

@@ -1,7 +1,9 @@
-// mc_lens_score_cuda: checks, sizes, the workspace, the launch. The kernel: kernel.cuh.
+// mc_lens_score_cuda: checks, sizes, the workspace, the launch. The kernels: fast_kernel.cuh where it can, else
+// kernel.cuh.
 #include <algorithm>
 
 #include "check.h"
+#include "fast_kernel.cuh"
 #include "kernel.cuh"
 #include "launch.cuh"
 #include "put_words.cuh"
@@ -66,6 +68,7 @@ void set_sizes(LensCall& c, const mc_lens_score_args& a, const Lens& x) {
     }
     const int bytes = static_cast<int>(dtype_bytes(operand_of(x)));
     c.e_step = narrow("entries", (x.dims + 15) / 16 * 16);
+    c.chunk = kChunk;
     c.parts_n = (c.e + kChunk - 1) / kChunk;
     c.aligned = operand_of(x) == x.dtype && c.e * bytes % 16 == 0 && rows_on_16(a.entries);
     c.tiles = (c.n + kTile - 1) / kTile;
@@ -88,13 +91,47 @@ int64_t place(LensCall& c, char* base, int64_t bytes) {
     take(c.parts, 4 * c.parts_n * rows * padded_to_4(c.d));
     take(c.act, 4 * rows * padded_to_4(c.f));
     take(c.values, 4 * rows * c.heads * c.head_values);
+    take(c.squares, 4 * c.parts_n * kFastQueries);
+    take(c.inverse, 4 * tiles * kTile);
+    take(c.tile_tops, 4 * tiles * kTile);
     return used;
 }
 
-// Splits of N such that a weighted sum has a task for each block; of shapes alone, so that the workspace is too.
-int32_t splits_of(const LensCall& c) {
-    constexpr int kTasks = 132;
-    return std::max(std::min(kTasks / ((c.e + kTile - 1) / kTile), c.tiles), 1);
+// As many as an H100 has multiprocessors; a constant, so that the workspace is one of shapes.
+constexpr int kTasks = 132;
+
+// Splits of N such that a weighted sum of `columns` has a task for each block.
+int32_t splits_of(const LensCall& c, int columns) {
+    return std::max(std::min(kTasks / ((c.e + columns - 1) / columns), c.tiles), 1);
+}
+
+// Sizes that fast_kernel.cuh serves.
+bool has_fast_sizes(const LensCall& c) {
+    const int size = c.head_dim();
+    return c.operand != MC_F32 && c.q <= kFastQueries && c.vectors_n() <= kTile && c.n_direct <= kFastVectors - kTile &&
+           c.e % 32 == 0 && c.d % 32 == 0 && c.f % 32 == 0 && std::max(c.d, c.f) <= kFastChunk &&
+           (size == 16 || size == 32 || size == 64 || size == 128) && c.inputs % 8 == 0 && c.inputs <= kFastInputs &&
+           c.hidden > 0 && c.heads * c.head_values <= kFastInputs;
+}
+
+// It reads rows 16 bytes at a time.
+bool has_fast_rows(const LensCall& c, const mc_lens_score_args& a) {
+    bool fit = c.aligned && rows_on_16(a.queries);
+    for (const LensWeight& w : kLensWeightViews) fit = fit && rows_on_16(a.*w.view);
+    return fit;
+}
+
+// Of entries that L2 is to keep: an H100 has 50 MB, for the weights and what blocks exchange too.
+constexpr int64_t kKeptBytes = 34 << 20;
+
+// Sums of few splits, which the next step adds up again in every block; four chunks of E, for 128 blocks at d = 512.
+LensCall fast_call(LensCall c) {
+    c.splits = std::min(splits_of(c, kFastWidth), 8);
+    c.chunk = std::min((c.e + 127) / 128 * 32, kFastChunk);
+    c.parts_n = (c.e + c.chunk - 1) / c.chunk;
+    const int64_t bytes = int64_t{2} * c.n * c.e;
+    c.keep = bytes <= kKeptBytes ? 0 : static_cast<int32_t>(8 * kKeptBytes / bytes);
+    return c;
 }
 
 LensCall call_of(const mc_lens_score_args& a, Lens& x) {
@@ -102,8 +139,16 @@ LensCall call_of(const mc_lens_score_args& a, Lens& x) {
     LensCall c{};
     set_sizes(c, a, x);
     set_weights(c, a);
-    c.splits = splits_of(c);
+    c.splits = splits_of(c, kTile);
     return c;
+}
+
+// Bytes of workspace, enough for both kernels: which of them serves depends on addresses too.
+int64_t workspace_of(const LensCall& c) {
+    const int64_t bytes = c.operand == MC_F32 ? 4 : 2;
+    LensCall slow = c, fast = fast_call(c);
+    const int64_t needed = place(slow, nullptr, bytes);
+    return has_fast_sizes(c) ? std::max(needed, place(fast, nullptr, bytes)) : needed;
 }
 
 int64_t shared_for(const LensCall& c, int operand) {
@@ -122,9 +167,11 @@ void score(const mc_lens_score_args& a, void* workspace, int64_t workspace_bytes
     Lens x{};
     LensCall c = call_of(a, x);
     const int operand = operand_of(x);
-    const int64_t shared = shared_for(c, operand), needed = place(c, nullptr, dtype_bytes(operand));
+    const bool fast = has_fast_sizes(c) && has_fast_rows(c, a);
+    const int64_t shared = fast ? kFastShared : shared_for(c, operand), needed = workspace_of(c);
     if (x.entries == 0) return;
     check_workspace(workspace, workspace_bytes, needed);
+    if (fast) c = fast_call(c);
     place(c, static_cast<char*>(workspace), dtype_bytes(operand));
     Watched watched;
     watched.view("entries", a.entries, false);
@@ -135,8 +182,10 @@ void score(const mc_lens_score_args& a, void* workspace, int64_t workspace_bytes
     watched.view("out", a.out, true);
     watched.array("workspace", workspace, needed, true);
     const auto start = [&](auto kernel) {
-        launch("lens_score", kernel, multiprocessors(), kLensThreads, shared, stream, c, true);
+        const char* const name = fast ? "lens_score_fast" : "lens_score";
+        launch(name, kernel, multiprocessors(), kLensThreads, shared, stream, c, true);
     };
+    if (fast) return operand == MC_F16 ? start(lens_score_fast<Half>) : start(lens_score_fast<Bfloat>);
     if (operand == MC_F32) return start(lens_score<Float>);
     operand == MC_F16 ? start(lens_score<Half>) : start(lens_score<Bfloat>);
 }
@@ -149,8 +198,8 @@ extern "C" int32_t mc_lens_score_cuda_workspace(const mc_lens_score_args* args, 
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (!bytes) mc::invalid("bytes: expected an address, got NULL");
         mc::Lens x{};
-        mc::cuda::LensCall c = mc::cuda::call_of(*args, x);
-        *bytes = x.entries ? mc::cuda::place(c, nullptr, mc::dtype_bytes(mc::cuda::operand_of(x))) : 0;
+        const mc::cuda::LensCall c = mc::cuda::call_of(*args, x);
+        *bytes = x.entries ? mc::cuda::workspace_of(c) : 0;
     });
 }
 

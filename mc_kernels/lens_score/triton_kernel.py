@@ -7,9 +7,10 @@ softmax weights are rounded to it as operands of the tensor cores, and the queri
 otherwise every product is exact fp32, which a GPU does without tensor cores (fp32 weights beside bf16 entries too).
 N = 0 gives an empty output. Two calls give the same bits.
 
-Launches, 3 + 7 P; a CUDA graph makes them follow each other within a microsecond or two, without one Python's launches
+Launches, 5 + 9 P; a CUDA graph makes them follow each other within a microsecond or two, without one Python's launches
 (10 to 20 us each) are the time:
-    project_queries, absorb
+    project_queries, collect
+    turn, absorb                          norm, read_q; read_k
     products, weighted_sum                the read pass. Its sums [H Q, E] are 1 MB of fp32 at H Q = 64, E = 4096, four
                                           times the registers of an SM, while a program that owns some columns lacks the
                                           logits, which are sums over E. So logits are one launch over the entries and
@@ -19,14 +20,14 @@ Launches, 3 + 7 P; a CUDA graph makes them follow each other within a microsecon
                                           reduction by the last program to arrive is no way round it: it would reduce 1
                                           MB of sums for each block of 64 entries, which are 0.5 MB. Sums of the splits
                                           of N (8 at E = 4096) are added up by `attended_values`.
-    attended_values, linear, swiglu, linear
-    absorb, score_entries                 the score pass is one launch: match, direct rows, head, legality
+    attended_values, collect, linear, swiglu, linear
+    turn, absorb, score_entries               the score pass is one launch: match, direct rows, head, legality
 
 Floor at N = 8192, E = 4096, bf16: 67 MB of entries three times and 19 MB of weights are 52 us at the 4.2 TB/s of an
 H200, less what its 50 MB of L2 keep from launch to launch; from L2, `products` and `score_entries` ask for 134 MB each,
 since a block of 64 entries reads the 0.5 MB of vectors again. FLOPs: 17 G (4 of them the squares of the entries, which
 tensor cores sum), 17 us at the dense rate, beside the traffic.
-The seven launches on the queries' side are 2 to 4 us each. At E = 576 all of it sits in L2, and launches are the time.
+The launches on the queries' side are 2 to 5 us each. At E = 576 all of it sits in L2, and launches are the time.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from . import triton_streams as streams
 from .triton_launch import Launch
 
 _ROWS = 16
+_WIDE = 512  # columns of a step of `linear` and `swiglu`
+_ABSORB = 256  # of `absorb`
 _PROGRAMS = 128  # about the SMs of an A100, H100 or B200: what a launch should at least be cut into
 
 
@@ -156,45 +158,70 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
     n_blocks, splits = cdiv(n, tiles.n), tiles.splits
 
     # Products on the side of the queries: steps over the inner dimension, splits of E, rows of a head at a time.
-    step_e, step_d, step_f = (pad(size, 16, 64) for size in (e, d, f))
+    step_e, step_d = pad(e, 16, 64), pad(d, 16, 64)
     norm_d, queue = (pad(d, 16, 512), 4) if half else (step_d, 2)  # stages
+    # A step of these loops is a latency, pipelined or not: few and wide ones, all loads of a step under way together.
+    limits = (d, _WIDE), (f, _WIDE), (d, _ABSORB)
+    wide_d, wide_f, absorb_d = (pad(size, 16, most if half else 64) for size, most in limits)
     span_e, rows_d = pad(e, 16, 128 if e >= 2048 else 64), pad(head_dim, 16, 64)
     chunk_in = step_e * cdiv(e, 4 * step_e)
     chunk_read = step_e * cdiv(e, 16 * step_e)
     parts_in, parts_read = cdiv(e, chunk_in), cdiv(e, chunk_read)
 
     fp32 = torch.float32
-    z, act = arena.take(fp32, _ROWS, d), arena.take(fp32, _ROWS, f)
+    z, act, turned, attended = (arena.take(fp32, _ROWS, size) for size in (d, f, d, d))
     parts, squares = arena.take(fp32, max(parts_in, parts_read), _ROWS, d), arena.take(fp32, parts_in, _ROWS)
     vectors, folded = arena.take(operand, count, e), arena.take(fp32, count, hid)
     weights, inverse = arena.take(operand, count, n_blocks * tiles.n), arena.take(fp32, n)
     statistics = tuple(arena.take(fp32, blocks, count) for blocks in (n_blocks, n_blocks, splits, splits))
     sums = arena.take(fp32, splits, count, e)
 
-    def absorb(gain: Tensor, w_q: Tensor, w_k: Tensor, parts_of_z: int, score: bool) -> Launch:
+    def collect(into: Tensor, n_parts: int, normed: bool) -> Launch:
+        return Launch(
+            query.collect,
+            (cdiv(d, 32),),
+            {"parts": parts, "squares": squares, "out": into, "n_queries": q, "e": e, "width": d},
+            {"PARTS": n_parts, "NORMED": normed, "BLOCK_J": 32},
+            4,
+            1,
+        )
+
+    def turn(gain: Tensor, weight: Tensor) -> Launch:
+        return Launch(
+            query.turn,
+            (cdiv(d, 16),),
+            {"z": z, "gain": gain, "weight": weight, "turned": turned, "d": d, "w_row": weight.stride(0),
+             "scale": head_dim**-0.5},
+            {"BLOCK_J": 16, "BLOCK_K": absorb_d, "BLOCK_NORM": norm_d, "PRECISION": precision},
+            8 if absorb_d > 64 else 4,
+            1 if absorb_d > 64 else 2,
+        )  # fmt: skip
+
+    def absorb(gain: Tensor, w_k: Tensor, score: bool) -> Launch:
         tiles_e = cdiv(e, span_e)
         return Launch(
             query.absorb,
             (tiles_e + score, h_pad),
-            {"z": z, "parts": parts, "squares": squares, "gain": gain, "w_q": w_q, "w_k": w_k, "vectors": vectors,
+            {"z": z, "gain": gain, "turned": turned, "w_k": w_k, "vectors": vectors,
              "w_v": score_v if score else None, "head_in": head_in if score else None,
              "folded": folded if score else None, "e": e, "d": d, "head_dim": head_dim, "n_heads": n_heads,
-             "q_row": w_q.stride(0), "k_row": w_k.stride(0), "v_row": score_v.stride(0), "in_row": head_in.stride(0),
-             "value_dim": value_dim, "hidden": hidden, "tiles": tiles_e, "scale": head_dim**-0.5},
-            {"PARTS": parts_of_z, "Q_PAD": q_pad, "SCORE": score, "BLOCK_D": rows_d, "BLOCK_K": step_d,
+             "k_row": w_k.stride(0), "v_row": score_v.stride(0), "in_row": head_in.stride(0), "value_dim": value_dim,
+             "hidden": hidden, "tiles": tiles_e},
+            {"Q_PAD": q_pad, "SCORE": score, "BLOCK_D": rows_d, "BLOCK_K": min(absorb_d, 128),
              "BLOCK_NORM": norm_d, "BLOCK_E": span_e, "BLOCK_V": 16, "BLOCK_HID": hid, "PRECISION": precision},
             8,
-            queue,
+            1 if absorb_d > 64 else queue,
         )  # fmt: skip
 
-    def linear(source: Tensor, n_parts: int, weight: Tensor, step: int) -> Launch:
+    def linear(source: Tensor, weight: Tensor, step: int) -> Launch:
         return Launch(
             query.linear,
             (cdiv(d, 16),),
-            {"z": z, "parts": source, "weight": weight, "d": d, "width": weight.shape[1], "w_row": weight.stride(0)},
-            {"PARTS": n_parts, "BLOCK_J": 16, "BLOCK_K": step, "PRECISION": precision},
-            4,
-            queue if n_parts == 1 else 2,
+            {"z": z, "x": source, "weight": weight, "n_queries": q, "d": d, "width": weight.shape[1],
+             "w_row": weight.stride(0)},
+            {"BLOCK_J": 16, "BLOCK_K": step, "PRECISION": precision},
+            8 if step > 64 else 4,
+            1 if step > 64 else queue,
         )  # fmt: skip
 
     yield Launch(
@@ -207,8 +234,10 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
         4,
         3 if half else 2,
     )  # fmt: skip
+    yield collect(z, parts_in, True)
     for i in range(passes):
-        yield absorb(read_norm[i], read_q[i], read_k[i], 0 if i else parts_in, False)
+        yield turn(read_norm[i], read_q[i])
+        yield absorb(read_norm[i], read_k[i], False)
         yield launch_products(
             entries, vectors, weights, tiles, precision, inverse=inverse, maxima=statistics[0], totals=statistics[1]
         )
@@ -225,18 +254,20 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
             4,
             2,
         )  # fmt: skip
-        yield linear(parts, parts_read, read_out[i], step_d)
+        yield collect(attended, parts_read, False)
+        yield linear(attended, read_out[i], wide_d)
         yield Launch(
             query.swiglu,
             (cdiv(f, 16),),
             {"z": z, "gain": mlp_norm[i], "weight": mlp_gate_up[i], "out": act, "d": d, "width": f,
              "w_row": mlp_gate_up.stride(1)},
-            {"BLOCK_J": 16, "BLOCK_K": step_d, "BLOCK_NORM": norm_d, "PRECISION": precision},
-            4,
-            queue,
+            {"BLOCK_J": 16, "BLOCK_K": min(wide_d, 256), "BLOCK_NORM": norm_d, "PRECISION": precision},
+            8 if wide_d > 64 else 4,
+            1 if wide_d > 64 else queue,
         )  # fmt: skip
-        yield linear(act, 1, mlp_down[i], step_f)
-    yield absorb(score_norm, score_k, score_q, 0, True)
+        yield linear(act, mlp_down[i], wide_f)
+    yield turn(score_norm, score_k)
+    yield absorb(score_norm, score_q, True)
     yield Launch(
         streams.score_entries,
         (cdiv(n, tiles.score_n),),

@@ -5,11 +5,14 @@ floor 4.5 us at 4.2 TB/s, but each link waits for the one before, so its launch 
 fused links, each cut into about as many programs as a GPU has SMs:
 
     project_queries    split over E: parts of W_in query_m and of |query_m|^2
-    absorb             norm, read_q and the absorption of read_k in one (also score_k with score_q); the score pass's
-                       launch folds the values into the head as well. read_q of a head is read by each of its programs:
-                       64 KB from L2 against another launch. The first one adds up the parts of `project_queries`.
+    collect            adds up parts. Where each program of the next link did that for itself, 32 of them read 256 KB
+                       of parts each: 29 us for a `linear`, 18 for the first `turn`.
+    turn               norm and read_q (score_k)
+    absorb             read_k (score_q) times what `turn` left; the score pass's launch folds the values into the head
+                       as well. Both in one had each program multiply its head's 64 KB of read_q anew, in eight steps
+                       of a latency each: 24 us.
     attended_values    adds up the N splits of the weighted sums and multiplies by read_v, split over E
-    linear             z += W input, the input in parts
+    linear             z += W input
     swiglu             silu(gate) * up of norm(z)
 
 Residual stream z [16, d] fp32, rows from Q on are zero. PRECISION is "ieee" where anything is fp32, else "tf32", which
@@ -35,10 +38,11 @@ def _rows_of(weight, rows, valid, columns, n_columns, row_stride):
 
 
 @triton.jit
-def _sum_parts(parts, columns, width, PARTS: tl.constexpr):
-    """Columns of the sum of PARTS matrices [ROWS, width], fp32."""
-    at = tl.arange(0, ROWS)[:, None] * width + columns[None, :]
-    inside = (columns < width)[None, :]
+def _sum_parts(parts, columns, width, PARTS: tl.constexpr, n_rows=ROWS):
+    """Columns of the sum of PARTS matrices [ROWS, width], fp32, zero from row n_rows on."""
+    m = tl.arange(0, ROWS)
+    at = m[:, None] * width + columns[None, :]
+    inside = (columns < width)[None, :] & (m < n_rows)[:, None]
     total = tl.load(parts + at, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * ROWS * width + at, mask=inside, other=0.0)
@@ -76,69 +80,77 @@ def project_queries(
         tl.store(squares + split * ROWS + m, square)
 
 
-@triton.jit
-def _residual(z, parts, scale, columns, d, PARTS: tl.constexpr):
-    """Columns of z, rows times scale; PARTS > 0: z is what `project_queries` left in as many parts."""
-    if PARTS > 0:
-        value = _sum_parts(parts, columns, d, PARTS)
-    else:
-        value = _sum_parts(z, columns, d, 1)
-    return value * scale[:, None]
+@triton.jit(do_not_specialize=LENGTHS)
+def collect(parts, squares, out, n_queries, e, width, PARTS: tl.constexpr, NORMED: tl.constexpr, BLOCK_J: tl.constexpr):
+    """out [ROWS, width] = the sum of PARTS such matrices. Grid: (tiles of width).
+
+    NORMED: over the root mean square of the queries, of which `project_queries` has left the parts of the squares.
+    """
+    m = tl.arange(0, ROWS)
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    total = _sum_parts(parts, j, width, PARTS, n_queries)
+    if NORMED:
+        square = tl.zeros((ROWS,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            square += tl.load(squares + part * ROWS + m)
+        total *= tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))[:, None]
+    tl.store(out + m[:, None] * width + j[None, :], total, mask=(j < width)[None, :])
 
 
 @triton.jit
 def _multiply_normed(
-    z, parts, scale, gain, weight, rows, valid, row_stride, d, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    z, scale, gain, weight, rows, valid, row_stride, d, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(z scale gain) weight[rows]^T: [ROWS, BLOCK]; scale per row, gain per column."""
     product = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         g = tl.load(gain + k, mask=k < d, other=0.0).to(tl.float32)
-        x = _residual(z, parts, scale, k, d, PARTS) * g[None, :]
+        x = _sum_parts(z, k, d, 1) * scale[:, None] * g[None, :]
         w = _rows_of(weight, rows, valid, k, d, row_stride)
         product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def _inverse_rms(z, parts, scale, d, PARTS: tl.constexpr, BLOCK_K: tl.constexpr):
+def _inverse_rms(z, d, BLOCK_K: tl.constexpr):
     """Of rows of z; all columns at once up to 512: each step of a loop would wait for its loads."""
     square = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
-        x = _residual(z, parts, scale, start + tl.arange(0, BLOCK_K), d, PARTS)
+        x = _sum_parts(z, start + tl.arange(0, BLOCK_K), d, 1)
         square += tl.sum(x * x, axis=1)
     return tl.math.div_rn(1.0, tl.math.sqrt_rn(square / d + EPS))
 
 
 @triton.jit
-def absorb(
-    z, parts, squares, gain, w_q, w_k, vectors, w_v, head_in, folded, e, d, head_dim, n_heads, q_row, k_row, v_row,
-    in_row, value_dim, hidden, tiles, scale, PARTS: tl.constexpr, Q_PAD: tl.constexpr, SCORE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_HID: tl.constexpr, PRECISION: tl.constexpr,
+def turn(
+    z, gain, weight, turned, d, w_row, scale, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """vectors[h Q_PAD + m] = scale w_k[h]^T (w_q norm(z_m, gain))[h]. Grid: (tiles of E, padded heads).
+    """turned[m, j] = scale weight[j] norm(z_m, gain), [ROWS, d]. Grid: (tiles of d)."""
+    m = tl.arange(0, ROWS)
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    inverse = _inverse_rms(z, d, BLOCK_NORM)
+    x = _multiply_normed(z, inverse, gain, weight, j, j < d, w_row, d, BLOCK_J, BLOCK_K, PRECISION)
+    tl.store(turned + m[:, None] * d + j[None, :], x * scale, mask=(j < d)[None, :])
 
-    PARTS > 0: z comes from `project_queries` and is written. SCORE: one more tile, which writes
-    folded[h Q_PAD + m] = head_in[:, values of h] (w_v norm(z_m))[h]: the attended values enter the head as P folded.
-    Rows of padded heads and queries are zero.
+
+@triton.jit
+def absorb(
+    z, gain, turned, w_k, vectors, w_v, head_in, folded, e, d, head_dim, n_heads, k_row, v_row, in_row, value_dim,
+    hidden, tiles, Q_PAD: tl.constexpr, SCORE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_NORM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_HID: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """vectors[h Q_PAD + m] = w_k[h]^T turned_m[h]. Grid: (tiles of E, padded heads).
+
+    SCORE: one more tile, which writes
+    folded[h Q_PAD + m] = head_in[:, values of h] (w_v norm(z_m, gain))[h]: the attended values enter the head as P
+    folded. Rows of padded heads and queries are zero.
     """
     tile, h = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, ROWS)
-    from_parts = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    if PARTS > 0:
-        square = tl.zeros((ROWS,), dtype=tl.float32)
-        for part in tl.static_range(PARTS):
-            square += tl.load(squares + part * ROWS + m)
-        from_parts = tl.math.div_rn(1.0, tl.math.sqrt_rn(square / e + EPS))
-        if (tile == 0) & (h == 0):
-            for start in range(0, d, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                value = _residual(z, parts, from_parts, k, d, PARTS)
-                tl.store(z + m[:, None] * d + k[None, :], value, mask=(k < d)[None, :])
-    inverse = _inverse_rms(z, parts, from_parts, d, PARTS, BLOCK_NORM) * from_parts
     row = h * Q_PAD + m
     if tile < tiles:
         columns = tile * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -147,22 +159,21 @@ def absorb(
             j = start + tl.arange(0, BLOCK_D)
             valid = j < tl.where(h < n_heads, head_dim, 0)
             j += h * head_dim
-            q = _multiply_normed(z, parts, inverse, gain, w_q, j, valid, q_row, d, PARTS, BLOCK_D, BLOCK_K, PRECISION)
+            q = tl.load(turned + m[:, None] * d + j[None, :], mask=valid[None, :], other=0.0)
             keys = _rows_of(w_k, j, valid, columns, e, k_row)
-            total = tl.dot(q * scale, keys, total, input_precision=PRECISION)
+            total = tl.dot(q, keys, total, input_precision=PRECISION)
         at = vectors + row[:, None] * e + columns[None, :]
         tl.store(at, total.to(vectors.dtype.element_ty), mask=(m < Q_PAD)[:, None] & (columns < e)[None, :])
     if SCORE:  # noqa: SIM102 a constexpr prunes only by itself
         if tile == tiles:
             hid = tl.arange(0, BLOCK_HID)
+            inverse = _inverse_rms(z, d, BLOCK_NORM)
             total = tl.zeros((ROWS, BLOCK_HID), dtype=tl.float32)
             for start in range(0, value_dim, BLOCK_V):
                 j = start + tl.arange(0, BLOCK_V)
                 valid = j < tl.where(h < n_heads, value_dim, 0)
                 j += h * value_dim
-                v = _multiply_normed(
-                    z, parts, inverse, gain, w_v, j, valid, v_row, d, PARTS, BLOCK_V, BLOCK_K, PRECISION
-                )
+                v = _multiply_normed(z, inverse, gain, w_v, j, valid, v_row, d, BLOCK_V, BLOCK_K, PRECISION)
                 at = head_in + hid[None, :].to(tl.int64) * in_row + j[:, None]
                 into = tl.load(at, mask=valid[:, None] & (hid < hidden)[None, :], other=0.0).to(tl.float32)
                 total = tl.dot(v, into, total, input_precision=PRECISION)
@@ -206,21 +217,20 @@ def attended_values(
     tl.store(at, product, mask=valid[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def linear(
-    z, parts, weight, d, width, w_row, PARTS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """z[m, j] += weight[j] (sum of parts [ROWS, width])_m. Grid: (tiles of d); each owns its columns of z."""
+    z, x, weight, n_queries, d, width, w_row, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """z[m, j] += weight[j] x_m, x [ROWS, width]. Grid: (tiles of d); each owns its columns of z."""
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     at = z + m[:, None] * d + j[None, :]
     total = tl.load(at, mask=(j < d)[None, :], other=0.0)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = _sum_parts(parts, k, width, PARTS)
+        rows = _sum_parts(x, k, width, 1, n_queries)
         w = _rows_of(weight, j, j < d, k, width, w_row)
-        total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+        total = tl.dot(rows, tl.trans(w), total, input_precision=PRECISION)
     tl.store(at, total, mask=(j < d)[None, :])
 
 
@@ -232,14 +242,13 @@ def swiglu(
     """out[m, j] = silu(gate) up, of rows j and width + j of weight norm(z_m, gain). Grid: (tiles of width)."""
     m = tl.arange(0, ROWS)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    one = tl.full((ROWS,), 1.0, dtype=tl.float32)
-    scale = _inverse_rms(z, z, one, d, 0, BLOCK_NORM)
+    scale = _inverse_rms(z, d, BLOCK_NORM)
     gate = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     up = tl.zeros((ROWS, BLOCK_J), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         g = tl.load(gain + k, mask=k < d, other=0.0).to(tl.float32)
-        x = _residual(z, z, scale, k, d, 0) * g[None, :]
+        x = _sum_parts(z, k, d, 1) * scale[:, None] * g[None, :]
         gate = tl.dot(x, tl.trans(_rows_of(weight, j, j < width, k, d, w_row)), gate, input_precision=PRECISION)
         w = _rows_of(weight, j + width, j < width, k, d, w_row)
         up = tl.dot(x, tl.trans(w), up, input_precision=PRECISION)
