@@ -124,8 +124,8 @@ MC_DEVICE void attend_queries(const Head& head, int rows, int dims, int first) {
 
 MC_BOTH int query_units(const EncodeCall& c) { return c.windows * c.heads * query_tiles(c); }
 
-// A tile of queries, from and to the workspace.
-template <class E>
+// A tile of queries, from and to the workspace. D: dimensions that heads have at most.
+template <class E, int D = 128>
 MC_DEVICE void attend_unit(const EncodeCall& c, int unit) {
     const int tiles = query_tiles(c), n = unit / tiles / c.heads, first = unit / tiles % c.heads * 2 * c.half;
     const int64_t row = static_cast<int64_t>(n) * c.rows_each;
@@ -135,7 +135,7 @@ MC_DEVICE void attend_unit(const EncodeCall& c, int unit) {
         q,          q + 2 * c.width, q + 4 * c.width, 6 * c.width, row_of<M>(c.attention, row, c.width) + 2 * first,
         2 * c.width};
     const int query = unit % tiles * kAttendQueries;
-    if (2 * c.half <= 64) {
+    if (D <= 64 || 2 * c.half <= 64) {
         attend_queries<E, 64>(head, c.rows_each, 2 * c.half, query);
     } else {
         attend_queries<E, 128>(head, c.rows_each, 2 * c.half, query);

@@ -6,6 +6,7 @@
 #include "launch.cuh"
 #include "plan.cuh"
 #include "stream_kernel.cuh"
+#include "window_kernel.cuh"
 
 namespace mc::cuda {
 namespace {
@@ -81,6 +82,7 @@ EncodeCall call_of(const mc_gist_encode_weights& w, const mc_gist_encode_args& a
     c.y = reinterpret_cast<float*>(memory + p.y);
     c.centred = reinterpret_cast<float*>(memory + p.centred);
     c.phases = reinterpret_cast<float*>(memory + p.phases);
+    c.flags = reinterpret_cast<uint32_t*>(memory + p.flags);
     c.log2_theta = std::log2(net.rope_theta);
     c.target_rms = static_cast<float>(net.target_rms);
     c.tokens = static_cast<int32_t>(a.blocks.size[1]);
@@ -153,6 +155,24 @@ void run_stream(EncodeCall& c, void* stream) {
            stream_bytes(c, threads / 32), stream, c, true);
 }
 
+// One window and a net that the multiprocessors hold together (window.cuh)?
+bool fits_window(EncodeCall& c) {
+    const int blocks = multiprocessors(), threads = std::max(block_threads(kWindowThreads), 32);
+    const bool whole = c.embed % kChunk == 0 && c.width % kChunk == 0 && c.ffn % kChunk == 0 && c.half % 8 == 0;
+    if (!whole || c.rows > kWindowRows || 2 * c.half > kWindowHead || c.stages() > kMostStages) return false;
+    if (blocks > kMostFlags || !copies_rows()) return false;
+    const int64_t bytes = most_weights(c, blocks), limit = shared_limit();
+    c.window_bytes = static_cast<int32_t>(std::min(bytes, limit));
+    return WindowMemory::bytes(c, threads / 32) <= limit;
+}
+
+template <class E>
+void run_window(EncodeCall& c, void* stream) {
+    const int threads = std::max(block_threads(kWindowThreads), 32);
+    launch("gist_encode (window)", encode_window<E>, multiprocessors(), threads, WindowMemory::bytes(c, threads / 32),
+           stream, c, true);
+}
+
 // One linear map by tiles: the widest that give every multiprocessor one.
 template <class E>
 void run_tiles(EncodeCall& c, int stage, void* stream) {
@@ -219,6 +239,8 @@ void run(EncodeCall& c, const Plan& p, void* stream) {
         run_resident<E>(c, p, stream);
     } else if (p.way == Way::kTiled) {
         run_tiled<E>(c, stream);
+    } else if (p.way == Way::kStreamed && fits_window(c)) {
+        run_window<E>(c, stream);
     } else if (p.way == Way::kStreamed && c.half % 4 == 0) {
         run_stream<E>(c, stream);
     } else {

@@ -41,6 +41,8 @@ struct EncodeCall {
     bool centres;                                // level 1
     bool beside;                                 // of the first stage only what is no product
     bool together;                               // all blocks run at the same time, all stages in this launch
+    int32_t window_bytes;                        // of weights, of the block that holds most (window.cuh)
+    uint32_t* flags;                             // of blocks, likewise
 
     MC_BOTH int stages() const { return 1 + kLayerSteps * layers + 3; }
     MC_BOTH Step step(int stage) const {

@@ -6,6 +6,7 @@
 #include "host_checks.h"
 #include "net.h"
 #include "resident.cuh"
+#include "window.cuh"
 
 namespace mc::cuda {
 
@@ -26,7 +27,7 @@ struct Plan {
     bool tensor;
     int64_t windows;                       // of a chunk
     int64_t rows, group, columns, passed;  // kResident: rows and windows of a block; its scratch's row, heads at a time
-    int64_t h, turned, attention, swiglu, pooled, y, centred, phases, scratch, bytes;
+    int64_t h, turned, attention, swiglu, pooled, y, centred, phases, scratch, flags, bytes;
 };
 
 inline bool dense_on_16(const mc_gist_encode_weights& w) {
@@ -85,6 +86,7 @@ inline Plan lay_out(const mc_gist_encode_args& a, const Net& net, Way way, bool 
     take(p.y, gists * net.embed, 4);
     take(p.centred, p.windows * net.embed, 4);
     take(p.phases, each * net.head_dim(), 4);
+    if (way == Way::kStreamed) take(p.flags, kMostFlags, 4);
     return p;
 }
 

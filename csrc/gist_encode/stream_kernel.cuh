@@ -97,9 +97,9 @@ MC_DEVICE void pool_window(const EncodeCall& c, SharedMemory shared, int unit) {
 // What stands beside the first product, from the last block on: those have no unit of it where windows are few. Phases,
 // whose powers are slow, a number a thread.
 template <class E>
-MC_DEVICE void beside_first(const EncodeCall& c) {
+MC_DEVICE void beside_first(const EncodeCall& c, int size) {
     const int blocks = static_cast<int>(gridDim.x), last = blocks - 1 - static_cast<int>(blockIdx.x);
-    const int units = first_units(c), size = stream_threads();
+    const int units = first_units(c);
     const int turn = (last + blocks - (units - 1) % blocks) % blocks;
     for (int i = turn * size + static_cast<int>(threadIdx.x); i < c.rows_each * c.half; i += blocks * size) {
         write_phase(c, i);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kEncodeThreads, 1) encode_stream(const __grid_
         if (stage == 0) {
             s.hold(l);
             prefetch_weights(c, 2);
-            beside_first<E>(c);
+            beside_first<E>(c, stream_threads());
         } else {
             GridArrival arrival = grid_arrive();
             if (product) s.hold(l);

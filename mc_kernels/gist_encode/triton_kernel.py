@@ -13,6 +13,7 @@ Floors on an H100 (990 TFLOP/s, 3.35 TB/s), default net (Eg 512, F 1792, two lay
 for E = 576, 5 us, against 12 launches; products are cut into column tiles so that many SMs read them. Bulk, N = 4096:
 1.0 TFLOP a layer, 1.0 ms, against 15 KB a row and layer, 0.6 ms, which the products hide.
 
+Many rows of nets whose sizes fill the largest tiles: `triton_bulk`, whose norms are in weights and in sums of squares.
 Narrow nets (Eg up to 128) and many windows: a layer is one launch, `triton_layers`. Of wider ones the residual rows
 and their normed copy spill (`triton_plan`), and at Eg 512 a program of 64 rows would read 7.6 MB of weights for them:
 64 FLOPs for each byte out of L2, about 350 TFLOP/s at 5.5 TB/s, below what separate products are meant to reach. One
@@ -34,10 +35,11 @@ from ..registry import BackendError
 from ..triton_arena import Arena
 from ..triton_report import Compilation
 from .triton_attention import attention_kernel
+from .triton_bulk_launches import bulk_layers, bulk_sizes, gained_launches
 from .triton_gradients import attention_backward_kernel
 from .triton_layers import layer_kernel
 from .triton_linear import embed_kernel, residual_kernel, swiglu_kernel
-from .triton_net import Buffers, Net, compute_dtype
+from .triton_net import Buffers, BulkBuffers, Net, compute_dtype
 from .triton_plan import Launch, Plan, heuristics, power
 from .triton_pool import match_kernel, pool_kernel, project_kernel
 
@@ -45,8 +47,10 @@ from .triton_pool import match_kernel, pool_kernel, project_kernel
 CHUNK_ROWS = 32768
 
 
-def _sizes(n: int, k: int, embed: int, net: Net, dtype: torch.dtype) -> list[tuple[int, torch.dtype]]:
-    """Numbers and dtype of h, attention, swiglu, pooled, y, centred, phases for n windows."""
+def _sizes(blocks: Tensor, net: Net) -> list[tuple[int, torch.dtype]]:
+    """Numbers and dtype of h, attention, swiglu, pooled, y, centred, phases, and what bulk kernels need, for blocks."""
+    n, k, embed = blocks.shape
+    dtype = compute_dtype(blocks, net)
     rows, gists = n * net.rows(k), n * net.gists
     return [
         (rows * net.width, dtype),
@@ -56,6 +60,7 @@ def _sizes(n: int, k: int, embed: int, net: Net, dtype: torch.dtype) -> list[tup
         (gists * embed, torch.float32),
         (n * embed, torch.float32),
         (net.rows(k) * (net.width // net.n_heads), torch.float32),
+        *bulk_sizes(rows, net, plan_of(blocks, net), dtype),
     ]
 
 
@@ -66,14 +71,9 @@ def _chunk(n: int, rows: int) -> int:
 
 def gist_encode_workspace(blocks: Tensor, *args: Any) -> int:
     """Bytes of `workspace` that `gist_encode_triton` needs for these arguments."""
-    n, k, embed = blocks.shape
     net = Net(*args)
-    sizes = _sizes(_chunk(n, net.rows(k)), k, embed, net, compute_dtype(blocks, net))
-    return sum(_padded(count * dtype.itemsize) for count, dtype in sizes)
-
-
-def _padded(size: int) -> int:
-    return (size + 255) // 256 * 256
+    sizes = _sizes(blocks[: _chunk(blocks.shape[0], net.rows(blocks.shape[1]))], net)
+    return sum(triton.cdiv(count * dtype.itemsize, 256) * 256 for count, dtype in sizes)
 
 
 def _carve(workspace: Tensor, sizes: Iterable[tuple[int, torch.dtype]], layers: int) -> Buffers:
@@ -81,9 +81,10 @@ def _carve(workspace: Tensor, sizes: Iterable[tuple[int, torch.dtype]], layers: 
     for count, dtype in sizes:
         size = count * dtype.itemsize
         views.append(workspace[start : start + size].view(dtype))
-        start += _padded(size)
-    h, attention, *rest = views
-    return Buffers([h] * (2 * layers + 1), [attention] * layers, *rest)
+        start += triton.cdiv(size, 256) * 256
+    h, attention, swiglu, pooled, y, centred, phases, *bulk = views
+    more = BulkBuffers(*bulk) if bulk else None
+    return Buffers([h] * (2 * layers + 1), [attention] * layers, swiglu, pooled, y, centred, phases, more)
 
 
 def layer_launches(blocks: Tensor, net: Net, buffers: Buffers, plan: Plan) -> Iterator[Launch]:
@@ -91,6 +92,7 @@ def layer_launches(blocks: Tensor, net: Net, buffers: Buffers, plan: Plan) -> It
     n, k, embed = blocks.shape
     width, ffn, rows_each = net.width, net.ffn, net.rows(k)
     rows, head = n * rows_each, width // net.n_heads
+    bulk = buffers.bulk if plan.bulk else None
 
     def tiles(tile: Any, columns: int) -> int:
         return triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n)
@@ -100,13 +102,17 @@ def layer_launches(blocks: Tensor, net: Net, buffers: Buffers, plan: Plan) -> It
         tiles(plan.embed, width) + 1,
         {
             "x": blocks, "w": net.w_in, "level_emb": net.level_emb[min(net.level, net.level_emb.shape[0]) - 1],
-            "pool_q": net.pool_q, "h": buffers.h[0], "phases": buffers.phases, "n_rows": rows,
+            "pool_q": net.pool_q, "h": buffers.h[0], "phases": buffers.phases,
+            "sums": bulk.squares if bulk else None, "n_rows": rows,
             "stride_n": blocks.stride(0), "stride_k": blocks.stride(1), "stride_w": net.w_in.stride(0), "one": 1.0,
             "K": k, "ROWS": rows_each, "EMBED": embed, "WIDTH": width, "HALF": head // 2,
             "LOG2_THETA": math.log2(net.rope_theta), **plan.embed.blocks(),
         },
         plan.embed.warps, plan.embed.stages,
     )  # fmt: skip
+    if bulk:
+        yield from bulk_layers(n, rows_each, net, buffers, plan)
+        return
     per_layer = zip(
         *(x.unbind(0) for x in (net.attn_norm, net.qkv, net.attn_out, net.ffn_norm, net.gate_up, net.down)),
         buffers.h[:-1:2], buffers.h[1::2], buffers.h[2::2], buffers.attention, strict=True,
@@ -202,13 +208,16 @@ def plan_of(blocks: Tensor, net: Net) -> Plan:
     n, k, embed = blocks.shape
     half = compute_dtype(blocks, net) != torch.float32
     rows = net.rows(k)
-    return heuristics(n * rows, rows, n * net.gists, embed, net.width, net.ffn, net.n_heads, half)
+    bulk = not blocks.is_cuda or torch.cuda.get_device_capability(blocks.device)[0] == 9
+    return heuristics(n * rows, rows, n * net.gists, embed, net.width, net.ffn, net.n_heads, half, bulk)
 
 
 def forward_launches(blocks: Tensor, net: Net, out: Tensor, workspace: Tensor) -> Iterator[Launch]:
-    n, k, embed = blocks.shape
-    chunk = _chunk(n, net.rows(k))
-    buffers = _carve(workspace, _sizes(chunk, k, embed, net, compute_dtype(blocks, net)), net.layers)
+    n = blocks.shape[0]
+    chunk = _chunk(n, net.rows(blocks.shape[1]))
+    buffers = _carve(workspace, _sizes(blocks[:chunk], net), net.layers)
+    if buffers.bulk:
+        yield from gained_launches(net, buffers.bulk)
     for start in range(0, n, chunk):
         some = blocks if chunk == n else blocks[start : start + chunk]
         plan = plan_of(some, net)
@@ -246,7 +255,7 @@ def gist_encode_triton(
 
 
 def compilations() -> Iterator[Compilation]:
-    """What is launched for SmolLM2-135M and Llama-3-8B, one window to thousands. Left out is attention's backward over
+    """What is launched for SmolLM2-135M and Llama-3-8B, one window to hundreds. Left out is attention's backward over
     windows of more than 64 rows: it spills 64 bytes a thread on sm_80 (sm_90, sm_100: none)."""
     seen = set()
     for shape, blocks, net in _shapes():

@@ -80,12 +80,13 @@ def _write_phases(phases, ROWS: tl.constexpr, HALF: tl.constexpr, LOG2_THETA: tl
 
 @triton.jit
 def embed_kernel(
-    x, w, level_emb, pool_q, h, phases, n_rows, stride_n, stride_k, stride_w, one,
+    x, w, level_emb, pool_q, h, phases, sums, n_rows, stride_n, stride_k, stride_w, one,
     K: tl.constexpr, ROWS: tl.constexpr, EMBED: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     LOG2_THETA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [N, K, EMBED] -> h [N * ROWS, WIDTH], ROWS = K or, with a class token, K + 1. The last program writes the
-    rotary phases instead, for the attention of all layers.
+    rotary phases instead, for the attention of all layers. sums: None, or of the squares of h's rows in
+    parts, fp32 [tiles of WIDTH, n_rows].
 
     one: 1.0, which the compiler must not know. A tile that the matrix units read in shared memory and that is loaded
     from there as well gets a buffer too few in a pipelined loop (triton-lang/triton issue 6691); multiplied, it is read
@@ -118,6 +119,9 @@ def embed_kernel(
         token_q = tl.load(pool_q + n, mask=keep, other=0.0).to(tl.float32)
         acc += tl.where((j == K)[:, None], token_q[None, :], 0.0)
     tl.store(h + row[:, None] * WIDTH + n[None, :], acc.to(dtype), mask=live[:, None] & keep[None, :])
+    if sums is not None:
+        wide = acc.to(dtype).to(tl.float32)
+        tl.store(sums + (pid % tiles) * n_rows + row, tl.sum(wide * wide, axis=1), mask=live)
 
 
 @triton.jit

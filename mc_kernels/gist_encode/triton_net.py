@@ -67,9 +67,20 @@ def compute_dtype(blocks: Tensor, net: Net) -> torch.dtype:
 
 
 @dataclass(frozen=True)
+class BulkBuffers:
+    """Weights times the gain of the norm before them, [layers, 3 Eg, Eg] and [layers, 2 F, Eg] (`triton_bulk`), and the
+    squares of the rows of the residual stream, in parts."""
+
+    qkv: Tensor
+    gate_up: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
 class Buffers:
     """What the kernels write on the way. `h`: the residual stream before the first layer and after each half of one
-    (2 * layers + 1); `attention`: each layer's. Entries may be one and the same memory where nothing is kept."""
+    (2 * layers + 1); `attention`: each layer's. Entries may be one and the same memory where nothing is kept.
+    bulk: what only a plan with bulk kernels needs."""
 
     h: list[Tensor]
     attention: list[Tensor]
@@ -78,3 +89,4 @@ class Buffers:
     y: Tensor
     centred: Tensor
     phases: Tensor
+    bulk: BulkBuffers | None = None

@@ -7,7 +7,7 @@ ones spread the weights over all SMs (latency).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,19 @@ class LayerTile:
 
 
 @dataclass(frozen=True)
+class BulkTiles:
+    """Of the products whose operands go to the matrix units from shared memory (`triton_bulk`). attention.n: a head."""
+
+    attention: Tile
+    attention_out: Tile
+    swiglu: Tile
+    down: Tile
+
+
+@dataclass(frozen=True)
 class Plan:
     """Tiles of each product; `group` windows for a program of attention, in `attention.m` rows. layer: instead of
-    attention to down, where a layer's activations stay on chip."""
+    attention to down, where a layer's activations stay on chip. bulk: likewise, for wider nets and many rows."""
 
     embed: Tile
     attention: Tile
@@ -64,6 +74,11 @@ class Plan:
     down: Tile
     project: Tile
     layer: LayerTile | None
+    bulk: BulkTiles | None = None
+
+
+# For many rows. Two accumulators of 128 x 128, or one of 128 x 256, are 128 registers of a thread; a step is 48 KB.
+BULK = BulkTiles(Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3))
 
 
 def power(n: int, least: int = 16) -> int:
@@ -72,9 +87,11 @@ def power(n: int, least: int = 16) -> int:
 
 
 def heuristics(
-    rows: int, rows_per_window: int, gists: int, embed: int, width: int, ffn: int, n_heads: int, half: bool
-) -> Plan:
-    """rows: of all windows together. gists: rows after pooling. half: products of 16-bit numbers."""
+    rows: int, rows_per_window: int, gists: int, embed: int, width: int, ffn: int, n_heads: int, half: bool,
+    bulk: bool = True,
+) -> Plan:  # fmt: skip
+    """rows: of all windows together. gists: rows after pooling. half: products of 16-bit numbers. bulk: on a device
+    whose matrix units read shared memory (Hopper's); elsewhere the tiles of bulk kernels spill."""
     single, pair = (_HALF, _HALF_PAIR) if half else (_FLOAT, _FLOAT_PAIR)
 
     def largest(m: int, n: int, tiles: tuple[Tile, ...] = single) -> Tile:
@@ -91,6 +108,7 @@ def heuristics(
             break
     warps = 8 if block * head > 32 * 64 else 4
     attention = Tile(block, head, 64 if half else 32, warps, 3)
+    layer = _layer_on_chip(rows, rows_per_window, width) if half else None
     return Plan(
         embed=largest(rows, width),
         attention=attention,
@@ -99,8 +117,24 @@ def heuristics(
         swiglu=largest(rows, ffn, pair),
         down=largest(rows, width),
         project=largest(gists, embed),
-        layer=_layer_on_chip(rows, rows_per_window, width) if half else None,
+        layer=layer,
+        bulk=_bulk(rows, rows_per_window, width, ffn, width // n_heads) if half and bulk and layer is None else None,
     )
+
+
+def _bulk(rows: int, rows_per_window: int, width: int, ffn: int, head: int) -> BulkTiles | None:
+    """Where sizes fill the tiles, every SM gets two of the largest, and padding of windows is at most a quarter.
+
+    Measured on nothing yet: a product that multiplies its rows by a gain in registers waits for each step, hence these.
+    """
+    t = BULK
+    m = t.attention.m
+    fills = width % t.attention_out.n == width % t.down.n == ffn % t.swiglu.n == 0
+    fills = fills and width % t.swiglu.k == width % t.attention_out.k == ffn % t.down.k == 0
+    grouped = 4 * (m // rows_per_window * rows_per_window) >= 3 * m
+    if not (fills and grouped and head == power(head) and rows >= 2 * SMS * m):
+        return None
+    return replace(t, attention=replace(t.attention, n=head)) if head <= t.attention.n else None
 
 
 def _layer_on_chip(rows: int, rows_per_window: int, width: int) -> LayerTile | None:
