@@ -35,7 +35,7 @@ class Compilation:
     shape: what it is for, as "SmolLM2-135M". signature: argument name to Triton type ("*bf16", "i32", "i64", "fp32"),
     constexprs to "constexpr". constexprs: their values (None for an argument that is not given). aligned: names of the
     arguments that are multiples of 16, as Triton specialises pointers of torch's allocator. most_registers: that a
-    thread may have.
+    thread may have. capabilities: where it is launched; empty: everywhere.
     """
 
     shape: str
@@ -46,6 +46,7 @@ class Compilation:
     num_stages: int = 3
     aligned: Sequence[str] = field(default=())
     most_registers: int | None = None
+    capabilities: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,13 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(ops: Sequence[str] = OPS, capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Resources]:
-    """Every configuration of the ops on every architecture."""
+    """Every configuration of the ops on every architecture that it is for."""
     for op in ops:
         module = importlib.import_module(f"mc_kernels.{op}.triton_kernel")
         for one in module.compilations():
             for capability in capabilities:
-                yield compile_one(op, one, capability)
+                if not one.capabilities or capability in one.capabilities:
+                    yield compile_one(op, one, capability)
 
 
 def table(rows: Sequence[Resources], version: str) -> str:
@@ -126,7 +128,7 @@ def table(rows: Sequence[Resources], version: str) -> str:
         "# What the Triton kernels take",
         "",
         f"`python -m mc_kernels.triton_report --out docs/triton_resources.md`, Triton {version}.",
-        "Registers and spilled bytes are per thread, shared memory is per block.",
+        "Registers and spilled bytes are per thread, shared memory is per block. -: not launched there.",
         "",
         f"| kernel | shape | configuration | {' | '.join(heads)} |",
         f"|---|---|---|{'---|' * len(heads)}",
@@ -135,7 +137,10 @@ def table(rows: Sequence[Resources], version: str) -> str:
     for row in rows:
         by_configuration.setdefault((row.kernel, row.shape, row.configuration), {})[row.capability] = row
     for (kernel, shape, configuration), found in by_configuration.items():
-        cells = [f"{r.registers} / {r.local_bytes} / {r.shared_bytes}" for _, r in sorted(found.items())]
+        cells = [
+            f"{found[c].registers} / {found[c].local_bytes} / {found[c].shared_bytes}" if c in found else "-"
+            for c in capabilities
+        ]
         lines.append(f"| {kernel} | {shape} | {configuration} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

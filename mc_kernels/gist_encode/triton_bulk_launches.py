@@ -15,6 +15,12 @@ from .triton_plan import Launch, Plan, Tile, power
 Sizes = list[tuple[int, torch.dtype]]
 
 
+def is_bulk(launch: Launch) -> bool:
+    """Whether only a plan with bulk kernels has it: theirs, and the embedding that leaves squares to them."""
+    kernels = (gained_kernel, bulk_attention_kernel, bulk_residual_kernel, bulk_swiglu_kernel)
+    return launch.kernel in kernels or launch.args.get("sums") is not None
+
+
 def bulk_sizes(rows: int, net: Net, plan: Plan, dtype: torch.dtype) -> Sizes:
     """Numbers and dtype of the buffers of `BulkBuffers`; none without bulk kernels."""
     tiles = plan.bulk

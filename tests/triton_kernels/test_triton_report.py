@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from mc_kernels import triton_report
-from mc_kernels.triton_report import SHARED_LIMIT, Resources, compile_all, main, table
+from mc_kernels.triton_report import SHARED_LIMIT, Compilation, Resources, compile_all, main, table
 
 ROW = Resources("gist_pool", "pool_kernel", "SmolLM2-135M", "D=64; 4 warps, 3 stages", 90, 128, 0, 36864)
 
@@ -57,6 +58,21 @@ def test_table_puts_architectures_side_by_side() -> None:
 def test_nothing_compiled_is_an_empty_table() -> None:
     assert table([], "3.9.0").splitlines()[-1].startswith("|---")
     assert list(compile_all([])) == []
+
+
+def test_what_is_not_launched_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(op: str, one: Compilation, capability: int) -> Resources:
+        return replace(ROW, shape=one.shape, capability=capability)
+
+    def compilations() -> list[Compilation]:
+        everywhere = Compilation("everywhere", None, {}, {}, 4)
+        return [everywhere, replace(everywhere, shape="there", capabilities=(90,))]
+
+    monkeypatch.setattr(triton_report, "compile_one", compiled)
+    monkeypatch.setattr(importlib.import_module("mc_kernels.gist_pool.triton_kernel"), "compilations", compilations)
+    rows = list(compile_all(["gist_pool"], [80, 90]))
+    assert [(row.shape, row.capability) for row in rows] == [("everywhere", 80), ("everywhere", 90), ("there", 90)]
+    assert table(rows, "3.9.0").splitlines()[-1].endswith("| - | 128 / 0 / 36864 |")
 
 
 @pytest.mark.parametrize(("rows", "status"), [([ROW], 0), ([ROW, replace(ROW, local_bytes=4)], 1)])
