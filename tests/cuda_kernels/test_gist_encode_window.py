@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from encode_model import make
 from test_gist_encode_cuda import emulate, encode, exact, same_bits
 
 from mc_kernels.gist_encode.cases import Case
 from mc_kernels.testing import assert_within_error_rule
-
-from encode_model import make
 
 # name, N, K, E, Eg, layers, heads, F, G, pool, level
 PLAIN = Case("plain", 1, 32, 96, 64, 2, 2, 160)
