@@ -34,7 +34,7 @@ from .triton_tiling import (
     product_dtype,
     product_precision,
     tiling,
-    with_enough_warps,
+    with_enough_registers,
 )
 
 
@@ -107,7 +107,7 @@ def gist_pool_triton(
     if product != k.dtype:
         size = gist_pool_workspace(k, w)
         yk, yv = scratch(workspace, size, k)[:size].view(torch.float32).view(2, -1)
-    t = with_enough_warps(tiling(n, block_size, d, n_gists, product), k.dtype)
+    t = with_enough_registers(tiling(n, block_size, d, n_gists, product), k.dtype)
     with torch.cuda.device_of(k):
         gist_pool_kernel[(r * h * triton.cdiv(n, t.blocks),)](
             k, v, w, b, m, c, k_gist, v_gist, yk, yv, *k.stride()[:4], *v.stride()[:4], n, t.blocks, h, r // layers,
@@ -124,7 +124,7 @@ def _forward_compilations() -> Iterator[Compilation]:
             product = product_dtype(data, weights)
             data_type, weights_type, y_type = (f"*{TRITON_NAMES[x]}" for x in (data, weights, product))
             for n in many_and_few(d, product):
-                t = with_enough_warps(tiling(n, 32, d, 1, product), data)
+                t = with_enough_registers(tiling(n, 32, d, 1, product), data)
                 pointers = {
                     **dict.fromkeys(("k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr"), data_type),
                     **dict.fromkeys(("w_ptr", "b_ptr", "m_ptr", "c_ptr"), weights_type),

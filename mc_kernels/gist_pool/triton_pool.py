@@ -107,13 +107,11 @@ def add_residual(
     tl.store(yk_ptr + rows[:, None] * D + dims[None, :], yk, mask=here & (dims < D)[None, :])
     tl.store(yv_ptr + rows[:, None] * D + dims[None, :], yv, mask=here & (dims < D)[None, :])
     tl.debug_barrier()
-    ck = tl.load(c_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
-    cv = tl.load(c_ptr + D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
     if PRECISION == "ieee":
         yk, yv = tl.zeros((ROWS, DP), tl.float32), tl.zeros((ROWS, DP), tl.float32)
     else:
-        yk += ck
-        yv += cv
+        yk += tl.load(c_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+        yv += tl.load(c_ptr + D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
     for start in range(0, D, INNER):
         i = start + tl.arange(0, INNER)
         a_at, a_mask = rows[:, None] * D + i[None, :], here & (i < D)[None, :]
@@ -130,8 +128,10 @@ def add_residual(
         yv = tl.dot(av, vv, yv, input_precision=PRECISION)
     if PRECISION == "ieee":
         at, mask = rows[:, None] * D + dims[None, :], here & (dims < D)[None, :]
-        yk = tl.load(yk_ptr + at, mask=mask, other=0.0) + (yk + ck)
-        yv = tl.load(yv_ptr + at, mask=mask, other=0.0) + (yv + cv)
+        yk += tl.load(c_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+        yk += tl.load(yk_ptr + at, mask=mask, other=0.0)
+        yv += tl.load(c_ptr + D + dims, mask=dims < D, other=0.0).to(tl.float32)[None, :]
+        yv += tl.load(yv_ptr + at, mask=mask, other=0.0)
     tl.debug_barrier()
     return yk, yv
 

@@ -70,9 +70,10 @@ def tiling(
     return Tiling(blocks, rows, kp, dp, inner, stages, warps)
 
 
-def with_enough_warps(t: Tiling, data: torch.dtype) -> Tiling:
-    """fp32 blocks of small heads have four warps by their size, which are then some registers short."""
-    return replace(t, warps=max(8, t.warps)) if data == torch.float32 and t.dp <= 64 else t
+def with_enough_registers(t: Tiling, data: torch.dtype) -> Tiling:
+    """fp32 blocks of small heads have four warps by their size, which are then some registers short; and two for three
+    in flight, whose addresses spill 8 bytes on sm_80."""
+    return replace(t, warps=max(8, t.warps), stages=min(2, t.stages)) if data == torch.float32 and t.dp <= 64 else t
 
 
 def many_and_few(head_dim: int, product: torch.dtype) -> list[int]:

@@ -261,7 +261,7 @@ def forward_launches(arena: Arena, out: Tensor, *args: Any) -> Iterator[Launch]:
             (cdiv(f, 16),),
             {"z": z, "gain": mlp_norm[i], "weight": mlp_gate_up[i], "out": act, "d": d, "width": f,
              "w_row": mlp_gate_up.stride(1)},
-            {"BLOCK_J": 16, "BLOCK_K": min(wide_d, 256), "BLOCK_NORM": norm_d, "PRECISION": precision},
+            {"BLOCK_J": 16, "BLOCK_K": min(wide_d, 128), "BLOCK_NORM": norm_d, "PRECISION": precision},
             8 if wide_d > 64 else 4,
             1 if wide_d > 64 else queue,
         )  # fmt: skip
