@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 from encode_model import make
 from test_gist_encode_cuda import emulate, encode, exact, same_bits
 
