@@ -2,7 +2,8 @@
 
 A round times every candidate once, in an order that is shuffled from round to round. One sample is the mean of a short
 burst of calls (`calls` of them, so that a burst is long against the clock), each on the next of its rotating inputs.
-Some untimed bursts of each come first. Medians and spreads come from the samples; ratios are taken round by round. On a
+Some untimed bursts of each come first, and on a CPU an untimed call before every burst of short ones: what ran in between
+has evicted code as well as inputs, and a loop finds its code where the last call left it. Medians and spreads come from the samples; ratios are taken round by round. On a
 GPU a sample is the device's own time and the host's stands beside it (`held`).
 """
 
@@ -22,6 +23,10 @@ from .held import LEAST_HOLD, LONGEST_HOLD, MARGIN, CudaStream, Hold, Stream, ti
 # at most: about a thousand can be queued.)
 BURST_SECONDS = 300e-6
 MAX_CALLS = 256
+# Calls on a CPU that take less are led in by an untimed one: of longer ones cold code is a small part.
+LED_IN_SECONDS = 5e-3
+# Of the time that a candidate is measured, at most so often as long until it has met all its inputs.
+FIRST_MEETINGS = 4
 # Of what a hold may last at most, the host may need this share: other work on the machine makes it slower at times.
 HELD_SHARE = 0.25
 
@@ -65,15 +70,22 @@ Clock = Callable[[], float]
 
 
 class Burst:
-    """Successive calls of `run`, each on the next of `states`."""
+    """Successive calls of `run`, each on the next of `states`, from the first or the one that `start` says."""
 
-    def __init__(self, run: Callable[[object], object], states: Sequence[object]) -> None:
-        self.run, self.states, self.next, self.calls, self.hold = run, states, 0, 1, Hold()
+    def __init__(self, run: Callable[[object], object], states: Sequence[object], start: int = 0) -> None:
+        self.run, self.states, self.next, self.calls, self.hold = run, states, start, 1, Hold()
+        self.led_in = False
 
     def __call__(self) -> None:
+        self._run(self.calls)
+
+    def once(self) -> None:
+        self._run(1)
+
+    def _run(self, calls: int) -> None:
         run, states, n = self.run, self.states, len(self.states)
         at = self.next
-        for _ in range(self.calls):
+        for _ in range(calls):
             run(states[at])
             at = (at + 1) % n
         self.next = at
@@ -106,6 +118,17 @@ class Stopwatch:
         first, _ = self(burst)
         estimate = min(first, self(burst)[0]) if first < seconds else first
         burst.calls = 1 if single else calls_of(estimate)
+        burst.led_in = not single and estimate < LED_IN_SECONDS
+        self._meet_all(burst, FIRST_MEETINGS * seconds)
+
+    def _meet_all(self, burst: Burst, seconds: float) -> None:
+        """Every one of the inputs once, or as many as `seconds` hold: on its first a call may have more to do (it packs
+        weights, say)."""
+        begin = self.clock()
+        for _ in burst.states[1:]:
+            burst.once()
+            if self.clock() - begin > seconds:
+                return
 
     def _prepare_held(self, burst: Burst, single: bool) -> None:
         burst()
@@ -155,6 +178,8 @@ def interleave(
         for i in order:
             if flush:
                 flush()
+            if bursts[i].led_in:
+                bursts[i].once()
             taken, host = watch(bursts[i])
             samples[i].append(taken / bursts[i].calls)
             if host is not None:

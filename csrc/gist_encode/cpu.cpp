@@ -38,12 +38,12 @@ void share_windows(const Encoding& e, int64_t n, int threads) {
     std::vector<int64_t> items;
     for (int s = 0; s < windows.group_steps(); ++s) items.push_back(windows.group_items(s));
     for (int s = 0; s < windows.batch_steps(); ++s) items.push_back(windows.batch_items(s));
-    Stages stages(items);
+    Stages stages(items, threads);
     std::vector<std::unique_ptr<ItemScratch>> scratch;
     for (int i = 0; i < threads; ++i) scratch.push_back(std::make_unique<ItemScratch>(e, n));
     const int group_steps = windows.group_steps();
     auto work = [&](int64_t thread) {
-        stages.work([&](int64_t step, int64_t i) {
+        stages.work(thread, [&](int64_t step, int64_t i) {
             if (step < group_steps) {
                 windows.group_item(static_cast<int>(step), i, *scratch[static_cast<size_t>(thread)]);
             } else {

@@ -9,6 +9,8 @@ namespace mc {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
+// Where all rows of a call meet a panel at once it comes from memory: so far ahead of what is multiplied it is asked for.
+constexpr int64_t kStreamAhead = 8 << 10;
 
 const EncodeOps& encode_ops(const RowOps& rows) {
     return ops_beside(rows, "gist_encode", {encode_avx512(), encode_avx2(), encode_scalar()});
@@ -69,7 +71,7 @@ ItemScratch::ItemScratch(const Encoding& e, int64_t group) {
 }
 
 Windows::Windows(const Encoding& e, int64_t batch, int64_t group, bool shared)
-    : e_(e), type_(e.weights.type()), fetches_(!shared && e.level.matmul->outruns_memory) {
+    : e_(e), type_(e.weights.type()), fetches_(e.level.matmul->outruns_memory), shared_(shared) {
     const Net& net = e.weights.net();
     const int64_t rows = group * e.entries;
     h_step_ = odd_lines(net.width);
@@ -162,7 +164,7 @@ Product Windows::product(const Panels& w, int64_t panel, const char* a, int64_t 
     p.steps = product_steps(type_, w.k);
     p.n = std::min(kPanel, w.n - panel * kPanel);
     if (fetches_) {
-        p.next = p.w + w.bytes;
+        p.next = p.w + (shared_ ? kStreamAhead : w.bytes);
         p.next_step = p.w_step;
     }
     return p;

@@ -80,7 +80,7 @@ private:
 
     const Encoding& e_;
     const int type_;
-    const bool fetches_;                  // the panel that comes next: of a batch of one thread
+    const bool fetches_, shared_;         // what is multiplied next: shared by threads it is a stream from memory
     int64_t h_step_, z_step_, qkv_step_;  // floats
     int64_t x_step_, a_step_, act_step_;  // bytes
     int64_t batch_first_ = 0, batch_count_ = 0, group_first_ = 0, group_count_ = 0;

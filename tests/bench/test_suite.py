@@ -248,8 +248,8 @@ def test_cold_inputs_exceed_the_cache_together(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(suite, "last_level_cache", lambda device: 1 << 20)
     case = TINY["gist_pool"]
     plan = plan_cache("gist_pool", case, Options(CPU, torch.float32))
-    assert plan.copies * case.bytes(torch.float32) >= suite.ROTATION << 20
-    assert (plan.copies - 1) * case.bytes(torch.float32) < suite.ROTATION << 20
+    assert plan.copies * case.bytes(torch.float32) >= suite.ROTATIONS[0] << 20
+    assert (plan.copies - 1) * case.bytes(torch.float32) < suite.ROTATIONS[0] << 20
     assert not plan.flush
     assert plan.label.startswith("cold")
     large = replace(case, blocks=20_000)
