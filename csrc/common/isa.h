@@ -15,7 +15,7 @@ struct IsaLevel {
     const RowOps* rows;  // its name says which unit of rows this is: several levels share the best one
     const MatmulOps* matmul;
     bool here, only_by_name;
-    const char* unit;  // of an op's own primitives: where the op has none of this name, those beside `rows` serve
+    const char* unit;  // of an op's own primitives: those of `name`, or else of this, or else those beside `rows` serve
 };
 
 // The level in use. Throws Error(MC_UNAVAILABLE) if MC_CPU_ISA names one that cannot serve.
@@ -40,8 +40,10 @@ const Ops& ops_beside(const RowOps& rows, const char* op, std::initializer_list<
 // As above, for an op that may have primitives of the level's own.
 template <class Ops>
 const Ops& ops_of(const IsaLevel& level, const char* op, std::initializer_list<const Ops*> tables) {
-    for (const Ops* ops : tables) {
-        if (ops && !std::strcmp(ops->name, level.unit)) return *ops;
+    for (const char* name : {level.name, level.unit}) {
+        for (const Ops* ops : tables) {
+            if (ops && !std::strcmp(ops->name, name)) return *ops;
+        }
     }
     return ops_beside(*level.rows, op, tables);
 }

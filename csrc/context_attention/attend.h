@@ -14,6 +14,7 @@
 namespace mc {
 
 constexpr int64_t kPad = 16;     // floats: the widest vector of all levels
+constexpr int64_t kQueryTile = 16;
 constexpr int64_t kBlock = 128;  // entries that are looked at together: long streams over each head's keys and values
 
 struct RowShape {
@@ -61,11 +62,11 @@ struct HeadBlock {
     const float* add;    // [n_times, kBlock] or NULL
     int64_t n_times;
     const float* q;           // [rows, padded]
-    const uint16_t* q_pairs;  // for bf16 products: [rows, dims] as narrow_query leaves them
+    const uint16_t* q_pairs;  // for bf16 products: as pack_queries leaves them
     int64_t rows;
     float* turned;      // scratch [kPad, padded]
     float* p;           // [rows, kBlock], becomes 2^(score - top)
-    uint16_t* p_pairs;  // for bf16 products: scratch [rows, kBlock]
+    uint16_t* p_pairs;  // for bf16 products: scratch [rows in whole units, kBlock], zero at first
     float *top, *total, *out;
     int64_t out_step;
     const char* next;  // what is read next, kBlock rows next_step bytes apart: fetched meanwhile. NULL: nothing
@@ -101,8 +102,14 @@ struct AttendOps {
     // With bf16 products, NULL where the level has none: for heads of bf16 that `in_pairs` names. Turned queries and
     // keys and what the softmax gives an entry are rounded to bf16, subnormal numbers taken for zero. Phases of entries
     // lie with the even pairs first (Frequencies).
-    void (*narrow_query)(const float* q, int64_t dims, uint16_t* out);
+    int64_t least_rows;  // fewer queries of a KV head are faster in fp32
+    int64_t query_unit;  // that many of them are packed and multiplied together
+    // Rows of one KV head, `step` floats apart, to q_pairs: as many bf16 as the rows in whole units have dims.
+    void (*pack_queries)(const float* q, int64_t rows, int64_t step, int64_t dims, uint16_t* out);
     void (*attend_pairs)(const HeadBlock&);
+    // Before the first attend_pairs of a run of entries and after the last, on its thread; or NULL.
+    void (*begin_pairs)();
+    void (*end_pairs)();
 };
 
 // Heads that bf16 products are made for: all of a row turns, by halves.
@@ -115,5 +122,7 @@ const AttendOps* attend_scalar();
 const AttendOps* attend_avx2();
 const AttendOps* attend_avx512();
 const AttendOps* attend_avx512bf16();
+const AttendOps* attend_amx();
+const AttendOps* attend_emulated();
 
 }  // namespace mc

@@ -13,7 +13,8 @@ const AttendOps* attend_avx512bf16() {
         AttendOps ops = *attend_avx512();
         ops.name = "avx512bf16";
         ops.soften[kBF16] = soften_tile<KeptPairs>;
-        ops.narrow_query = narrow_query;
+        ops.query_unit = 1;
+        ops.pack_queries = pack_queries;
         ops.attend_pairs = attend_pairs;
         return ops;
     }();

@@ -248,6 +248,10 @@ inline AttendOps attend_table(const char* name) {
             {store_row<F32>, store_row<F16>, store_row<BF16>},
             {soften_tile<Kept<F32>>, nullptr, soften_tile<Kept<BF16>>},
             sum_rows,
+            1,
+            1,
+            nullptr,
+            nullptr,
             nullptr,
             nullptr};
 }

@@ -9,9 +9,9 @@
 // - A key turns once for all queries that its head serves, 4 operations for each pair of vectors next to 2 a query; it
 //   goes into a strip of a few keys in the first-level cache, from which all queries read it.
 // - Scores are summed a vector of keys at a time, so that the sum across a register costs 3 operations a score.
-// - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h). What is read next, keys
-//   and values, is fetched evenly over all steps then: fetches in bursts wait for each other. Not on processors with
-//   matrix tiles, whose vector products of bf16 take twice the time of two of fp32 (bench/README.md).
+// - Where a level multiplies bf16, the usual heads of bf16 are multiplied so (pairs_impl.h; head_tiles_impl.h on matrix
+//   tiles, since the vector products of those processors take twice the time of two of fp32). What is read next, keys and
+//   values, is fetched evenly over all steps then: fetches in bursts wait for each other.
 //
 // Online softmax in units of log 2 (Milakov & Gimelshein 2018): scale, magnitude and log2 e are in the queries.
 // Runs of entries do not depend on the number of threads, and their results are merged in order: nor does the result.
@@ -37,7 +37,8 @@ constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed 
 constexpr double kLn2 = 0.693147180559945309417;
 
 const AttendOps& attend_ops(const IsaLevel& level) {
-    return ops_of(level, "context_attention", {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_scalar()});
+    return ops_of(level, "context_attention", {attend_amx(), attend_avx512bf16(), attend_avx512(), attend_avx2(),
+                                               attend_emulated(), attend_scalar()});
 }
 
 int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
@@ -49,8 +50,9 @@ public:
           x_(x),
           row_ops_(*isa_level().rows),
           ops_(attend_ops(isa_level())),
-          in_pairs_(ops_.attend_pairs && !isa_level().matmul->outruns_memory && x_.dtype == kBF16 && rotates() &&
-                    in_pairs(x_.row, x_.interleaved)) {
+          in_pairs_(ops_.attend_pairs && x_.rows >= ops_.least_rows && x_.dtype == kBF16 && rotates() &&
+                    in_pairs(x_.row, x_.interleaved)),
+          unit_rows_(in_pairs_ ? (x_.rows + ops_.query_unit - 1) / ops_.query_unit * ops_.query_unit : 0) {
         out_step_ = (x_.row.dims + kPad - 1) / kPad * kPad;
         run_ = std::max(kRun, blocks_of((x_.slots + kMostRuns - 1) / kMostRuns) * kBlock);
         runs_ = (x_.slots + run_ - 1) / run_;
@@ -91,7 +93,7 @@ private:
             turned = far + (c.phases_ ? c.phases_->scratch() : 0);
             p = turned + kPad * c.x_.row.padded;
             p_pairs = p + (c.a_.mass ? 0 : c.x_.rows * kBlock);
-            add = p_pairs + (c.in_pairs_ ? c.x_.rows * kBlock / 2 : 0);
+            add = p_pairs + c.unit_rows_ * kBlock / 2;
             total = add + c.x_.queries * kBlock;
         }
     };
@@ -117,7 +119,7 @@ private:
     // What does not depend on the entries: turned queries, tables, room for partial results.
     void prepare() {
         q_ = Floats(x_.batch * all_rows() * x_.row.padded);
-        if (in_pairs_) q_pairs_ = Floats(x_.batch * all_rows() * x_.row.dims / 2);
+        q_pairs_ = Floats(x_.batch * x_.kv_heads * unit_rows_ * x_.row.dims / 2);
         partial_ = Floats(x_.batch * runs_ * all_rows() * out_step_);
         top_ = Floats(x_.batch * runs_ * all_rows());
         total_ = Floats(x_.batch * runs_ * all_rows());
@@ -153,12 +155,15 @@ private:
                     {base, x_.q_stride[2], x_.queries, phases.data(), static_cast<float>(scale), out, &x_.row});
             }
         }
-        for (int64_t i = 0; in_pairs_ && i < x_.batch * all_rows(); ++i) {
-            ops_.narrow_query(q_.get() + i * x_.row.padded, x_.row.dims, q_pairs(i));
+        for (int64_t i = 0; in_pairs_ && i < x_.batch * x_.kv_heads; ++i) {
+            ops_.pack_queries(q_.get() + i * x_.rows * x_.row.padded, x_.rows, x_.row.padded, x_.row.dims, q_pairs(i));
         }
     }
 
-    uint16_t* q_pairs(int64_t row) const { return reinterpret_cast<uint16_t*>(q_pairs_.get()) + row * x_.row.dims; }
+    // head: of all KV heads in the batch.
+    uint16_t* q_pairs(int64_t head) const {
+        return reinterpret_cast<uint16_t*>(q_pairs_.get()) + head * unit_rows_ * x_.row.dims;
+    }
 
     void attend_run(int64_t b, int64_t run, float* scratch, const Scratch& at) const {
         const int64_t rows = all_rows(), part = (b * runs_ + run) * rows;
@@ -168,6 +173,7 @@ private:
         std::fill(out, out + rows * out_step_, 0.0f);
         const char* k = static_cast<const char*>(a_.k.data) + b * x_.k_stride[0];
         const char* v = static_cast<const char*>(a_.v.data) + b * x_.v_stride[0];
+        if (in_pairs_ && ops_.begin_pairs) ops_.begin_pairs();
         const int64_t first = run * run_ / kBlock, end = blocks_of(std::min((run + 1) * run_, x_.slots));
         for (int64_t block = first; block < end; ++block) {
             Entries entries;
@@ -194,7 +200,7 @@ private:
                 work.add = n_times ? scratch + at.add : nullptr;
                 work.n_times = n_times;
                 work.q = q_.get() + (b * rows + row) * x_.row.padded;
-                work.q_pairs = in_pairs_ ? q_pairs(b * rows + row) : nullptr;
+                work.q_pairs = in_pairs_ ? q_pairs(b * x_.kv_heads + h) : nullptr;
                 work.rows = x_.rows;
                 work.turned = scratch + at.turned;
                 work.p = a_.mass ? p_.get() + (numbered + row) * kBlock : scratch + at.p;
@@ -211,6 +217,7 @@ private:
             }
             if (a_.mass) std::copy(top, top + rows, block_top_.get() + numbered);
         }
+        if (in_pairs_ && ops_.end_pairs) ops_.end_pairs();
     }
 
     // Out and lse of one head. Partial results of the first run become those of all runs.
@@ -262,10 +269,11 @@ private:
     const RowOps& row_ops_;
     const AttendOps& ops_;
     const bool in_pairs_;
+    const int64_t unit_rows_;  // of a KV head in whole units of packed queries
     int64_t out_step_, run_, runs_, threads_;
     std::unique_ptr<const Phases> phases_;  // none: nothing turns
     std::unique_ptr<const Visible> visible_;
-    Floats q_, q_pairs_;                    // [B, Hq * T, padded], [B, Hq * T, dims] of bf16
+    Floats q_, q_pairs_;                    // [B, Hq * T, padded]; of each KV head as pack_queries leaves it
     Floats partial_, top_, total_;          // [B, runs, Hq * T(, out_step)]
     Floats p_, block_top_;                  // [B, blocks, Hq * T(, kBlock)], where mass is wanted
 };

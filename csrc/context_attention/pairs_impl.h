@@ -25,32 +25,40 @@ inline void narrow(Vec low, Vec high, uint16_t* out) {
     _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
 }
 
-void narrow_query(const float* q, int64_t dims, uint16_t* out) {
+inline void narrow_query(const float* q, int64_t dims, uint16_t* out) {
     for (int64_t d = 0; d < dims; d += kStep) {
         const Pair x = as_loaded(BF16{}, Pair{load(q + d), load(q + d + Vec::kWidth)});
         narrow(x.first, x.second, out + d);
     }
 }
 
+inline void pack_queries(const float* q, int64_t rows, int64_t step, int64_t dims, uint16_t* out) {
+    for (int64_t j = 0; j < rows; ++j) narrow_query(q + j * step, dims, out + j * dims);
+}
+
+// A key turned, in bf16; its phase has even pairs first.
+template <int kDims>
+inline void turn_key(const char* row, const float* phase, uint16_t* out) {
+    constexpr int kHalf = kDims / 2;
+    for (int d = 0; d < kHalf; d += kStep) {
+        const Pair x = load_pair(BF16{}, row + d * BF16::kBytes);
+        const Pair y = load_pair(BF16{}, row + (kHalf + d) * BF16::kBytes);
+        const Vec c = load(phase + d), more_c = load(phase + d + Vec::kWidth);
+        const Vec s = load(phase + kHalf + d), more_s = load(phase + kHalf + d + Vec::kWidth);
+        narrow(fnmadd(y.first, s, mul(x.first, c)), fnmadd(y.second, more_s, mul(x.second, more_c)), out + d);
+        narrow(fmadd(x.first, s, mul(y.first, c)), fmadd(x.second, more_s, mul(y.second, more_c)), out + kHalf + d);
+    }
+}
+
 // Keys [e, e + kStrip) to a.turned [kStrip, kDims] of bf16; beyond the last entry what is there stays.
 template <int kDims>
 inline void turn_keys(const HeadBlock& a, int64_t e) {
-    constexpr int kHalf = kDims / 2, kBytes = kDims * BF16::kBytes;
     const int64_t end = e + kStrip < a.entries->count ? e + kStrip : a.entries->count;
     uint16_t* out = reinterpret_cast<uint16_t*>(a.turned);
     for (int64_t i = e; i < end; ++i, out += kDims) {
         const int64_t slot = a.entries->slot[i];
-        if (a.next) fetch_row<kBytes>(a.next + slot * a.k_step);
-        const char* row = a.k + slot * a.k_step;
-        const float* phase = a.phase + i * 2 * kHalf;
-        for (int d = 0; d < kHalf; d += kStep) {
-            const Pair x = load_pair(BF16{}, row + d * BF16::kBytes);
-            const Pair y = load_pair(BF16{}, row + (kHalf + d) * BF16::kBytes);
-            const Vec c = load(phase + d), more_c = load(phase + d + Vec::kWidth);
-            const Vec s = load(phase + kHalf + d), more_s = load(phase + kHalf + d + Vec::kWidth);
-            narrow(fnmadd(y.first, s, mul(x.first, c)), fnmadd(y.second, more_s, mul(x.second, more_c)), out + d);
-            narrow(fmadd(x.first, s, mul(y.first, c)), fmadd(x.second, more_s, mul(y.second, more_c)), out + kHalf + d);
-        }
+        if (a.next) fetch_row<kDims * BF16::kBytes>(a.next + slot * a.k_step);
+        turn_key<kDims>(a.k + slot * a.k_step, a.phase + i * kDims, out);
     }
 }
 
@@ -79,6 +87,14 @@ inline void score_keys(const HeadBlock& a, int64_t j, int64_t e) {
         }
     }
     for (int r = 0; r < kRows; ++r) store(a.p + (j + r) * kBlock + e, sums(products[r]));
+}
+
+// out [kStep] += sums by 128-bit lanes.
+inline void add_in_order(Vec low, Vec high, float* out) {
+    const __m512i four = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i more = _mm512_add_epi32(four, _mm512_set1_epi32(8));
+    store(out, add(load(out), {_mm512_permutex2var_ps(low.v, four, high.v)}));
+    store(out + Vec::kWidth, add(load(out + Vec::kWidth), {_mm512_permutex2var_ps(low.v, more, high.v)}));
 }
 
 // out[j .. j + kRows) += p v in kValueSteps steps of dimensions from d on.
@@ -115,15 +131,9 @@ inline void gather_values(const HeadBlock& a, int64_t j, int d) {
             }
         }
     }
-    const __m512i four = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i more = _mm512_add_epi32(four, _mm512_set1_epi32(8));
     for (int r = 0; r < kRows; ++r) {
         for (int i = 0; i < kValueSteps; ++i) {
-            float* out = a.out + (j + r) * a.out_step + d + i * kStep;
-            const Vec one = {_mm512_permutex2var_ps(low[r][i].v, four, high[r][i].v)};
-            const Vec two = {_mm512_permutex2var_ps(low[r][i].v, more, high[r][i].v)};
-            store(out, add(load(out), one));
-            store(out + Vec::kWidth, add(load(out + Vec::kWidth), two));
+            add_in_order(low[r][i], high[r][i], a.out + (j + r) * a.out_step + d + i * kStep);
         }
     }
 }
@@ -183,7 +193,7 @@ struct KeptPairs {
     }
 };
 
-void attend_pairs(const HeadBlock& a) { a.shape->dims == 64 ? attend_dims<64>(a) : attend_dims<128>(a); }
+inline void attend_pairs(const HeadBlock& a) { a.shape->dims == 64 ? attend_dims<64>(a) : attend_dims<128>(a); }
 
 }  // namespace
 }  // namespace mc

@@ -79,10 +79,12 @@ def in_bf16(args: dict[str, Any]) -> dict[str, Any]:
 def multiplies_bf16(args: dict[str, Any], in_tiles: bool) -> bool:
     """Whether the library multiplies this call in bf16 if it is given so."""
     (_, heads, queries, dim), rope = args["q"].shape, args["rope"]
-    level = native.library().cpu_isa()
-    if in_tiles or heads // args["k"].shape[1] * queries > 80:  # as measured
-        return level in ("avx512bf16", "amx", "amx-emulated")
-    if level not in ("avx512bf16", "amx") or dim not in (64, 128):
+    level, rows = native.library().cpu_isa(), heads // args["k"].shape[1] * queries
+    if level not in ("avx512bf16", "amx", "amx-emulated"):
+        return False
+    if in_tiles or rows > 80:  # as measured
+        return True
+    if dim not in (64, 128) or (rows < 5 and level != "avx512bf16"):
         return False
     return rope is not None and rope.rotary_dim == dim and not rope.interleaved
 
@@ -142,7 +144,10 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
 
 @each_level
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("group", "queries", "slots"), [(1, 1, 1), (2, 1, 47), (3, 1, 701), (4, 1, 130), (3, 3, 200)])
+@pytest.mark.parametrize(
+    ("group", "queries", "slots"),
+    [(1, 1, 1), (2, 1, 47), (3, 1, 701), (4, 1, 130), (3, 3, 200), (5, 1, 33), (4, 4, 129), (1, 17, 31), (5, 7, 300)],
+)
 def test_heads_of_bf16(group: int, queries: int, slots: int, dim: int, backend: str) -> None:
     """The usual heads, whose products are bf16 where a level has them: queries for every tile and part of one, blocks
     with an odd number of entries, holes that hold NaN, weights and damped keys, positions beyond the tables."""
