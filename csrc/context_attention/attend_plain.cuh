@@ -137,6 +137,7 @@ MC_DEVICE void soften_plain(const AttendCall& c, const Part& p, const PlainMemor
         x = share(x, top);
         m.weights[lane * kPlainRows + r] = x;
         for (int lanes = 1; lanes < 32; lanes *= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+        __syncwarp();  // all lanes have read the row's top
         if (lane == 0) {
             m.shrink[r] = share(before, top);
             m.total[r] = m.total[r] * m.shrink[r] + x;

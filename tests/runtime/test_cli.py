@@ -24,7 +24,7 @@ def head(model: LoadedModel) -> int:
 def test_ingest_generate_inspect(run: Run, model: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(words(900))
     code, out, err = run("ingest", "m", "book.txt", "--budget", 512)
-    assert (code, out) == (0, f"book.txt: tokens {head(model)} to {head(model) + 900:,}\n"), err
+    assert (code, out) == (0, f"book.txt: tokens {head(model)} to {head(model) + 901:,}\n"), err  # a newline at its end
     code, out, _ = run("ingest", "m", "-", "--title", "[/b] :smile: " + "x" * 120, "--fast", typed="some more text")
     assert code == 0
     assert out.startswith("[/b] :smile: xxx")  # neither markup nor emoji nor a broken line
@@ -101,7 +101,7 @@ def test_standard_input_is_text(run: Run, tmp_path: Path, model: LoadedModel) ->
         texts = [
             model.tokenizer.decode(session.tree.tokens(d.start, d.stop).tolist()) for d in session.tree.documents()
         ]
-    assert texts[1:] == ["secret.txt", "Hello.World", "sea and wind"]
+    assert texts[1:] == ["secret.txt\n", "Hello.World\n", "sea and wind\n"]
 
 
 @pytest.mark.parametrize("command", [["ingest", "m", "-"], ["generate", "m", "-"]], ids=" ".join)

@@ -46,7 +46,7 @@ def test_text_paths_ids_and_pieces_are_the_same(model: LoadedModel, tmp_path: Pa
 
 def test_a_byte_order_mark_is_not_text(model: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    assert read_source(tmp_path / "a.txt", model.tokenizer).ids.tolist() == model.tokenizer.encode("hello")
+    assert read_source(tmp_path / "a.txt", model.tokenizer).ids.tolist() == model.tokenizer.encode("hello\n")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,16 @@ def test_a_byte_order_mark_is_not_text(model: LoadedModel, tmp_path: Path) -> No
     ],
 )
 def test_text_that_is_no_path(model: LoadedModel, text: str) -> None:
-    assert read_source(text, model.tokenizer).ids.tolist() == model.tokenizer.encode(text)
+    assert read_source(text, model.tokenizer).ids.tolist() == model.tokenizer.encode(text + "\n")
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "\n\n\t"])
+def test_a_text_ends_in_white_space(model: LoadedModel, end: str) -> None:
+    """So that its last word and the first of the next text are two."""
+    tokenizer = model.tokenizer
+    assert tokenizer.decode(read_source("told by Tom", tokenizer).ids.tolist()) == "told by Tom\n"
+    assert read_source("told by Tom" + end, tokenizer).ids.tolist() == tokenizer.encode("told by Tom" + end)
+    assert read_source(["told", " by", " Tom"], tokenizer).ids.tolist() == tokenizer.encode("told by Tom\n")
 
 
 def bad_sources(tmp_path: Path) -> dict[str, tuple[Any, str]]:
