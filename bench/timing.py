@@ -2,9 +2,10 @@
 
 A round times every candidate once, in an order that is shuffled from round to round. One sample is the mean of a short
 burst of calls (`calls` of them, so that a burst is long against the clock), each on the next of its rotating inputs.
-Some untimed bursts of each come first, and on a CPU an untimed call before every burst of short ones: what ran in between
-has evicted code as well as inputs, and a loop finds its code where the last call left it. Medians and spreads come from the samples; ratios are taken round by round. On a
-GPU a sample is the device's own time and the host's stands beside it (`held`).
+Some untimed bursts of each come first, and on a CPU an untimed call before every burst of short ones: what ran in
+between has evicted code as well as inputs, and a loop finds its code where the last call left it. Medians and spreads
+come from the samples; ratios are taken round by round. On a GPU a sample is the device's own time and the host's stands
+beside it (`held`).
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
     """Token ids of anything that can be ingested.
 
     A `str` that names an existing file is read as one; so is one that only looks like a path (no spaces, a suffix),
-    which then has to exist. Any other string is text itself. A newline follows text that does not end in white space. Raises InputError with one line for everything that
-    cannot be used: empty, binary or unreadable input, ids that are not integers or out of the vocabulary.
+    which then has to exist. Any other string is text itself. A newline follows text that does not end in white space.
+    Raises InputError with one line for everything that cannot be used: empty, binary or unreadable input, ids that are
+    not integers or out of the vocabulary.
     """
     origin: str | None = None
     if isinstance(source, Path) or (isinstance(source, str) and _names_file(source)):
@@ -56,7 +57,7 @@ def read_source(source: object, tokenizer: Tokenizer, *, title: str | None = Non
         raise InputError(f"source: expected a path, text, token ids or an iterable, got {type(source).__name__}")
     if not text.strip():
         raise InputError(f"source: {origin or 'the text'} is empty; there is nothing to remember")
-    # What is told next begins a line: without, the last word of one text and the first of the next would be read as one.
+    # What is told next begins a line: the last word of one text and the first of the next would be read as one.
     ids = np.asarray(tokenizer.encode(text if text[-1].isspace() else text + "\n"), np.int64)
     if not len(ids):
         raise InputError(f"source: {origin or 'the text'} holds no character that the tokenizer knows")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import timing
-from bench.timing import BURST_SECONDS, MAX_CALLS, Burst, Timed, interleave, ratio
+from bench.timing import BURST_SECONDS, LED_IN_SECONDS, MAX_CALLS, Burst, Timed, interleave, ratio
 
 CPU = torch.device("cpu")
 
@@ -66,6 +66,39 @@ def test_states_rotate(clock: Clock) -> None:
     assert burst.calls == 4
     assert seen == [["x", "y", "z"][i % 3] for i in range(len(seen))]
     assert len(seen) >= 5 * 4
+
+
+def test_every_state_is_met_before_the_rounds(clock: Clock) -> None:
+    """A first call on an input may have more to do. A burst begins where it is told to."""
+    seen: list[object] = []
+    states = list(range(40))
+    interleave([Burst(clock.taking(1e-3, seen.append), states, start=30)], CPU, seconds=0.05, min_rounds=3)
+    assert seen[0] == 30
+    assert set(seen[:43]) == set(states)
+
+
+def test_meeting_all_states_ends_in_time(clock: Clock) -> None:
+    seen: list[object] = []
+    interleave([Burst(clock.taking(0.01, seen.append), list(range(10_000)))], CPU, seconds=0.05, min_rounds=3, max_rounds=3)
+    assert len(seen) < 40
+
+
+@pytest.mark.parametrize(("call", "led_in"), [(LED_IN_SECONDS / 10, True), (LED_IN_SECONDS * 2, False)])
+def test_short_calls_are_led_in_untimed(clock: Clock, call: float, led_in: bool) -> None:
+    """The first call of a burst finds its code cold: here it takes ten times as long where another ran before."""
+    last = ["none"]
+
+    def one(name: str) -> Callable[[object], None]:
+        def run(_: object) -> None:
+            clock.now += call if last[0] == name else 10 * call
+            last[0] = name
+
+        return run
+
+    bursts = [Burst(one("a"), [None]), Burst(one("b"), [None])]
+    timed = interleave(bursts, CPU, seconds=0.0, min_rounds=9)
+    warm = [t.median == pytest.approx(call) for t in timed]
+    assert all(warm) == led_in
 
 
 @pytest.mark.parametrize(
