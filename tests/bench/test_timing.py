@@ -79,7 +79,8 @@ def test_every_state_is_met_before_the_rounds(clock: Clock) -> None:
 
 def test_meeting_all_states_ends_in_time(clock: Clock) -> None:
     seen: list[object] = []
-    interleave([Burst(clock.taking(0.01, seen.append), list(range(10_000)))], CPU, seconds=0.05, min_rounds=3, max_rounds=3)
+    bursts = [Burst(clock.taking(0.01, seen.append), list(range(10_000)))]
+    interleave(bursts, CPU, seconds=0.05, min_rounds=3, max_rounds=3)
     assert len(seen) < 40
 
 
