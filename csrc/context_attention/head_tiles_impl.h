@@ -1,9 +1,10 @@
 // context_attention on matrix tiles, for the usual heads of bf16: what is multiplied as in pairs_impl.h, but a product of
 // kTileSide keys or queries at a time, for up to as many queries at the price of one.
 //
-// Included by attend_amx.cpp and attend_emulated.cpp after attend_impl.h and the files that give `Tiles` (tile_amx.h) and
-// `Steps` (tile_steps_avx512.h). Per key and head, in cycles of a core with AMX, 128 dimensions: turning 16 and 32 lines from
-// the second-level cache (half of them phases) beside it, tiles 8, values 8, softmax of 4 queries 2.
+// Included by attend_amx.cpp and attend_emulated.cpp after attend_impl.h and the files that give `Tiles` (tile_amx.h,
+// tile_emulated.h) and `Steps` (tile_steps_avx512.h, tile_steps_plain.h). By tiles a key of 128 dimensions takes 8 cycles,
+// its value as many, for up to 16 queries. Turning it takes some 50 where 16 were expected, so that 4 queries or fewer are as
+// fast in fp32 (bench/README.md).
 //
 // Scores: turned keys are tiles as they lie, [key, 32 dimensions]; queries are packed once a call (pack_query_tiles). Values:
 // two of them interleaved are a row of a tile, with the dimensions of 128-bit lanes in `low` and `high` tiles; what the
@@ -21,7 +22,7 @@ namespace {
 
 constexpr int kTileSide = static_cast<int>(kQueryTile), kTileElements = 32, kTileBytes = 1024;
 constexpr int kKeysAtOnce = 2 * kTileSide;
-constexpr int kValueDims = 64;              // of values at a time: four tiles of sums
+constexpr int kValueDims = 64;  // of values at a time: four tiles of sums
 // Tiles: the sums, and the two operands.
 enum { kSum0, kSum1, kSum2, kSum3, kLeft, kRight, kLeftToo, kRightToo };
 
