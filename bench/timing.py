@@ -120,11 +120,12 @@ class Stopwatch:
         estimate = min(first, self(burst)[0]) if first < seconds else first
         burst.calls = 1 if single else calls_of(estimate)
         burst.led_in = not single and estimate < LED_IN_SECONDS
-        self._meet_all(burst, FIRST_MEETINGS * seconds)
 
-    def _meet_all(self, burst: Burst, seconds: float) -> None:
+    def meet_all(self, burst: Burst, seconds: float) -> None:
         """Every one of the inputs once, or as many as `seconds` hold: on its first a call may have more to do (it packs
-        weights, say)."""
+        weights, say). On a GPU nothing is done."""
+        if self.stream is not None:
+            return
         begin = self.clock()
         for _ in burst.states[1:]:
             burst.once()
@@ -171,6 +172,7 @@ def interleave(
     watch, order = Stopwatch(device, clock, stream), list(range(len(bursts)))
     for burst in bursts:
         watch.prepare(burst, seconds, single=flush is not None)
+        watch.meet_all(burst, FIRST_MEETINGS * seconds / len(bursts))
     samples: list[list[float]] = [[] for _ in bursts]
     hosts: list[list[float]] = [[] for _ in bursts]
     shuffler, begin, rounds = random.Random(seed), clock(), 0

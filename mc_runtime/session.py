@@ -49,9 +49,9 @@ class Session(SessionLife):
     ) -> Document:
         """Remember a path, text, token ids, or an iterable of pieces; returns the document with its token span.
 
-        The model reads texts one behind the other as they are: nothing is put between them, so end one with a line
-        break. All or nothing: when this raises, the memory is as it was. mode: see `mc_runtime.ingest`, by default the
-        configuration's. progress: called with the number of tokens done.
+        The model reads texts one behind the other as they are; a newline follows one that does not end in white space
+        (token ids are taken as given). All or nothing: when this raises, the memory is as it was. mode: see
+        `mc_runtime.ingest`, by default the configuration's. progress: called with the number of tokens done.
         """
         return self.ingest_source(read_source(source, self.model.tokenizer, title=title), mode=mode, progress=progress)
 

@@ -14,7 +14,6 @@
 namespace mc {
 
 constexpr int64_t kPad = 16;     // floats: the widest vector of all levels
-constexpr int64_t kQueryTile = 16;
 constexpr int64_t kBlock = 128;  // entries that are looked at together: long streams over each head's keys and values
 
 struct RowShape {

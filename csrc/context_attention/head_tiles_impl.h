@@ -20,7 +20,7 @@
 namespace mc {
 namespace {
 
-constexpr int kTileSide = static_cast<int>(kQueryTile), kTileElements = 32, kTileBytes = 1024;
+constexpr int kTileSide = 16, kTileElements = 32, kTileBytes = 1024;
 constexpr int kKeysAtOnce = 2 * kTileSide;
 constexpr int kValueDims = 64;  // of values at a time: four tiles of sums
 // Tiles: the sums, and the two operands.
@@ -188,7 +188,7 @@ inline AttendOps with_tiles(const AttendOps& rest, const char* name) {
     AttendOps ops = rest;
     ops.name = name;
     ops.least_rows = kFewRows + 1;
-    ops.query_unit = kQueryTile;
+    ops.query_unit = kTileSide;
     ops.begin_pairs = begin_tiles;
     ops.end_pairs = end_tiles;
     ops.pack_queries = pack_query_tiles;
