@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -53,6 +52,11 @@ LEVEL_FLAGS = {
     "avx512bf16": f"{_AVX512} -mavx512vnni -mavx512bf16",
     "amx": f"{_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
 }
+# NEON itself is part of every 64-bit Arm.
+ARM_LEVEL_FLAGS = {
+    "neondot": "-march=armv8.2-a+dotprod",
+    "neonbf16": "-march=armv8.2-a+dotprod+bf16+i8mm",
+}
 
 
 class BuildError(Exception):
@@ -82,12 +86,13 @@ def ninja() -> list[str]:
 
 def _level_flags(cxx: str) -> dict[str, str]:
     """Of the levels that this compiler knows. Sources of others compile to nothing; the library does without them."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {}
+    # Whom it compiles for, not where it runs: e.g. x86_64-linux-gnu, arm64-apple-darwin24.1.0.
+    target = subprocess.run([*cxx.split(), "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0]
+    known = {"x86_64": LEVEL_FLAGS, "aarch64": ARM_LEVEL_FLAGS, "arm64": ARM_LEVEL_FLAGS}.get(target.strip(), {})
     probe = [*cxx.split(), "-fsyntax-only", "-x", "c++", os.devnull]
     return {
         level: flags
-        for level, flags in LEVEL_FLAGS.items()
+        for level, flags in known.items()
         if subprocess.run([*probe, *flags.split()], capture_output=True).returncode == 0
     }
 

@@ -65,6 +65,7 @@ def dtype_code(name: str) -> int:
 # Slowest first; the flag: whether it differs from the one before it in more than matrix products.
 _LEVELS = {
     "amx-emulated": False, "scalar": True, "avx2": True, "avx512": True, "avx512bf16": True, "amx": False,
+    "neon": True, "neondot": True, "neonbf16": True,
 }  # fmt: skip
 
 

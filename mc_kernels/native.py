@@ -72,7 +72,7 @@ def threads() -> str:
 
 def multiplies_bf16() -> bool:
     """Whether the library is there and the instruction set level in use multiplies bf16."""
-    return available() is None and library().cpu_isa() in ("avx512bf16", "amx")
+    return available() is None and library().cpu_isa() in ("avx512bf16", "amx", "neonbf16")
 
 
 @functools.cache

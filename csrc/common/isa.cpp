@@ -2,7 +2,7 @@
 //
 // A level needs two permissions: CPUID says that the processor has the instructions, XGETBV that the operating system
 // saves the registers they use (a kernel booted with clearcpuid or noxsave, some hypervisors and old systems do not).
-// AMX needs a third: Linux saves a process's tiles once it has asked for that.
+// AMX needs a third: Linux saves a process's tiles once it has asked for that. Of an Arm the system says what it has.
 #include "isa.h"
 
 #include <atomic>
@@ -19,6 +19,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace mc {
 namespace {
@@ -26,6 +32,7 @@ namespace {
 struct Features {
     bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
     bool intel = false;
+    bool neon = false, neondot = false, neonbf16 = false;
 };
 
 #if defined(__x86_64__)
@@ -67,11 +74,39 @@ Features detect() {
     out.amx = out.avx512bf16 && tile && tile_bf16 && (saved & tiles) == tiles && may_use_tiles();
     return out;
 }
-#else
+#elif defined(__aarch64__) && defined(__linux__)
+// Linux's words of what a program may use, asm/hwcap.h: older headers do not name all of them.
+bool dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }         // HWCAP2_BF16
+bool mixed_signs() { return getauxval(AT_HWCAP2) >> 13 & 1; }  // HWCAP2_I8MM
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* feature) {
+    int32_t value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+}
+bool dot_products() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool bf16() { return has("hw.optional.arm.FEAT_BF16"); }
+bool mixed_signs() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__)
+bool dot_products() { return false; }
+bool bf16() { return false; }
+bool mixed_signs() { return false; }
+#endif
+
+#if defined(__aarch64__)
+Features detect() {
+    Features out;
+    out.neon = true;  // of every 64-bit Arm
+    out.neondot = dot_products();
+    out.neonbf16 = out.neondot && bf16() && mixed_signs();
+    return out;
+}
+#elif !defined(__x86_64__)
 Features detect() { return {}; }
 #endif
 
-constexpr int kLevels = 6;
+constexpr int kLevels = 9;
 
 const Features& features() {
     static const Features have = detect();
@@ -88,6 +123,9 @@ const IsaLevel* levels() {
         {"avx512", rows_avx512(), matmul_avx512(), have.avx512, false, "avx512"},
         {"avx512bf16", rows_avx512(), matmul_avx512bf16(), have.avx512bf16, false, "avx512bf16"},
         {"amx", rows_avx512(), matmul_amx(), have.amx, false, "avx512bf16"},
+        {"neon", rows_neon(), matmul_neon(), have.neon, false, "neon"},
+        {"neondot", rows_neon(), matmul_neon(), have.neondot, false, "neondot"},
+        {"neonbf16", rows_neon(), matmul_neonbf16(), have.neonbf16, false, "neonbf16"},
     };
     return table;
 }

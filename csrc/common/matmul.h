@@ -67,5 +67,7 @@ const MatmulOps* matmul_avx512();
 const MatmulOps* matmul_avx512bf16();
 const MatmulOps* matmul_amx();
 const MatmulOps* matmul_emulated();
+const MatmulOps* matmul_neon();
+const MatmulOps* matmul_neonbf16();
 
 }  // namespace mc

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "matmul.h"
+#include "unroll.h"
 
 namespace mc {
 namespace {
@@ -57,8 +58,8 @@ void multiply_tile(const Product& p, const char* a, const char* w, float* c, int
     RowSteps s;
     for (int i = 0; i < 8; ++i) s.odd[i] = (2 * i + 1) * p.a_step;
     Tile<Step, kVectors, kRows> tile;
-    for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < kVectors; ++v) tile.sum[r][v] = Vec::all(0.0f);
+    MC_UNROLL for (int r = 0; r < kRows; ++r) {
+        MC_UNROLL for (int v = 0; v < kVectors; ++v) tile.sum[r][v] = Vec::all(0.0f);
     }
     const char* next = p.next;
     for (int64_t i = 0; i < p.steps; ++i, a += 4, w += p.w_step) {
@@ -70,8 +71,8 @@ void multiply_tile(const Product& p, const char* a, const char* w, float* c, int
         for (int v = 0; v < kVectors; ++v) x[v] = Step::load(w + v * Vec::kWidth * 4);
         tile.step(a, s, x);
     }
-    for (int r = 0; r < kRows; ++r, c += p.c_step) {
-        for (int v = 0; v < kVectors; ++v) {
+    MC_UNROLL for (int r = 0; r < kRows; ++r, c += p.c_step) {
+        MC_UNROLL for (int v = 0; v < kVectors; ++v) {
             char* to = reinterpret_cast<char*>(c + v * Vec::kWidth);
             const int64_t left = n - v * Vec::kWidth;
             if (left >= Vec::kWidth) {

@@ -45,5 +45,6 @@ static inline int64_t phase_floats(int64_t half, bool interleaved) { return (int
 const RowOps* rows_scalar();
 const RowOps* rows_avx2();
 const RowOps* rows_avx512();
+const RowOps* rows_neon();
 
 }  // namespace mc

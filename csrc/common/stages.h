@@ -44,6 +44,8 @@ public:
                 if (spins >= kSpins) sched_yield();
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
+#elif defined(__aarch64__)
+                __asm__ volatile("isb");  // as long as a pause; `yield` waits for nothing
 #endif
             }
         }

@@ -1,8 +1,9 @@
 // Vectors with AVX2, FMA and F16C.
 //
 // `Vec` is kWidth floats: load and store of a full vector or of its first n elements, for each element type, and the
-// arithmetic that the primitives are written in. All of it is in an unnamed namespace and uses no inline function of the
-// standard library: the linker keeps one copy of an inline function, and it might keep the AVX-512 one.
+// arithmetic that the primitives are written in. kManyRegisters: there are 32 of them, not 16. All of it is in an unnamed
+// namespace and uses no inline function of the standard library: the linker keeps one copy of an inline function, and it
+// might keep the AVX-512 one.
 //
 // greater(a, b) is a > b ? a : b, so a NaN in b stays. power_of_two(t): 2^n, or 0 for n = -127, where t = n + kRounder.
 // sums(a): element i is the sum of a[i], of kWidth vectors. transpose(a): element j of a[i] and element i of a[j] change
@@ -31,6 +32,7 @@ struct BF16 {
 
 struct Vec {
     static constexpr int kWidth = 8;
+    static constexpr bool kManyRegisters = false;
     __m256 v;
 
     static Vec all(float x) { return {_mm256_set1_ps(x)}; }

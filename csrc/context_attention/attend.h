@@ -123,5 +123,6 @@ const AttendOps* attend_avx512();
 const AttendOps* attend_avx512bf16();
 const AttendOps* attend_amx();
 const AttendOps* attend_emulated();
+const AttendOps* attend_neon();
 
 }  // namespace mc

@@ -12,7 +12,7 @@ namespace mc {
 namespace {
 
 constexpr int kTileRows = 4;
-constexpr int kTileVectors = Vec::kWidth == 16 ? 4 : 2;  // kTileRows times as many accumulators stay in registers
+constexpr int kTileVectors = Vec::kManyRegisters ? 4 : 2;  // kTileRows times as many accumulators stay in registers
 
 // The first n elements, at most kWidth, then zeros; n may be negative. kWhole: n is at least kWidth.
 template <class T, bool kWhole>

@@ -6,9 +6,8 @@
 // the caches, so that each of five calls a layer begins with misses.
 #include <cstring>
 
-#include "../fused_linear/linear.h"
+#include "../fused_linear/choice.h"
 #include "check.h"
-#include "isa.h"
 
 namespace mc {
 namespace {
@@ -17,8 +16,7 @@ class Layers {
 public:
     Layers(const mc_decoder_layers_args& a, int32_t n_threads)
         : a_(a), call_(check_decoder_layers(a)), s_(call_.shape), n_threads_(n_threads), bytes_(dtype_bytes(a.x.dtype)),
-          ops_(ops_of(isa_level(), "decoder_layers",
-                      {linear_avx512bf16(), linear_avx512(), linear_avx2(), linear_scalar()})),
+          ops_(linear_ops(isa_level(), "decoder_layers")),
           gain_(s_.dims), head_(s_.dims),
           final_gain_(a.final_norm.ndim ? s_.embed : 0), final_row_(a.final_norm.ndim ? s_.embed : 0) {}
 

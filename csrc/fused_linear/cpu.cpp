@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "check.h"
+#include "choice.h"
 #include "isa.h"
 #include "packed.h"
 #include "pool.h"
@@ -29,10 +30,6 @@ namespace {
 constexpr int64_t kThreadBytes = 1 << 16;  // of weights that are worth waking a thread for
 constexpr int64_t kSmallTasks = 2;         // a thread: what evens out threads that are slowed down
 constexpr int64_t kUnit = 16;              // outputs: tasks begin at whole vectors
-
-const LinearOps& linear_ops(const IsaLevel& level) {
-    return ops_of(level, "fused_linear", {linear_avx512bf16(), linear_avx512(), linear_avx2(), linear_scalar()});
-}
 
 class Floats {
 public:
@@ -194,7 +191,7 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
         const mc::Linear x = mc::check_fused_linear(*args);
         const mc::IsaLevel& level = mc::isa_level();
         if (x.rows == 0 || x.outputs == 0) return;  // the other of the two may be more than there is memory for
-        const mc::LinearOps& ops = mc::linear_ops(level);
+        const mc::LinearOps& ops = mc::linear_ops(level, "fused_linear");
         if (!mc::reads_packed(*args, x, ops) && mc::serves_linear_tiles(*args, x, level, ops)) {
             return mc::linear_tiles(*args, x, level, ops, n_threads);
         }

@@ -9,13 +9,7 @@
 #include <cstdint>
 
 #include "rows.h"
-
-// Accumulators live in registers only if loops over them are unrolled, which is too much for GCC's own limit.
-#if defined(__clang__)
-#define MC_UNROLL _Pragma("unroll")
-#else
-#define MC_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "unroll.h"
 
 namespace mc {
 
@@ -124,5 +118,8 @@ const LinearOps* linear_scalar();
 const LinearOps* linear_avx2();
 const LinearOps* linear_avx512();
 const LinearOps* linear_avx512bf16();
+const LinearOps* linear_neon();
+const LinearOps* linear_neondot();
+const LinearOps* linear_neonbf16();
 
 }  // namespace mc

@@ -10,7 +10,7 @@
 namespace mc {
 namespace {
 
-constexpr int kTileW = Vec::kWidth == 16 ? 4 : 2;  // times kTileX accumulators
+constexpr int kTileW = Vec::kManyRegisters ? 4 : 2;  // times kTileX accumulators
 constexpr int64_t kPair = 2 * Vec::kWidth;
 
 // Where element i of a row goes (see linear.h): levels differ in the width of what they take apart.

@@ -44,5 +44,6 @@ struct EncodeOps {
 const EncodeOps* encode_scalar();
 const EncodeOps* encode_avx2();
 const EncodeOps* encode_avx512();
+const EncodeOps* encode_neon();
 
 }  // namespace mc

@@ -13,7 +13,7 @@ constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kStreamAhead = 8 << 10;
 
 const EncodeOps& encode_ops(const RowOps& rows) {
-    return ops_beside(rows, "gist_encode", {encode_avx512(), encode_avx2(), encode_scalar()});
+    return ops_beside(rows, "gist_encode", {encode_avx512(), encode_avx2(), encode_neon(), encode_scalar()});
 }
 
 // Floats from row to row: whole cache lines, an odd number of them (as product_row_bytes, and for its reason).

@@ -32,7 +32,7 @@ constexpr int64_t kThreadBytes = 1 << 18;  // read, that are worth waking a thre
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 
 const GistOps& gist_ops() {
-    return ops_of(isa_level(), "gist_pool", {gist_avx512bf16(), gist_avx512(), gist_avx2(), gist_scalar()});
+    return ops_of(isa_level(), "gist_pool", {gist_avx512bf16(), gist_avx512(), gist_avx2(), gist_neon(), gist_scalar()});
 }
 
 // What a task needs beside its arguments: weights of the head at hand and a group of gists.

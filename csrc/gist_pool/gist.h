@@ -71,5 +71,6 @@ const GistOps* gist_scalar();
 const GistOps* gist_avx2();
 const GistOps* gist_avx512();
 const GistOps* gist_avx512bf16();
+const GistOps* gist_neon();
 
 }  // namespace mc

@@ -13,7 +13,7 @@ constexpr int64_t kWidth = Vec::kWidth, kPair = 2 * Vec::kWidth;
 constexpr float kRmsEps = 1e-12f;  // mc_kernels/gist_pool/ref.py
 constexpr int kPoolPairs = 4;      // accumulators of the weighted sum: twice as many vectors
 // Tiles of the residual's product: accumulators stay in registers, and chains of additions are long enough to overlap.
-constexpr int kTileRows = 6, kTilePairs = Vec::kWidth == 16 ? 2 : 1, kRowPairs = Vec::kWidth == 16 ? 8 : 4;
+constexpr int kTileRows = 6, kTilePairs = Vec::kManyRegisters ? 2 : 1, kRowPairs = Vec::kManyRegisters ? 8 : 4;
 
 inline Pair nothing() { return {Vec::all(0.0f), Vec::all(0.0f)}; }
 

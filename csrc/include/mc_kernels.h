@@ -67,10 +67,11 @@ MC_API const char* mc_last_error(void);
 MC_API const char* mc_version(void);
 
 /* Name of the instruction set level in use: "scalar", "avx2" (with FMA and F16C), "avx512" (F, BW, DQ, VL), "avx512bf16"
- * (and VNNI) or "amx" (tiles of bf16, on top of avx512bf16). The best that processor and operating system have, unless
- * the environment variable MC_CPU_ISA or mc_set_cpu_isa names one. The last two multiply bf16 matrices and do all else as
- * avx512. On Linux the choice asks for the permission to use tiles, for the whole process. "amx-emulated", amx's code on
- * tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL, with a text in
+ * (and VNNI) or "amx" (tiles of bf16, on top of avx512bf16); on a 64-bit Arm "neon", "neondot" (dot products of bytes) or
+ * "neonbf16" (and of mixed signs, and of bf16). The best that processor and operating system have, unless the environment
+ * variable MC_CPU_ISA or mc_set_cpu_isa names one. "avx512bf16", "amx" and "neonbf16" multiply bf16 matrices and do all
+ * else as avx512 and neondot. On Linux the choice asks for the permission to use AMX's tiles, for the whole process.
+ * "amx-emulated", amx's code on tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL, with a text in
  * mc_last_error, if MC_CPU_ISA names a level that is unknown or not there; every kernel then returns MC_UNAVAILABLE. */
 MC_API const char* mc_cpu_isa(void);
 

@@ -30,7 +30,7 @@ constexpr int64_t kMostRuns = 16;        // bounds the memory of partial sums
 constexpr int64_t kTileBytes = 1 << 20;  // of a tile of bf16
 
 const LensOps& lens_ops(const RowOps& rows) {
-    return ops_beside(rows, "lens_score", {lens_avx512(), lens_avx2(), lens_scalar()});
+    return ops_beside(rows, "lens_score", {lens_avx512(), lens_avx2(), lens_neon(), lens_scalar()});
 }
 
 class Call {

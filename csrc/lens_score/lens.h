@@ -139,5 +139,6 @@ struct LensOps {
 const LensOps* lens_scalar();
 const LensOps* lens_avx2();
 const LensOps* lens_avx512();
+const LensOps* lens_neon();
 
 }  // namespace mc

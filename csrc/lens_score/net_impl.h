@@ -15,8 +15,9 @@ struct DotTile {
     int64_t x_step;
     const char* w;
     int64_t w_step;
-    // As many as there are floats in one, so that the sums across registers are taken together.
-    Vec acc[Vec::kWidth];
+    // In whole groups of as many as there are floats in one, whose sums across registers are taken together.
+    static constexpr int kSums = (kRows * kOutputs + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+    Vec acc[kSums];
 
     // kPart: the first `part` elements of a vector.
     template <bool kPart>
@@ -50,8 +51,8 @@ inline void dots(const Linear& a, int64_t m, int64_t o) {
         tile.template add<false>(k, 0);
     }
     if (k < a.inputs) tile.template add<true>(k, static_cast<int>(a.inputs - k));
-    float total[Vec::kWidth];
-    store(total, sums(tile.acc));
+    float total[tile.kSums];
+    for (int i = 0; i < tile.kSums; i += Vec::kWidth) store(total + i, sums(tile.acc + i));
     for (int r = 0; r < kRows; ++r) {
         for (int i = 0; i < kOutputs; ++i) a.out[(m + r) * a.out_step + o + i] = total[r * kOutputs + i];
     }

@@ -11,7 +11,7 @@
 namespace mc {
 namespace {
 
-constexpr bool kWide = Vec::kWidth == 16;  // 32 registers of 16 floats, or 16 of 8
+constexpr bool kWide = Vec::kManyRegisters;
 constexpr int kMostVectors = kWide ? 4 : 2;
 constexpr int64_t kPartial = 64;  // products that are summed one by one: partial sums keep the error of long ones small
 

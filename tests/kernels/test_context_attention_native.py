@@ -80,11 +80,11 @@ def multiplies_bf16(args: dict[str, Any], in_tiles: bool) -> bool:
     """Whether the library multiplies this call in bf16 if it is given so."""
     (_, heads, queries, dim), rope = args["q"].shape, args["rope"]
     level, rows = native.library().cpu_isa(), heads // args["k"].shape[1] * queries
-    if level not in ("avx512bf16", "amx", "amx-emulated"):
+    if level not in ("avx512bf16", "amx", "amx-emulated", "neonbf16"):
         return False
     if in_tiles or rows > 80:  # as measured
         return True
-    if dim not in (64, 128) or (rows < 5 and level != "avx512bf16"):
+    if level == "neonbf16" or dim not in (64, 128) or (rows < 5 and level != "avx512bf16"):
         return False
     return rope is not None and rope.rotary_dim == dim and not rope.interleaved
 
@@ -130,8 +130,11 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
         narrow = context_attention(**args, **EXTRAS, backend=backend)
     if half == torch.bfloat16 and multiplies_bf16(call, in_tiles):
         for got_, want_, plain in zip(narrow, want, model(**in_bf16(call), exact=False), strict=True):
-            # lse and mass too: of a single number the rival may have the nearest one by chance.
-            assert_within_error_rule(got_.to(plain.dtype), want_, plain)
+            # The error rule, but an eighth of a rounding at least: of few numbers the rival may have the nearest by chance.
+            seen = want_[want_.isfinite()]
+            scale = float(seen.abs().max()) if seen.numel() else 0.0
+            rival = max(2 * max_error(plain, want_), torch.finfo(half).eps / 8 * scale)
+            assert max_error(got_.to(plain.dtype), want_) <= rival + torch.finfo(plain.dtype).eps * scale
     elif half == torch.bfloat16:
         assert same_bits(narrow[0], got[0].to(half))
         assert same_bits(narrow[1], got[1])

@@ -41,8 +41,8 @@ def ids(case: Case) -> str:
 
 def in_bf16(backend: str, rows: int = 1) -> bool:
     """Whether the level multiplies so many rows of bf16 with bf16: a normed x is rounded to it then."""
-    levels = ("avx512bf16", "amx") if rows <= 4 else ("avx512bf16", "amx", "amx-emulated")
-    return backend == "cpu" and native.library().cpu_isa() in levels
+    least = {"avx512bf16": 1, "amx": 1, "amx-emulated": 5, "neonbf16": 33}.get(native.library().cpu_isa())
+    return backend == "cpu" and least is not None and rows >= least
 
 
 def plain(

@@ -23,7 +23,7 @@ LEVELS = [f"cpu-{level}" for level in native.isa_levels()]
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")
 each_level = pytest.mark.parametrize("backend", LEVELS, indirect=True)
 # Levels that round what bf16 entries meet to bf16, where the weights are bf16 too.
-PAIRS = ("amx-emulated", "avx512bf16", "amx")
+PAIRS = ("amx-emulated", "avx512bf16", "amx", "neonbf16")
 # More than one tile, run and span of dimensions; none of them whole.
 LONG = Case("long", 1100, 72, 8, 5, 32, 4, 1, 24, 4, 8, 16)
 BROAD = Case("broad", 130, 1601, 8, 3, 32, 2, 1, 24, 4, 8, 16)

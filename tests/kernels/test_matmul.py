@@ -16,7 +16,7 @@ from mc_kernels.testing import Guarded, poison_
 
 LEVELS = native.isa_levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=f"no native library: {native.available()}")
-BF16_LEVELS = [name for name in LEVELS if name in ("amx-emulated", "avx512bf16", "amx")]
+BF16_LEVELS = [name for name in LEVELS if name in ("amx-emulated", "avx512bf16", "amx", "neonbf16")]
 # Of every level fp32, of those that have it bf16.
 PRODUCTS = [(name, torch.float32) for name in LEVELS] + [(name, torch.bfloat16) for name in BF16_LEVELS]
 

@@ -23,6 +23,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], i
 def rows_read(bits: int) -> int:
     """Rows of x up to which the level in use reads a packed weight: more are faster with the weight itself."""
     by_level = {"scalar": (4, 4), "amx-emulated": (4, 4), "avx2": (3, 1), "avx512": (4, 1)}
+    by_level |= {"neon": (3, 1), "neondot": (8, 4)}
     return by_level.get(native.library().cpu_isa(), (8, 8))[bits == 8]
 
 
