@@ -1,5 +1,5 @@
-"""The sources of the levels for Arm, on whatever machine this is: that they compile, without a warning, with the instructions
-they are for. That they compute the right thing: tests/arm/run.sh."""
+"""The sources of the levels for Arm, on whatever machine this is: that they compile, without a warning, with the
+instructions they are for. That they compute the right thing: tests/arm/run.sh."""
 
 from __future__ import annotations
 
