@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .answers import TurnDocuments
-from .arguments import read_prompts
+from .arguments import read_prompts, read_search
 from .config import MemoryConfig
 from .engines import Engine
 from .errors import BudgetError, InputError
@@ -25,7 +25,7 @@ from .model import LoadedModel
 from .nodes import NodeBuilder
 from .opening import Parts, load_parts, read_settings
 from .prompt_context import PromptContext
-from .retrieval import BlockIndex
+from .retrieval import BlockIndex, Hit
 from .sampling import SamplingParams, StopStrings, read_sampling
 from .served_turns import ServedTurn, ask
 from .shipped import SHIPPED
@@ -177,6 +177,10 @@ class ServedSession:
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError("prompt: expected text that is not empty")
         return self._answer(prompt, read_sampling(sampling))
+
+    def search(self, text: str, top: int = 8, *, kinds: Iterable[str] | None = None) -> list[Hit]:
+        """The blocks of the history that match a text best (BM25), best first; see `Session.search`."""
+        return self.retrieval.search(*read_search(text, top, kinds))
 
     def _answer(self, prompt: str, params: SamplingParams) -> Iterator[str]:
         self._check_idle()

@@ -130,7 +130,7 @@ def test_drawn_calls(call: dict[str, Any], layout: str, half: torch.dtype, backe
         narrow = context_attention(**args, **EXTRAS, backend=backend)
     if half == torch.bfloat16 and multiplies_bf16(call, in_tiles):
         for got_, want_, plain in zip(narrow, want, model(**in_bf16(call), exact=False), strict=True):
-            # The error rule, but an eighth of a rounding at least: a rival may have the nearest of few numbers by chance.
+            # The error rule, but an eighth of a rounding at least: of few numbers a rival may have the nearest by luck.
             seen = want_[want_.isfinite()]
             scale = float(seen.abs().max()) if seen.numel() else 0.0
             rival = max(2 * max_error(plain, want_), torch.finfo(half).eps / 8 * scale)

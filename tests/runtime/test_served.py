@@ -58,6 +58,7 @@ def test_it_says_and_keeps_what_the_native_engine_does(
         assert not other.context.pending
     prompts = ["a stone", "the rain at night", "keeper"]
     assert other.generate(prompts, max_new_tokens=19) == own.generate(prompts, max_new_tokens=19)
+    assert other.search("boat", 3, kinds=["document"]) == own.search("boat", 3, kinds=["document"]) != []
     assert other.tree.tokens().tolist() == own.tree.tokens().tolist()
     for level in range(1, own.tree.n_levels + 1):
         assert relative_error(other.tree.summaries(level), own.tree.summaries(level)) < 1e-6
