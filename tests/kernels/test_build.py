@@ -113,3 +113,20 @@ def _build_cuda() -> Any:
         return module("build_cuda")
     finally:
         sys.path.remove(str(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("target", "levels"),
+    [
+        ("x86_64-linux-gnu", {"avx2", "avx512", "avx512bf16", "amx"}),
+        ("aarch64-linux-gnu", {"neondot", "neonbf16"}),
+        ("arm64-apple-darwin24.1.0", {"neondot", "neonbf16"}),
+        ("riscv64-linux-gnu", set()),
+    ],
+)
+def test_levels_are_those_of_the_compilers_target(target: str, levels: set[str], tmp_path: Path) -> None:
+    """Not of the machine that it runs on; the compiler here knows all flags."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\n[ \"$1\" = -dumpmachine ] && echo {target}\nexit 0\n")
+    compiler.chmod(0o755)
+    assert set(module("build_native")._level_flags(str(compiler))) == levels
