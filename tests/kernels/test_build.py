@@ -127,6 +127,6 @@ def _build_cuda() -> Any:
 def test_levels_are_those_of_the_compilers_target(target: str, levels: set[str], tmp_path: Path) -> None:
     """Not of the machine that it runs on; the compiler here knows all flags."""
     compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\n[ \"$1\" = -dumpmachine ] && echo {target}\nexit 0\n")
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -dumpmachine ] && echo {target}\nexit 0\n')
     compiler.chmod(0o755)
     assert set(module("build_native")._level_flags(str(compiler))) == levels
