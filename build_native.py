@@ -46,7 +46,7 @@ CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trappi
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 # By the last word of a source's name, as in rows_avx2.cpp.
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c"
-LEVEL_FLAGS = {
+X86_LEVEL_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": _AVX512,
     "avx512bf16": f"{_AVX512} -mavx512vnni -mavx512bf16",
@@ -88,7 +88,7 @@ def _level_flags(cxx: str) -> dict[str, str]:
     """Of the levels that this compiler knows. Sources of others compile to nothing; the library does without them."""
     # Whom it compiles for, not where it runs: e.g. x86_64-linux-gnu, arm64-apple-darwin24.1.0.
     target = subprocess.run([*cxx.split(), "-dumpmachine"], capture_output=True, text=True).stdout.partition("-")[0]
-    known = {"x86_64": LEVEL_FLAGS, "aarch64": ARM_LEVEL_FLAGS, "arm64": ARM_LEVEL_FLAGS}.get(target.strip(), {})
+    known = {"x86_64": X86_LEVEL_FLAGS, "aarch64": ARM_LEVEL_FLAGS, "arm64": ARM_LEVEL_FLAGS}.get(target.strip(), {})
     probe = [*cxx.split(), "-fsyntax-only", "-x", "c++", os.devnull]
     return {
         level: flags

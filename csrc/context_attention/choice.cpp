@@ -1,4 +1,5 @@
-// Which of the two ways attends: one stream over the keys (cpu.cpp) or tiles of queries (tiles.cpp). Both can do anything.
+// What attends: the primitives of a level, and which of two ways, one stream over the keys (cpu.cpp) or tiles of queries
+// (tiles.cpp). Both can do anything.
 #include <atomic>
 
 #include "tiles.h"
@@ -14,6 +15,11 @@ constexpr int64_t kMostProbabilities = 1 << 24;
 std::atomic<int64_t> most_rows_of_a_test{-1};
 
 }  // namespace
+
+const AttendOps& attend_ops(const IsaLevel& level) {
+    return ops_of(level, "context_attention", {attend_amx(), attend_avx512bf16(), attend_avx512(), attend_avx2(),
+                                               attend_neon(), attend_emulated(), attend_scalar()});
+}
 
 int product_type(const Attention& x, const IsaLevel& level) {
     return x.dtype == kBF16 && level.matmul->multiply[kBF16] ? kBF16 : kF32;

@@ -36,11 +36,6 @@ constexpr int64_t kThreadBytes = 1 << 18;  // of keys and values that are worth 
 constexpr int64_t kTasksPerThread = 4;     // evens out threads that are slowed down
 constexpr double kLn2 = 0.693147180559945309417;
 
-const AttendOps& attend_ops(const IsaLevel& level) {
-    return ops_of(level, "context_attention", {attend_amx(), attend_avx512bf16(), attend_avx512(), attend_avx2(),
-                                               attend_neon(), attend_emulated(), attend_scalar()});
-}
-
 int64_t blocks_of(int64_t slots) { return (slots + kBlock - 1) / kBlock; }
 
 class Call {

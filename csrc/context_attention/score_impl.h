@@ -10,7 +10,7 @@
 namespace mc {
 namespace {
 
-constexpr int kFewRows = 4;                       // queries whose products stay in registers
+constexpr int kFewRows = 4;                         // queries whose products stay in registers
 constexpr int kKeys = Vec::kManyRegisters ? 4 : 2;  // keys at a time that share a load of the queries
 
 template <int kBytes>

@@ -98,11 +98,6 @@ private:
         }
     };
 
-    static const AttendOps& attend_ops(const IsaLevel& level) {
-        return ops_of(level, "context_attention",
-                      {attend_avx512bf16(), attend_avx512(), attend_avx2(), attend_neon(), attend_scalar()});
-    }
-
     // body(item, work) for every item, on all threads.
     template <class Body>
     void share(int64_t items, const Body& body) {

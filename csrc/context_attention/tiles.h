@@ -1,10 +1,14 @@
 // context_attention for many queries: see tiles.cpp.
 #pragma once
 
+#include "attend.h"
 #include "check.h"
 #include "isa.h"
 
 namespace mc {
+
+// The primitives that serve a level.
+const AttendOps& attend_ops(const IsaLevel& level);
 
 // Of the matrix products: kF32 or kBF16.
 int product_type(const Attention& x, const IsaLevel& level);

@@ -13,15 +13,10 @@ namespace mc {
 
 const LinearOps* linear_avx512bf16() {
     static const LinearOps table = [] {
-        LinearOps ops = *linear_avx512();
-        ops.name = "avx512bf16";
+        LinearOps ops = with_packed(*linear_avx512(), "avx512bf16");
         ops.narrow = narrow;
         ops.transpose = transpose;
         ops.dot_pairs = dot_pairs;
-        ops.to_bytes = to_bytes;
-        ops.dot_packed = dot_packed;
-        ops.packed_rows[0] = kFourBitRows;
-        ops.packed_rows[1] = kEightBitRows;
         return ops;
     }();
     return &table;

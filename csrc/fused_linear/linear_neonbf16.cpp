@@ -1,4 +1,5 @@
-// Primitives of fused_linear with dot products of bytes of mixed signs, which processors have that multiply bf16; the others are NEON's.
+// Primitives of fused_linear with dot products of bytes of mixed signs, which Arms have that multiply bf16; the others are
+// NEON's.
 #include "linear.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
@@ -10,15 +11,7 @@
 namespace mc {
 
 const LinearOps* linear_neonbf16() {
-    static const LinearOps table = [] {
-        LinearOps ops = *linear_neon();
-        ops.name = "neonbf16";
-        ops.to_bytes = to_bytes;
-        ops.dot_packed = dot_packed;
-        ops.packed_rows[0] = kFourBitRows;
-        ops.packed_rows[1] = kEightBitRows;
-        return ops;
-    }();
+    static const LinearOps table = with_packed(*linear_neon(), "neonbf16");
     return &table;
 }
 

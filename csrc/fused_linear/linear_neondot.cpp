@@ -10,15 +10,7 @@
 namespace mc {
 
 const LinearOps* linear_neondot() {
-    static const LinearOps table = [] {
-        LinearOps ops = *linear_neon();
-        ops.name = "neondot";
-        ops.to_bytes = to_bytes;
-        ops.dot_packed = dot_packed;
-        ops.packed_rows[0] = kFourBitRows;
-        ops.packed_rows[1] = kEightBitRows;
-        return ops;
-    }();
+    static const LinearOps table = with_packed(*linear_neon(), "neondot");
     return &table;
 }
 

@@ -201,5 +201,16 @@ void dot_packed(const DotPacked& a) {
     a.planes == 2 ? packed_columns<4, 2>(a) : packed_columns<4, 3>(a);
 }
 
+// A level that reads packed weights in its own way, and does all else as another.
+inline LinearOps with_packed(const LinearOps& rest, const char* name) {
+    LinearOps ops = rest;
+    ops.name = name;
+    ops.to_bytes = to_bytes;
+    ops.dot_packed = dot_packed;
+    ops.packed_rows[0] = kFourBitRows;
+    ops.packed_rows[1] = kEightBitRows;
+    return ops;
+}
+
 }  // namespace
 }  // namespace mc

@@ -71,8 +71,9 @@ MC_API const char* mc_version(void);
  * "neonbf16" (and of mixed signs, and of bf16). The best that processor and operating system have, unless the environment
  * variable MC_CPU_ISA or mc_set_cpu_isa names one. "avx512bf16", "amx" and "neonbf16" multiply bf16 matrices and do all
  * else as avx512 and neondot. On Linux the choice asks for the permission to use AMX's tiles, for the whole process.
- * "amx-emulated", amx's code on tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL, with a text in
- * mc_last_error, if MC_CPU_ISA names a level that is unknown or not there; every kernel then returns MC_UNAVAILABLE. */
+ * "amx-emulated", amx's code on tiles in plain C++ for tests, is slow, there on every machine and never the choice. NULL,
+ * with a text in mc_last_error, if MC_CPU_ISA names a level that is unknown or not there; every kernel then returns
+ * MC_UNAVAILABLE. */
 MC_API const char* mc_cpu_isa(void);
 
 /* Whether the level called `name` is in this build and can run here: 1 or 0. */
