@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from mc_runtime import SamplingParams, Session
-from mc_runtime.errors import InputError
+from mc_runtime.errors import InputError, ModelError
 from mc_runtime.model import Decoder
-from mc_runtime.sampling import Sampler, StopStrings
+from mc_runtime.sampling import ROW, Sampler, StopStrings, first_to_reach, keep_best
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.0, 2.0, -3.0])
 DRAWS = 4000
@@ -82,6 +82,73 @@ def test_a_top_p_near_zero_keeps_the_best(top_p: float) -> None:
     assert frequencies(temperature=1.0, top_p=top_p)[1] == 1
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("bad", [[float("nan"), 1.0], [float("inf"), 1.0], [-float("inf")] * 2], ids=str)
+def test_nothing_is_drawn_from_logits_that_are_none(bad: list[float], params: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"^logits: expected"):
+        Sampler(SamplingParams(temperature=1.0, **params))(torch.tensor(bad))
+
+
+def test_logits_are_left_as_they_are() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(3 * ROW + 5, requires_grad=True).to(dtype)
+        before = logits.clone()
+        for params in ({}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}):
+            Sampler(SamplingParams(seed=1, **params), vocab_size=ROW + 1)(logits)  # type: ignore[arg-type]
+        assert torch.equal(logits, before)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 3 * ROW),
+    st.integers(0, 3 * ROW),
+    st.floats(0, 1, exclude_min=True),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_what_is_kept(n: int, top_k: int, top_p: float, seed: int, coarse: bool) -> None:
+    """As by sorting all of them; where many are equal the lowest ids stay."""
+    weights = np.random.default_rng(seed).random(n).astype(np.float32) ** 8
+    if coarse:
+        weights = np.round(weights, 1)
+    weights[0] += 1
+    order = np.argsort(-weights, kind="stable")[: top_k or n]
+    before = weights[order].cumsum(dtype=np.float64) - weights[order]
+    reached = top_p * weights[order].sum(dtype=np.float64)
+    if top_p < 1:
+        near = np.abs(before - reached) < 1e-9 * reached  # rounding may decide
+        if near.any():
+            return
+        order = order[before < reached]
+    expected = np.zeros_like(weights)
+    expected[order] = weights[order]
+    keep_best(weights, top_k, top_p)
+    np.testing.assert_array_equal(weights, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3 * ROW), st.floats(0, 1, exclude_min=True), st.integers(0, 2**32 - 1))
+def test_a_share_is_reached_where_the_sums_say(n: int, share: float, seed: int) -> None:
+    """And never at one that has no weight, however small or large the share."""
+    rng = np.random.default_rng(seed)
+    weights = rng.random(n).astype(np.float32) * (rng.random(n) < 0.3)
+    weights[rng.integers(n)] = 1
+    at = first_to_reach(weights, share)
+    sums = weights.cumsum(dtype=np.float64)
+    assert weights[at] > 0
+    assert sums[at] >= share * sums[-1] * (1 - 1e-12)
+    assert sums[at] - weights[at] <= share * sums[-1] * (1 + 1e-12)
+
+
+def test_draws_from_a_vocabulary() -> None:
+    """More tokens than a row of sums: chi-square of 64 bins, each of every 64th token."""
+    logits = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 2
+    sampler, bins = Sampler(SamplingParams(temperature=1.0, seed=0)), np.arange(len(logits)) % 64
+    expected = np.bincount(bins, logits.double().softmax(0).numpy()) * DRAWS
+    got = np.bincount([bins[sampler(logits)] for _ in range(DRAWS)], minlength=64)
+    assert ((got - expected) ** 2 / expected).sum() < 115  # 63 degrees of freedom: once in ten thousand
+
+
 def test_rows_beyond_the_vocabulary_are_never_chosen(tmp_path: Path) -> None:
     """Models pad their vocabulary (Qwen2 by some hundred rows); a memory cannot keep what is no token."""
     small = tiny_model()
@@ -118,7 +185,7 @@ def test_seeds() -> None:
     ids=str,
 )  # fmt: skip
 def test_unusable_parameters_are_named(bad: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"^{next(iter(bad))}: expected") as error:
+    with pytest.raises(InputError, match=rf"^{next(iter(bad))}: expected") as error:
         SamplingParams(**bad)
     assert "\n" not in str(error.value)
 
