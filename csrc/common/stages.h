@@ -7,11 +7,11 @@
 // while.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
 #include <vector>
+
+#include "wait.h"
 
 namespace mc {
 
@@ -40,19 +40,11 @@ public:
                     done.fetch_add(1, std::memory_order_release);
                 }
             }
-            for (int spins = 0; done.load(std::memory_order_acquire) < items_[s]; ++spins) {
-                if (spins >= kSpins) sched_yield();
-#if defined(__x86_64__)
-                __builtin_ia32_pause();
-#elif defined(__aarch64__)
-                __asm__ volatile("isb");  // as long as a pause; `yield` waits for nothing
-#endif
-            }
+            for (int times = 0; done.load(std::memory_order_acquire) < items_[s]; ++times) wait_a_moment(times);
         }
     }
 
 private:
-    static constexpr int kSpins = 2000;
     struct alignas(64) Done {
         std::atomic<int64_t> count{0};
     };

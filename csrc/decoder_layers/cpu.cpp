@@ -8,6 +8,8 @@
 
 #include "../fused_linear/choice.h"
 #include "check.h"
+#include "pool.h"
+#include "team.h"
 
 namespace mc {
 namespace {
@@ -124,6 +126,7 @@ extern "C" int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int
     return mc::guarded([&] {
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
-        mc::Layers(*args, n_threads).run();
+        mc::Layers layers(*args, n_threads);
+        mc::with_team(mc::default_threads(n_threads), [&] { layers.run(); });
     });
 }
