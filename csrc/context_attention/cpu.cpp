@@ -24,6 +24,7 @@
 #include "isa.h"
 #include "phases.h"
 #include "pool.h"
+#include "scratch.h"
 #include "tiles.h"
 #include "visible.h"
 
@@ -61,12 +62,13 @@ public:
         if (x_.slots == 0 || x_.heads * x_.queries == 0) return write_nothing();
         prepare();
         const int64_t n = x_.batch * runs_, tasks = threads_ == 1 ? 1 : std::min(n, threads_ * kTasksPerThread);
-        const Scratch sizes(*this);
-        const Floats scratch(tasks * sizes.total);  // allocated before anything is written
-        std::fill(scratch.get(), scratch.get() + tasks * sizes.total, 0.0f);
+        const Parts parts(*this);
+        const Scratch<float> scratch(tasks * parts.total);  // allocated before anything is written
         auto attend = [&](int64_t i) {
+            float* own = scratch.get() + i * parts.total;
+            std::fill(own + parts.p_pairs, own + parts.add, 0.0f);
             for (int64_t r = i * n / tasks; r < (i + 1) * n / tasks; ++r) {
-                attend_run(r / runs_, r % runs_, scratch.get() + i * sizes.total, sizes);
+                attend_run(r / runs_, r % runs_, own, parts);
             }
         };
         parallel_for(tasks, static_cast<int>(threads_), attend);
@@ -79,10 +81,10 @@ public:
 
 private:
     // Where a task's scratch has its parts, in floats.
-    struct Scratch {
+    struct Parts {
         int64_t far, turned, p, p_pairs, add, total;
 
-        explicit Scratch(const Call& c) {
+        explicit Parts(const Call& c) {
             const int64_t phases = kBlock * 2 * c.x_.row.width;
             far = phases;
             turned = far + (c.phases_ ? c.phases_->scratch() : 0);
@@ -160,7 +162,7 @@ private:
         return reinterpret_cast<uint16_t*>(q_pairs_.get()) + head * unit_rows_ * x_.row.dims;
     }
 
-    void attend_run(int64_t b, int64_t run, float* scratch, const Scratch& at) const {
+    void attend_run(int64_t b, int64_t run, float* scratch, const Parts& at) const {
         const int64_t rows = all_rows(), part = (b * runs_ + run) * rows;
         float *top = top_.get() + part, *total = total_.get() + part, *out = partial_.get() + part * out_step_;
         std::fill(top, top + rows, kNothing);

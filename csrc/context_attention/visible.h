@@ -41,7 +41,8 @@ public:
         for (int64_t i = out.count; i % kPad && out.count; ++i) out.slot[i] = out.slot[out.count - 1];
     }
 
-    // Bias and masks of a block, [T, kBlock], or [1, kBlock] where all queries see all; 0: none needed.
+    // Bias and masks of a block, [T, kBlock], or [1, kBlock] where all queries see all; 0: none needed. Up to a multiple of
+    // kPad entries that do not exist have numbers too.
     int64_t add(int64_t b, int64_t block, const Entries& e, float* out) const {
         const float* bias = a_.kv_bias ? a_.kv_bias + b * x_.slots + block * kBlock : nullptr;
         bool all = true;
@@ -55,6 +56,7 @@ public:
                 const float by = bias ? bias[e.slot[i]] * 1.44269504088896340736f : 0.0f;
                 out[t * kBlock + i] = seen ? by : kNothing;
             }
+            for (int64_t i = e.count; i % kPad; ++i) out[t * kBlock + i] = kNothing;
         }
         return n;
     }

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mc_kernels import context_attention, extension, native
 from mc_kernels.context_attention.cases import Case
+from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 OF_TORCH = native.available() is None and native.threads().startswith("torch's OpenMP")
@@ -220,6 +221,68 @@ def test_a_runner_of_the_host(runner: Runner) -> None:
     assert same_bits(run(args), want)
     assert not seen
     del kept
+
+
+def decoder_step(seed: int = 0) -> Callable[[], list[Tensor]]:
+    """A step of three layers, each five jobs that are large enough for several threads: its result and the cache."""
+    generator = torch.Generator().manual_seed(seed)
+    embed, heads, used = 256, 4, 3000
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).bfloat16()
+
+    def layer() -> LayerWeights:
+        norms = normal(embed), normal(embed)
+        qkv, out, gate_up, down = (normal(n * embed, m * embed) for n, m in ((3, 1), (1, 1), (4, 1), (1, 2)))
+        return LayerWeights(norms[0], qkv, None, None, None, out, None, norms[1], gate_up, down)
+
+    call = DecoderLayers([layer() for _ in range(3)], eps=1e-5, rope=None)
+    k, v = (normal(3, 1, heads, used, embed // heads) for _ in range(2))
+    x, at = normal(1, 1, embed), torch.tensor([[used - 1]])
+
+    def run() -> list[Tensor]:
+        cache = CacheSlots(k.clone(), v.clone(), at, torch.arange(used)[None])
+        return [call(x, at, cache), cache.k, cache.v]
+
+    return run
+
+
+def same_step(got: list[Tensor], want: list[Tensor]) -> bool:
+    return all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("runner", [backwards, spread])
+def test_a_step_gathers_the_threads_of_a_runner_once(runner: Runner) -> None:
+    """Whichever of them comes first leads, and those that come when all is over find nothing to do."""
+    step, seen = decoder_step(), list[tuple[int, int]]()
+    torch.set_num_threads(1)
+    want = step()
+    torch.set_num_threads(3)
+
+    def counting(n_tasks: int, n_threads: int, task: Callable[[int], None]) -> None:
+        seen.append((n_tasks, n_threads))
+        runner(n_tasks, n_threads, task)
+
+    kept = use_runner(counting)
+    for n in range(20):
+        assert same_step(step(), want)
+        assert seen == [(3, 3)] * (n + 1)
+    del kept
+
+
+@pytest.mark.parametrize("of_torch", [pytest.param(True, marks=of_torch), False])
+def test_steps_in_several_threads(of_torch: bool) -> None:
+    """Each has a team of its own, or is alone where the threads are taken."""
+    steps = [decoder_step(i) for i in range(3)]
+    wants = [step() for step in steps]
+    native.use_torch_threads(of_torch)
+
+    def work(i: int) -> bool:
+        torch.set_num_threads(1 + i % 4)  # of this thread alone
+        return all(same_step(steps[j % 3](), wants[j % 3]) for j in range(i, i + 6))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(16)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
