@@ -4,6 +4,7 @@
 // and values that are seen. Nothing here is arithmetic but the norm of queries' and keys' heads, which is fused_linear's.
 // What is won is what a host program would do between the calls: the stream of weights evicts its code and data from
 // the caches, so that each of five calls a layer begins with misses.
+#include <algorithm>
 #include <cstring>
 
 #include "../fused_linear/choice.h"
@@ -14,6 +15,8 @@
 namespace mc {
 namespace {
 
+constexpr int64_t kThreadBytes = 1 << 16;  // of weights that are worth waking a thread for, as fused_linear has it
+
 class Layers {
 public:
     Layers(const mc_decoder_layers_args& a, int32_t n_threads)
@@ -21,6 +24,12 @@ public:
           ops_(linear_ops(isa_level(), "decoder_layers")),
           gain_(s_.dims), head_(s_.dims),
           final_gain_(a.final_norm.ndim ? s_.embed : 0), final_row_(a.final_norm.ndim ? s_.embed : 0) {}
+
+    // What its largest job, a product, is worth: each has fewer of them where there is less to do.
+    int threads() const {
+        const int64_t bytes = s_.layers > 0 && s_.rows() > 0 ? 2 * s_.ffn * s_.embed * bytes_ : 0;
+        return static_cast<int>(std::min<int64_t>(default_threads(n_threads_), bytes / kThreadBytes));
+    }
 
     void run() {
         if (s_.rows() == 0 || s_.embed == 0) return clear_mass();
@@ -127,6 +136,6 @@ extern "C" int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
         mc::Layers layers(*args, n_threads);
-        mc::with_team(mc::default_threads(n_threads), [&] { layers.run(); });
+        mc::with_team(layers.threads(), [&] { layers.run(); });
     });
 }

@@ -21,6 +21,7 @@
 #include "merge.h"
 #include "net.h"
 #include "query_net.h"
+#include "team.h"
 
 namespace mc {
 namespace {
@@ -51,6 +52,9 @@ public:
           run_(std::max(kRun, round_up((x_.entries + kMostRuns - 1) / kMostRuns, kTile))),
           runs_((x_.entries + run_ - 1) / run_),
           inverse_(x_.entries, false) {}
+
+    // What its largest job is worth.
+    int threads() const { return threads_.worth(2 * x_.entries * x_.dims * x_.vectors()); }
 
     void run() {
         if (x_.entries == 0) return;
@@ -184,6 +188,7 @@ extern "C" int32_t mc_lens_score_cpu(const mc_lens_score_args* args, int32_t n_t
     return mc::guarded([&] {
         if (!args) mc::invalid("args: expected an address, got NULL");
         if (n_threads < 0) mc::invalid("n_threads: expected at least 0, got " + std::to_string(n_threads));
-        mc::Call(*args, n_threads).run();
+        mc::Call call(*args, n_threads);
+        mc::with_team(call.threads(), [&] { call.run(); });
     });
 }
