@@ -9,7 +9,7 @@ namespace mc {
 int default_threads(int asked);
 
 // body(context, i) for every i in [0, n_tasks), on at most n_threads threads, the caller's among them. Returns when all
-// are done. `body` must not throw and must not call parallel_for.
+// are done. `body` must not throw and must not call parallel_for, unless by with_team (team.h).
 void parallel_for(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept;
 
 template <class Body>

@@ -85,8 +85,9 @@ MC_API int32_t mc_set_cpu_isa(const char* name);
 
 /* Runs task(context, i) once for each i in [0, n_tasks), in any order and on any threads, several at a time; returns
  * when all are done. n_threads: how many threads are worth using, at least 2; fewer, even one, give the same result. It
- * may be called from several threads at once. Tasks do not call back, do not throw and take microseconds to
- * milliseconds each. */
+ * may be called from several threads at once. A task may last as long as the call that it is part of (the layers of a
+ * decoder gather their threads once) and wait for another that has begun, never for one that has not. Tasks do not call
+ * back and do not throw. */
 typedef void (*mc_parallel_runner)(void* host, int64_t n_tasks, int32_t n_threads,
                                    void (*task)(void* context, int64_t i), void* context);
 
