@@ -104,6 +104,8 @@ void with_team(int n_threads, void (*body)(void*), void* context) {
     team.rethrow();
 }
 
+bool leads_team() noexcept { return led_here != nullptr; }
+
 bool run_on_team(int64_t n_tasks, void (*body)(void*, int64_t), void* context) noexcept {
     if (!led_here) return false;
     led_here->run(n_tasks, body, context);

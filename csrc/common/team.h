@@ -15,6 +15,9 @@ void with_team(int n_threads, Body&& body) {
     with_team(n_threads, [](void* b) { (*static_cast<Body*>(b))(); }, &body);
 }
 
+// Whether this thread leads a team: then less work is worth sharing, since its threads are awake.
+bool leads_team() noexcept;
+
 // A job of the team that this thread leads, as for parallel_for; false, and nothing done, where it leads none.
 bool run_on_team(int64_t n_tasks, void (*body)(void*, int64_t), void* context) noexcept;
 

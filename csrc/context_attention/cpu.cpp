@@ -25,6 +25,7 @@
 #include "phases.h"
 #include "pool.h"
 #include "scratch.h"
+#include "team.h"
 #include "tiles.h"
 #include "visible.h"
 
@@ -54,7 +55,8 @@ public:
         runs_ = (x_.slots + run_ - 1) / run_;
         const int64_t bytes = 2 * x_.batch * x_.kv_heads * x_.slots * x_.row.dims * dtype_bytes(x_.dtype);
         const int64_t work = bytes * std::max<int64_t>(x_.rows / 4, 1);
-        threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work / kThreadBytes, 1));
+        const int64_t worth = leads_team() ? kThreadBytes / 8 : kThreadBytes;
+        threads_ = std::min<int64_t>(default_threads(n_threads), std::max<int64_t>(work / worth, 1));
     }
 
     void run() {

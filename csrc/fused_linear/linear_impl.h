@@ -37,10 +37,12 @@ void widen(const WidenRow& a) {
         scale = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(a.n) + a.eps);
     }
     each([&](int64_t i, int64_t left, Vec x) {
-        store(buffer, mul(x, Vec::all(scale)));
-        for (int64_t j = 0; j < left; ++j) {
-            a.out[place<kEvenFirst>(i + j)] = a.gain ? buffer[j] * a.gain[i + j] : buffer[j];
-        }
+        Vec y = mul(x, Vec::all(scale));
+        const char* gain = reinterpret_cast<const char*>(a.gain + i);
+        if (a.gain) y = mul(y, left == Vec::kWidth ? load(a.gain + i) : Vec::load_part(F32{}, gain, static_cast<int>(left)));
+        if (!kEvenFirst && left == Vec::kWidth) return store(a.out + i, y);
+        store(buffer, y);
+        for (int64_t j = 0; j < left; ++j) a.out[place<kEvenFirst>(i + j)] = buffer[j];
     });
     for (int64_t i = a.n; i < a.padded; ++i) a.out[place<kEvenFirst>(i)] = 0.0f;
 }

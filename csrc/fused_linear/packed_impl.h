@@ -48,46 +48,77 @@ inline uint64_t in_the_order_of_codes(uint64_t x) {
     return spread(x & 0xffffffff) | spread(x >> 32) << 8;
 }
 
-// A block is its elements' high bytes and `start` of these, then the same of the next lower ones.
+constexpr int64_t kBlocksAtOnce = 16;
+
+// What a block's numbers are multiplied with; its scale and sum. wrong: not 0 where one is infinite or none.
 template <int kPlanes>
-bool to_planes(const BytesOfRow& a) {
+inline float scale_block(const float* x, float* scale, float* sum_of_x, Vec& wrong) {
     constexpr float kMost = 127 << (8 * (kPlanes - 1));
     const Vec zero = Vec::all(0.0f);
-    Vec wrong = zero;
-    for (int64_t b = 0; b < a.n / kPackedBlock; ++b) {
-        const float* x = a.x + b * kPackedBlock;
-        Vec most = zero, total = zero;
-        for (int64_t i = 0; i < kPackedBlock; i += Vec::kWidth) {
-            const Vec v = load(x + i);
-            most = greater(most, greater(v, sub(zero, v)));
-            total = add(total, v);
-            wrong = fmadd(v, zero, wrong);
+    Vec most = zero, total = zero;
+    for (int64_t i = 0; i < kPackedBlock; i += Vec::kWidth) {
+        const Vec v = load(x + i);
+        most = greater(most, greater(v, sub(zero, v)));
+        total = add(total, v);
+        wrong = fmadd(v, zero, wrong);
+    }
+    const float largest = greatest(most);
+    const bool counts = largest > 1e-30f;  // else 1 / t would not be a number
+    *scale = counts ? largest / kMost : 0.0f;
+    *sum_of_x = sum(total);
+    return counts ? kMost / largest : 0.0f;
+}
+
+// Loops that compilers make vectors of.
+template <int kPlanes>
+inline void round_block(const float* x, float by, int32_t* whole) {
+    // An infinity or NaN, of which nothing is read, must not meet the conversion.
+    const Vec zero = Vec::all(0.0f), least = Vec::all(-2.0f * (127 << (8 * (kPlanes - 1))));
+    float near[kPackedBlock];
+    for (int64_t i = 0; i < kPackedBlock; i += Vec::kWidth) {
+        const Vec q = greater(mul(load(x + i), Vec::all(by)), least);
+        store(near + i, sub(zero, greater(sub(zero, q), least)));
+    }
+    for (int i = 0; i < kPackedBlock; ++i) {
+        whole[i] = static_cast<int32_t>(near[i] + __builtin_copysignf(0.5f, near[i]));
+    }
+}
+
+// The lowest bytes of n blocks, in the order of codes, to `eights`; the rest stays.
+inline void take_bytes(int32_t* whole, int64_t n, uint64_t* eights) {
+    int8_t* bytes = reinterpret_cast<int8_t*>(eights);
+    for (int64_t i = 0; i < n * kPackedBlock; ++i) {
+        bytes[i] = static_cast<int8_t>(whole[i]);
+        whole[i] = (whole[i] - bytes[i]) >> 8;
+    }
+    for (int64_t i = 0; i < n * kPackedBlock / 8; ++i) eights[i] = in_the_order_of_codes(eights[i]);
+}
+
+// A block is its elements' high bytes and `start` of these, then the same of the next lower ones. A few blocks go each step of
+// the way together: for one it is a long chain.
+template <int kPlanes>
+bool to_planes(const BytesOfRow& a) {
+    const int64_t blocks = a.n / kPackedBlock;
+    Vec wrong = Vec::all(0.0f);
+    float by[kBlocksAtOnce];
+    int32_t whole[kBlocksAtOnce * kPackedBlock];
+    uint64_t eights[kBlocksAtOnce * kPackedBlock / 8];
+    const auto* bytes = reinterpret_cast<const int8_t*>(eights);
+    for (int64_t first = 0; first < blocks; first += kBlocksAtOnce) {
+        const int64_t n = blocks - first < kBlocksAtOnce ? blocks - first : kBlocksAtOnce;
+        const float* x = a.x + first * kPackedBlock;
+        for (int64_t b = 0; b < n; ++b) {
+            by[b] = scale_block<kPlanes>(x + b * kPackedBlock, a.scales + first + b, a.sums + first + b, wrong);
         }
-        const float largest = greatest(most);
-        const bool counts = largest > 1e-30f;  // else 1 / t would not be a number
-        a.scales[b] = counts ? largest / kMost : 0.0f;
-        a.sums[b] = sum(total);
-        const float by = counts ? kMost / largest : 0.0f;
-        int32_t whole[kPackedBlock];
-        for (int i = 0; i < kPackedBlock; ++i) {
-            const float q = x[i] * by;
-            // An infinity or NaN, of which nothing is read, must not meet the conversion.
-            whole[i] = q > -2.0f * kMost && q < 2.0f * kMost ? static_cast<int32_t>(q + (q < 0.0f ? -0.5f : 0.5f)) : 0;
-        }
+        for (int64_t b = 0; b < n; ++b) round_block<kPlanes>(x + b * kPackedBlock, by[b], whole + b * kPackedBlock);
         for (int plane = kPlanes - 1; plane >= 0; --plane) {
-            int8_t bytes[kPackedBlock];
-            for (int i = 0; i < kPackedBlock; ++i) {
-                bytes[i] = static_cast<int8_t>(whole[i]);
-                whole[i] = (whole[i] - bytes[i]) >> 8;
+            take_bytes(whole, n, eights);
+            char* out = a.bytes + (first * kPlanes + plane) * kPlaneBytes;
+            for (int64_t b = 0; b < n; ++b, out += kPlanes * kPlaneBytes) {
+                const int32_t start = Products::start(bytes + b * kPackedBlock, a.bits);
+                __builtin_memcpy(out, bytes + b * kPackedBlock, kPackedBlock);
+                __builtin_memcpy(out + kPackedBlock, &start, sizeof start);
             }
-            uint64_t eights[kPackedBlock / 8];
-            __builtin_memcpy(eights, bytes, sizeof eights);
-            for (uint64_t& eight : eights) eight = in_the_order_of_codes(eight);
-            __builtin_memcpy(bytes, eights, sizeof eights);
-            const int32_t start = Products::start(bytes, a.bits);
-            char* out = a.bytes + (b * kPlanes + plane) * kPlaneBytes;
-            __builtin_memcpy(out, bytes, sizeof bytes);
-            __builtin_memcpy(out + kPackedBlock, &start, sizeof start);
         }
     }
     return sum(wrong) == 0.0f;
