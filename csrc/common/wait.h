@@ -5,10 +5,12 @@
 
 namespace mc {
 
+constexpr int kSpins = 20000;
+
 // To be called in a loop with the number of times before: spins, and after a while gives way, since the other thread may
 // need this processor.
 inline void wait_a_moment(int times) {
-    if (times >= 2000) sched_yield();
+    if (times >= kSpins) sched_yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)

@@ -123,21 +123,34 @@ void dot(const DotRows& a) {
     }
 }
 
+// Outputs [i, i + n); kWhole: a whole vector of them.
+template <class T, bool kWhole>
+inline void finish_part(const FinishRow& a, int64_t i, int n) {
+    const auto part = [&](auto type, const char* p) {
+        if constexpr (kWhole) {
+            return Vec::load(type, p);
+        } else {
+            return Vec::load_part(type, p, n);
+        }
+    };
+    const auto floats = [&](const float* p) { return part(F32{}, reinterpret_cast<const char*>(p + i)); };
+    Vec y = floats(a.y);
+    if (a.bias) y = add(y, floats(a.bias));
+    if (a.up) {
+        Vec up = floats(a.up);
+        if (a.up_bias) up = add(up, floats(a.up_bias));
+        y = mul(silu(y), up);
+    }
+    if (a.residual) y = add(y, part(T{}, a.residual + i * T::kBytes));
+    char* out = a.out + i * T::kBytes;
+    kWhole ? Vec::store(T{}, out, y) : Vec::store_part(T{}, out, n, y);
+}
+
 template <class T>
 void finish(const FinishRow& a) {
-    for (int64_t i = 0; i < a.n; i += Vec::kWidth) {
-        const int n = static_cast<int>(a.n - i < Vec::kWidth ? a.n - i : Vec::kWidth);
-        auto part = [&](const float* p) { return Vec::load_part(F32{}, reinterpret_cast<const char*>(p + i), n); };
-        Vec y = part(a.y);
-        if (a.bias) y = add(y, part(a.bias));
-        if (a.up) {
-            Vec up = part(a.up);
-            if (a.up_bias) up = add(up, part(a.up_bias));
-            y = mul(silu(y), up);
-        }
-        if (a.residual) y = add(y, Vec::load_part(T{}, a.residual + i * T::kBytes, n));
-        Vec::store_part(T{}, a.out + i * T::kBytes, n, y);
-    }
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= a.n; i += Vec::kWidth) finish_part<T, true>(a, i, Vec::kWidth);
+    if (i < a.n) finish_part<T, false>(a, i, static_cast<int>(a.n - i));
 }
 
 LinearOps linear_table(const char* name) {

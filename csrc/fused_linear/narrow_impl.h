@@ -13,7 +13,8 @@ void narrow(const NarrowRow& a) {
     auto each = [&](auto&& body) {
         for (int64_t i = 0; i < a.n; i += Vec::kWidth) {
             const int left = static_cast<int>(a.n - i < Vec::kWidth ? a.n - i : Vec::kWidth);
-            body(i, left, Vec::load_part(BF16{}, a.x + i * BF16::kBytes, left));
+            const char* p = a.x + i * BF16::kBytes;
+            body(i, left, left == Vec::kWidth ? Vec::load(BF16{}, p) : Vec::load_part(BF16{}, p, left));
         }
     };
     float scale = 1.0f;
@@ -24,8 +25,8 @@ void narrow(const NarrowRow& a) {
     }
     each([&](int64_t i, int left, Vec x) {
         if (a.gain) {
-            const Vec gain = Vec::load_part(F32{}, reinterpret_cast<const char*>(a.gain + i), left);
-            x = mul(mul(x, Vec::all(scale)), gain);
+            const char* gain = reinterpret_cast<const char*>(a.gain + i);
+            x = mul(mul(x, Vec::all(scale)), left == Vec::kWidth ? load(a.gain + i) : Vec::load_part(F32{}, gain, left));
         }
         Vec::store(BF16{}, a.out + i * BF16::kBytes, x);
     });
