@@ -128,7 +128,7 @@ int default_threads(int asked) {
 
 void parallel_for(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept {
     const int threads = static_cast<int>(std::min<int64_t>(n_threads, n_tasks));
-    if (threads > 1 && run_on_team(n_tasks, body, context)) return;
+    if (threads > 1 && run_on_team(n_tasks, threads, body, context)) return;
     const Runner* lent = threads > 1 ? the_runner.load(std::memory_order_acquire) : nullptr;
     if (lent) return lent->run(lent->host, n_tasks, threads, body, context);
     Job job{n_tasks, body, context};

@@ -1,5 +1,6 @@
 #include "scratch.h"
 
+#include <cstring>
 #include <new>
 
 namespace mc {
@@ -10,7 +11,8 @@ constexpr size_t kLeast = 64 << 10;   // what the system's allocator keeps by it
 constexpr size_t kMost = 32 << 20;    // of a thread's kept blocks together
 constexpr int kBlocks = 8;
 
-// Under a sanitizer every block is its own, so that what is written beyond it or after its end is seen.
+// Under a sanitizer every block is its own, so that what is written beyond it or after its end is seen, and full of NaNs, so
+// that what is read of it before it is written is seen too.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kKeeps = false;
 #elif defined(__has_feature)
@@ -49,7 +51,8 @@ size_t whole(size_t bytes) {
 }  // namespace
 
 void* take_scratch(size_t bytes) {
-    if (!kKeeps || bytes < kLeast) return ::operator new(bytes, kLine);
+    if (!kKeeps) return std::memset(::operator new(bytes, kLine), 0xff, bytes);
+    if (bytes < kLeast) return ::operator new(bytes, kLine);
     const size_t size = whole(bytes);
     for (Kept& k : blocks.kept) {
         if (k.bytes != size) continue;

@@ -30,11 +30,12 @@ public:
         led_.exchange(true) ? help() : lead();
     }
 
-    void run(int64_t n_tasks, void (*body)(void*, int64_t), void* context) noexcept {
+    void run(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept {
         n_tasks_ = n_tasks;
         body_ = body;
         context_ = context;
         next_.store(0, std::memory_order_relaxed);
+        wanted_.store(n_threads - 1, std::memory_order_relaxed);
         const int64_t job = phase_.load(std::memory_order_relaxed) + 1;
         phase_.store(job);
         work();
@@ -52,12 +53,17 @@ private:
     void lead() noexcept;
 
     void help() noexcept {
-        int64_t done = 0;
+        const int number = numbers_.fetch_add(1, std::memory_order_relaxed);
+        int64_t done = 0;  // or for others
         for (int times = 0;; ++times) {
             const int64_t job = phase_.load(std::memory_order_acquire);
             if (job == kOver) return;
             if (job % 2 == 0 || job == done) {
                 wait_a_moment(times);
+                continue;
+            }
+            if (number >= wanted_.load(std::memory_order_relaxed)) {  // of this job, or a later one: both may go without
+                done = job;
                 continue;
             }
             helpers_.fetch_add(1);
@@ -78,12 +84,14 @@ private:
     void* const lead_context_;
     std::exception_ptr thrown_;
     std::atomic<bool> led_{false};
+    std::atomic<int> numbers_{0};  // of helpers
     // Of the present job.
     int64_t n_tasks_ = 0;
     void (*body_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;
     // Odd: there is a job; even: there is none.
     alignas(64) std::atomic<int64_t> phase_{0};
+    std::atomic<int> wanted_{0};  // helpers of the job, at most
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int64_t> helpers_{0};
 };
@@ -113,9 +121,9 @@ void with_team(int n_threads, void (*body)(void*), void* context) {
 
 bool leads_team() noexcept { return led_here != nullptr; }
 
-bool run_on_team(int64_t n_tasks, void (*body)(void*, int64_t), void* context) noexcept {
+bool run_on_team(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept {
     if (!led_here) return false;
-    led_here->run(n_tasks, body, context);
+    led_here->run(n_tasks, n_threads, body, context);
     return true;
 }
 

@@ -19,6 +19,6 @@ void with_team(int n_threads, Body&& body) {
 bool leads_team() noexcept;
 
 // A job of the team that this thread leads, as for parallel_for; false, and nothing done, where it leads none.
-bool run_on_team(int64_t n_tasks, void (*body)(void*, int64_t), void* context) noexcept;
+bool run_on_team(int64_t n_tasks, int n_threads, void (*body)(void*, int64_t), void* context) noexcept;
 
 }  // namespace mc

@@ -38,8 +38,11 @@ void widen(const WidenRow& a) {
     }
     each([&](int64_t i, int64_t left, Vec x) {
         Vec y = mul(x, Vec::all(scale));
-        const char* gain = reinterpret_cast<const char*>(a.gain + i);
-        if (a.gain) y = mul(y, left == Vec::kWidth ? load(a.gain + i) : Vec::load_part(F32{}, gain, static_cast<int>(left)));
+        if (a.gain) {
+            const char* gain = reinterpret_cast<const char*>(a.gain + i);
+            const bool whole = left == Vec::kWidth;
+            y = mul(y, whole ? load(a.gain + i) : Vec::load_part(F32{}, gain, static_cast<int>(left)));
+        }
         if (!kEvenFirst && left == Vec::kWidth) return store(a.out + i, y);
         store(buffer, y);
         for (int64_t j = 0; j < left; ++j) a.out[place<kEvenFirst>(i + j)] = buffer[j];
