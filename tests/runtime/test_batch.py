@@ -78,7 +78,7 @@ def test_answers_end_where_the_budget_is_full(memory: Memory, caplog: pytest.Log
     """Nothing that was said in the others is lost."""
     session = memory(budget=128, recent_tokens=8)
     session.ingest(words(500))
-    sampling: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    sampling: dict[str, Any] = {"temperature": 1.0, "seed": 0}
     before = session.generate(["x", "the sea?"], max_new_tokens=10, **sampling)
     session.clear_stats()
     answers = session.generate(["x", "the sea?"], max_new_tokens=300, **sampling)
