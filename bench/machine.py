@@ -58,13 +58,18 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else "unknown"
 
 
+def instruction_sets() -> list[str]:
+    """Those of `ISA_FLAGS` that the processor has."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return [f for f in ISA_FLAGS if f in flags]
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """The `machine` part of a report."""
-    flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     facts: dict[str, Any] = {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "isa": [f for f in ISA_FLAGS if f in flags],
+        "isa": instruction_sets(),
         "last_level_cache": last_level_cache(device),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mc_kernels.rope import RopeSpec, apply_rope
 
+from ..machine import instruction_sets
 from ..workloads import Candidate, Check, Workload
 from ..workloads.base import error_rule
 from ..workloads.kv_splice import plain_rotate
@@ -81,7 +82,10 @@ class Model:
 
     def __init__(self, path: Path) -> None:
         lib, log = library()
-        self.pointer = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        params = lib.llama_model_default_params()
+        # Weights in its own order for matrix tiles: its products with them end in a segmentation fault (0.3.36, Q4_1).
+        params.use_extra_bufts = "amx_bf16" not in instruction_sets()
+        self.pointer = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise RuntimeError(f"llama.cpp cannot load {path}: {log.last}")
         weakref.finalize(self, lib.llama_model_free, self.pointer)

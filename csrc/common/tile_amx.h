@@ -10,9 +10,24 @@
 namespace mc {
 namespace {
 
+// What tiles this thread had configured for itself before us: some libraries (llama.cpp's) configure a thread's once.
+struct KeptTiles {
+    TileConfig config;
+    bool there;
+};
+thread_local KeptTiles kept_tiles{{0, 0, {}, {}, {}, {}, {}}, false};
+
 struct Tiles {
-    void configure(const TileConfig& c) { __asm__ volatile("ldtilecfg %0" ::"m"(c)); }
-    static void release() { __asm__ volatile("tilerelease"); }
+    void configure(const TileConfig& c) {
+        if (!kept_tiles.there) __asm__ volatile("sttilecfg %0" : "=m"(kept_tiles.config));
+        kept_tiles.there = true;
+        __asm__ volatile("ldtilecfg %0" ::"m"(c));
+    }
+    // Back to what was there; of none, which is palette 0, that releases all tiles.
+    static void release() {
+        if (kept_tiles.there) __asm__ volatile("ldtilecfg %0" ::"m"(kept_tiles.config));
+        kept_tiles.there = false;
+    }
 
     template <int kTile>
     void zero() {
