@@ -253,7 +253,7 @@ def same_step(got: list[Tensor], want: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("runner", [backwards, spread])
 def test_a_step_gathers_the_threads_of_a_runner_once(runner: Runner) -> None:
-    """Whichever of them comes first leads, and those that come when all is over find nothing to do."""
+    """The caller leads, or who has come where he has no task; those that come when all is over find nothing to do."""
     step, seen = decoder_step(), list[tuple[int, int]]()
     torch.set_num_threads(1)
     want = step()
