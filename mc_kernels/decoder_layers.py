@@ -128,7 +128,7 @@ class DecoderLayers:
             heads and entries.
         final_norm: [E] gain of a norm of the result, or None.
 
-        Returns [B, T, E] in x's dtype, contiguous, aliasing nothing. Meant for at most some tens of entries.
+        Returns [B, T, E] in x's dtype, contiguous, aliasing nothing.
         Raises TypeError (dtype, device) or ValueError (shape, stride, slot) before anything is written.
         """
         end = len(self) if end is None else end

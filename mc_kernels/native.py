@@ -21,9 +21,9 @@ __all__ = [
     "dtype_code",
     "isa_levels",
     "library",
-    "multiplies_bf16",
     "threads",
     "use_torch_threads",
+    "vectorised",
     "view",
 ]
 
@@ -70,9 +70,10 @@ def threads() -> str:
     return _threads
 
 
-def multiplies_bf16() -> bool:
-    """Whether the library is there and the instruction set level in use multiplies bf16."""
-    return available() is None and library().cpu_isa() in ("avx512bf16", "amx", "neonbf16")
+def vectorised() -> bool:
+    """Whether the library is there and the instruction set level in use has vectors. Without, torch's matrix products
+    are several times as fast."""
+    return available() is None and library().cpu_isa() not in ("scalar", "amx-emulated")
 
 
 @functools.cache

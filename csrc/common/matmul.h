@@ -44,9 +44,9 @@ struct Product {
     int64_t c_step, n;  // floats from row to row; columns
     bool add;           // to what C holds; else C is not read
     // What is read afterwards, next_step bytes for each step: a level may fetch it, of matrix tiles all of it once, else
-    // for each tile of a few rows anew.
+    // for each tile of a few rows anew, next_row bytes further on for each row that went before.
     const char* next = nullptr;
-    int64_t next_step = 0;
+    int64_t next_step = 0, next_row = 0;
 };
 
 struct MatmulOps {

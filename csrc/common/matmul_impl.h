@@ -54,14 +54,13 @@ struct Tile {
 // A panel is one ascending stream, which the processor sees by itself; asking for it ran slower. So only p.next is
 // fetched, a little every step: a burst would wait for memory.
 template <class Step, int kVectors, int kRows, bool kFetch>
-void multiply_tile(const Product& p, const char* a, const char* w, float* c, int64_t n) {
+void multiply_tile(const Product& p, const char* a, const char* w, const char* next, float* c, int64_t n) {
     RowSteps s;
     for (int i = 0; i < 8; ++i) s.odd[i] = (2 * i + 1) * p.a_step;
     Tile<Step, kVectors, kRows> tile;
     MC_UNROLL for (int r = 0; r < kRows; ++r) {
         MC_UNROLL for (int v = 0; v < kVectors; ++v) tile.sum[r][v] = Vec::all(0.0f);
     }
-    const char* next = p.next;
     for (int64_t i = 0; i < p.steps; ++i, a += 4, w += p.w_step) {
         if constexpr (kFetch) {
             __builtin_prefetch(next, 0, 2);
@@ -88,12 +87,12 @@ void multiply_tile(const Product& p, const char* a, const char* w, float* c, int
 }
 
 template <class Step, int kVectors, int kRows>
-void multiply_rows(int64_t rows, const Product& p, const char* a, const char* w, float* c, int64_t n) {
+void multiply_rows(int64_t rows, const Product& p, const char* a, const char* w, const char* next, float* c, int64_t n) {
     if (rows == kRows) {
-        if (p.next) return multiply_tile<Step, kVectors, kRows, true>(p, a, w, c, n);
-        return multiply_tile<Step, kVectors, kRows, false>(p, a, w, c, n);
+        if (next) return multiply_tile<Step, kVectors, kRows, true>(p, a, w, next, c, n);
+        return multiply_tile<Step, kVectors, kRows, false>(p, a, w, next, c, n);
     }
-    if constexpr (kRows > 1) multiply_rows<Step, kVectors, kRows - 1>(rows, p, a, w, c, n);
+    if constexpr (kRows > 1) multiply_rows<Step, kVectors, kRows - 1>(rows, p, a, w, next, c, n);
 }
 
 // Rows in tiles of equal size, at most kRows; columns in strips of kVectors, or of one where that holds what is left.
@@ -105,11 +104,12 @@ void multiply(const Product& p) {
         for (int64_t column = 0; column < p.n; column += kVectors * Vec::kWidth) {
             const int64_t left = p.n - column;
             const char *a = p.a + first * p.a_step, *w = p.w + column * 4;
+            const char* next = p.next ? p.next + first * p.next_row : nullptr;
             float* c = p.c + first * p.c_step + column;
             if (left > Vec::kWidth) {
-                multiply_rows<Step, kVectors, kRows>(rows, p, a, w, c, left);
+                multiply_rows<Step, kVectors, kRows>(rows, p, a, w, next, c, left);
             } else {
-                multiply_rows<Step, 1, kRows>(rows, p, a, w, c, left);
+                multiply_rows<Step, 1, kRows>(rows, p, a, w, next, c, left);
             }
         }
     }

@@ -192,7 +192,7 @@ extern "C" int32_t mc_fused_linear_cpu(const mc_fused_linear_args* args, int32_t
         const mc::IsaLevel& level = mc::isa_level();
         if (x.rows == 0 || x.outputs == 0) return;  // the other of the two may be more than there is memory for
         const mc::LinearOps& ops = mc::linear_ops(level, "fused_linear");
-        if (!mc::reads_packed(*args, x, ops) && mc::serves_linear_tiles(*args, x, level, ops)) {
+        if (!mc::reads_packed(*args, x, ops) && mc::serves_linear_tiles(*args, x, level)) {
             return mc::linear_tiles(*args, x, level, ops, n_threads);
         }
         mc::Call(*args, x, ops, n_threads).run();

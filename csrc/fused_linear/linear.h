@@ -107,9 +107,9 @@ struct LinearOps {
     // Rows of x, kXRows at most, up to which a W packed in codes of 4 and of 8 bits is faster than itself: more of them are
     // bound by arithmetic (bench/README.md).
     int64_t packed_rows[2];
+    void (*transpose)(const Transpose&);
     // For bf16 products, NULL where the level has none. Subnormal numbers are taken for zero.
     void (*narrow)(const NarrowRow&);
-    void (*transpose)(const Transpose&);
     void (*dot_pairs)(const DotPairs&);
 };
 

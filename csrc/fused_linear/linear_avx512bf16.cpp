@@ -7,7 +7,6 @@
 #include "pairs_impl.h"
 #include "bytes_avx512.h"
 #include "packed_impl.h"
-#include "transpose_impl.h"
 
 namespace mc {
 
@@ -15,7 +14,6 @@ const LinearOps* linear_avx512bf16() {
     static const LinearOps table = [] {
         LinearOps ops = with_packed(*linear_avx512(), "avx512bf16");
         ops.narrow = narrow;
-        ops.transpose = transpose;
         ops.dot_pairs = dot_pairs;
         return ops;
     }();

@@ -5,6 +5,7 @@
 
 #include "fetch.h"
 #include "linear.h"
+#include "transpose_impl.h"
 #include "vec_math.h"
 
 namespace mc {
@@ -166,7 +167,7 @@ LinearOps linear_table(const char* name) {
             to_bytes,
             dot_packed,
             {kFourBitRows, kEightBitRows},
-            nullptr,
+            transpose,
             nullptr,
             nullptr};
 }

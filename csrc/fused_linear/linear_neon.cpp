@@ -23,7 +23,6 @@ inline void load_pair(T t, const char* p, Vec& first, Vec& second) {
 #include "packed_impl.h"
 #include "linear_impl.h"
 #include "narrow_impl.h"
-#include "transpose_impl.h"
 
 namespace mc {
 
@@ -32,7 +31,6 @@ const LinearOps* linear_neon() {
     static const LinearOps table = [] {
         LinearOps ops = linear_table("neon");
         ops.narrow = narrow;
-        ops.transpose = transpose;
         return ops;
     }();
     return &table;

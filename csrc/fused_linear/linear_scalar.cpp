@@ -27,7 +27,6 @@ inline void load_pair(BF16 t, const char* p, Vec& first, Vec& second) {
 #include "packed_impl.h"
 #include "linear_impl.h"
 #include "narrow_impl.h"
-#include "transpose_impl.h"
 
 namespace mc {
 
@@ -36,7 +35,6 @@ const LinearOps* linear_scalar() {
     static const LinearOps table = [] {
         LinearOps ops = linear_table("scalar");
         ops.narrow = narrow;
-        ops.transpose = transpose;
         return ops;
     }();
     return &table;

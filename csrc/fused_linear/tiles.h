@@ -7,7 +7,7 @@
 namespace mc {
 
 // Whether a call at this level is better served so than by a stream over the weight.
-bool serves_linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops);
+bool serves_linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level);
 
 void linear_tiles(const mc_fused_linear_args& a, const Linear& x, const IsaLevel& level, const LinearOps& ops,
                   int n_threads);

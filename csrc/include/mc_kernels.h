@@ -287,15 +287,16 @@ typedef struct mc_packed_weight {
     int32_t bits;     /* 4 or 8 */
 } mc_packed_weight;
 
-/* A linear map of a few rows, with what a decoder layer does before and after it, in one read of the weight:
+/* A linear map, with what a decoder layer does before and after it, in one read of the weight:
  *
  *   n[r] = x[r], or with a norm x[r] / sqrt(mean(x[r]^2) + eps) * norm      (RMS norm)
  *   y[r] = weight n[r] + bias
  *   out[r] = y[r], or with swiglu silu(y[r, :O/2]) * y[r, O/2:]; then + residual[r]
  *
  * Everything between x and out is fp32, rounded once. The weight is read as it lies and not copied: for the handful of
- * rows of a decode step it is one stream, once for up to 32 rows; for many rows of bf16, where the level multiplies that,
- * it meets them in matrix products. Memory: N * E floats, and E + O for norm and bias. */
+ * rows of a decode step it is one stream, once for up to 32 rows; many rows it meets in matrix products, of bf16 where x and
+ * weight are that and the level multiplies it, else of fp32. Memory: N * E floats, E + O for norm and bias, and for a weight
+ * that is widened 64 of its rows for each thread. */
 typedef struct mc_fused_linear_args {
     size_t struct_size; /* sizeof(mc_fused_linear_args) */
 

@@ -1,4 +1,4 @@
-"""A linear map of a few rows with its norm, activation and residual, in one read of the weight."""
+"""A linear map with its norm, activation and residual, in one read of the weight."""
 
 from .op import fused_linear
 

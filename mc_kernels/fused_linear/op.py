@@ -82,8 +82,7 @@ def fused_linear(
     """A linear map with the RMS norm before it and the activation and residual after it, in one read of the weight.
 
     `qkv(norm(x))`, `x + out(attended)`, `silu(gate(norm(x))) * up(norm(x))`, `x + down(h)` and a logits head are one
-    call each. For the handful of rows of a decode step, which is bound by reading weights; and on a CPU that multiplies
-    bf16, of x and weight in bf16, for any number of rows. Else many rows are legal, and a matrix product is faster.
+    call each. For the handful of rows of a decode step, which is bound by reading weights, and on a CPU for any number.
 
     Args:
         x: [..., E]; fp32, bf16 or fp16.

@@ -9,11 +9,11 @@ Weights ask for no gradient; gradients flow to the inputs and to the keys and va
 one matmul, gate and up another: at T = 1 a step is bound by reading the weights, and fewer, larger reads are faster.
 Keys leave a layer unrotated: `context_attention` rotates them while it reads them.
 
-On a CPU without gradients a few rows, which is what a decode step is, and in bf16 any number of them go through
-`fused_linear`: a weight is read at the rate of memory, and norms, activation and residuals cost no calls of their own.
-Results agree within rounding. Where such rows run over a slot cache, one native call does all layers
-(`native_layers.py`). Up to four rows read weights that came quantised as they were (`packing.py`). On a GPU a decode
-step over a slot cache, and a chunk of a text that is read, is a CUDA graph (`graphed_layers.py`).
+On a CPU without gradients rows go through `fused_linear` (where the library has no vectors, only the few of a decode
+step): a weight is read at the rate of memory, and norms, activation and residuals cost no calls of their own. Results
+agree within rounding. Where such rows run over a slot cache, one native call does all layers (`native_layers.py`). A
+few rows read weights that came quantised as they were (`packing.py`). On a GPU a decode step over a slot cache, and a
+chunk of a text that is read, is a CUDA graph (`graphed_layers.py`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from mc_runtime.model.layers import Layer, Like, RMSNorm
 from mc_runtime.model.native_layers import NativeLayers
 from mc_runtime.model.stores import KVStore, SelfStore
 
-# Rows up to which `fused_linear` beats torch's matrix products, by measurement; in bf16, where the processor multiplies
-# that, it does for any number.
+# Rows up to which `fused_linear` beats torch's matrix products without vectors.
 MOST_FUSED_ROWS = 32
 
 
@@ -46,8 +45,7 @@ def fuses(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in FLOAT_DTYPES
         and not torch.is_grad_enabled()
-        and native.available() is None
-        and (x.numel() <= MOST_FUSED_ROWS * x.shape[-1] or (x.dtype is torch.bfloat16 and native.multiplies_bf16()))
+        and ((x.numel() <= MOST_FUSED_ROWS * x.shape[-1] and native.available() is None) or native.vectorised())
     )
 
 

@@ -155,10 +155,10 @@ def test_what_does_not_fit_is_named(decoder: Decoder) -> None:
 needs_library = pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
 
 
-def few_rows(decoder: Decoder, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def behind_others(decoder: Decoder, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and cached keys and values of `length` entries behind 9 others."""
     x, positions = entries(decoder, batch, 9 + length)
-    cache = KVCache.allocate(TINY, 16, batch=batch, dtype=decoder.dtype, device="cpu", weighted=True)
+    cache = KVCache.allocate(TINY, 64, batch=batch, dtype=decoder.dtype, device="cpu", weighted=True)
     cache.pos[:, : 9 + length] = positions
     for part in (slice(0, 9), slice(9, 9 + length)):
         writer = cache.writer(positions[:, part], 9 + length)
@@ -177,14 +177,41 @@ def test_few_rows_agree_with_matrix_products(
     models[0].load_state_dict(models[1].state_dict())
     calls = count_fused(monkeypatch)
     with torch.no_grad():
-        exact = few_rows(models[0], batch, length)
+        exact = behind_others(models[0], batch, length)
         assert not calls
-        fused = few_rows(models[1], batch, length)
+        fused = behind_others(models[1], batch, length)
         assert len(calls) == 1, "the logits; layers over a slot cache are one call"
         monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 0)
-        plain = few_rows(models[1], batch, length)
+        plain = behind_others(models[1], batch, length)
     for name, got, want, rival in zip(("logits", "cache"), fused, exact, plain, strict=True):
         assert_within_error_rule(got, want, rival, what=name)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [x for x in native.isa_levels() if x not in ("scalar", "amx-emulated")])
+def test_many_rows_are_native_too(level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library has vectors: no product of torch's."""
+    exact, model = Decoder.random(TINY, std=0.3, dtype=torch.float64), Decoder.random(TINY, std=0.3, dtype=dtype)
+    exact.load_state_dict(model.state_dict())
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a product of torch's")
+
+    try:
+        native.library().set_cpu_isa(level)
+        with torch.no_grad():
+            want = behind_others(exact, 2, 50)
+            with monkeypatch.context() as m:
+                m.setattr(torch.nn.functional, "linear", refuse)
+                got = behind_others(model, 2, 50)
+            monkeypatch.setattr(native, "vectorised", lambda: False)
+            monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 0)
+            plain = behind_others(model, 2, 50)
+    finally:
+        native.library().set_cpu_isa(None)
+    for name, a, b, rival in zip(("logits", "cache"), got, want, plain, strict=True):
+        assert_within_error_rule(a, b, rival, what=name)
 
 
 def count_fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -199,6 +226,7 @@ def count_fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for module in (decoder_module, layers_module):
         monkeypatch.setattr(module, "fused_linear", counting)
     monkeypatch.setattr(decoder_module, "MOST_FUSED_ROWS", 8)
+    monkeypatch.setattr(native, "vectorised", lambda: False)
     return calls
 
 
