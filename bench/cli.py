@@ -24,6 +24,7 @@ from mc_kernels.registry import BACKENDS
 from .compare import compare, comparison_table
 from .e2e.command import e2e
 from .e2e.engines import engines
+from .e2e.forward import forward
 from .limits import Limits
 from .machine import commit, describe
 from .peers import peers as all_peers
@@ -142,3 +143,4 @@ def ops(
 
 app.command("e2e")(e2e)
 app.command("engines")(engines)
+app.command("forward")(forward)

@@ -20,7 +20,6 @@ from bench.e2e.history import made_up_text
 from bench.e2e.report import Spread
 from bench.e2e.transformers_window import TransformersWindow, missing
 from mc_runtime.engines import make_engine
-from mc_runtime.engines.hf_model import transformers_model
 from mc_runtime.model import DEFAULT_MODEL, LoadedModel, load_model
 
 PLAIN = "transformers, its own cache"
@@ -29,6 +28,8 @@ UNTIMED = 3
 
 def _readings(model: LoadedModel, ids: Tensor, room: int) -> dict[str, Callable[[], None]]:
     """Engine -> decode one more token behind `ids` [N], which it has read."""
+    from mc_runtime.engines.hf_model import transformers_model
+
     steps: dict[str, Callable[[], None]] = {}
     for name in ("native", "transformers"):
         engine = make_engine(name, model.decoder)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from bench.e2e import command, history, rivals
 from bench.e2e.fill import bytes_per_token, fill, read_sample
+from bench.e2e.forward import _native, _transformers
 from bench.e2e.memories import memory_settings
 from bench.e2e.process import disk_usage
 from bench.e2e.report import EndToEndReport, Spread
@@ -219,3 +220,23 @@ def test_engines_decode_the_same_model_in_alternation(tiny_model: str) -> None:
     wrong = CliRunner().invoke(app, ["engines", "--model", tiny_model, "--steps", "0"])
     assert wrong.exit_code == 2
     assert "expected at least 1" in wrong.output
+
+
+def test_forward_gives_what_transformers_gives(tiny_model: str) -> None:
+    """A line for each number of rows, and the same logits in both."""
+    arguments = ["forward", "--model", tiny_model, "--entries", "9", "--rows", "1", "--rows", "40", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, [*arguments, "--repeats", "2"])
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines() if "│" in line]
+    assert [row[1] for row in rows] == ["1", "40"]
+    decoder = load_model(tiny_model, dtype=torch.float32).decoder
+    ids = torch.arange(40) % decoder.config.vocab_size
+    with torch.inference_mode():
+        ours, (theirs, undo) = _native(decoder, ids, 9), _transformers(decoder, ids, 9)
+        for n in (31, 1, 31):
+            torch.testing.assert_close(ours(n), theirs(n), rtol=1e-4, atol=1e-4)
+            undo(n)
+    for wrong in (["--rows", "0"], ["--dtype", "int8"], ["--entries", "1000000"]):
+        refused = CliRunner().invoke(app, [*arguments, *wrong])
+        assert refused.exit_code == 2
+        assert "expected" in refused.output
