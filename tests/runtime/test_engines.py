@@ -97,8 +97,9 @@ def test_weights_are_shared_and_gradients_reach_the_inputs() -> None:
 
 
 @pytest.mark.skipif(native.available() is not None, reason=f"no native library: {native.available()}")
-def test_few_rows_of_transformers_modules_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decode step's linear maps and its logits are; many rows and what may ask for gradients are not."""
+def test_rows_of_transformers_modules_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step's linear maps and its logits are, and many rows' where the library has vectors; what may ask for
+    gradients is not."""
     calls: list[int] = []
 
     def counting(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -107,7 +108,8 @@ def test_few_rows_of_transformers_modules_are_fused(monkeypatch: pytest.MonkeyPa
 
     native_engine, other = engines("llama-bias")
     monkeypatch.setattr(hf_model, "fused_linear", counting)
-    for length, expected in ((1, [1] * (7 * other.config.n_layers + 1)), (33, [])):
+    maps = 7 * other.config.n_layers + 1
+    for length, expected in ((1, [1] * maps), (33, [33] * maps * native.vectorised())):
         ids = torch.arange(length)[None]
         with torch.no_grad():
             want, got = (

@@ -86,7 +86,8 @@ def test_hidden_states_at_unit_variance(model: LoadedModel, corpus: Callable[...
     assert rows.mean(0).abs().max() < 0.5
     assert 0.8 < float(rows.std(0).mean()) < 1.2
     positions = torch.arange(400)[None]
-    raw = model.decoder(model.decoder.embed(ids), positions, stop_layer=2).hidden[0, 1:]
+    with torch.no_grad():
+        raw = model.decoder(model.decoder.embed(ids), positions, stop_layer=2).hidden[0, 1:]
     assert inputs.scale is not None
     torch.testing.assert_close(rows * inputs.scale + inputs.mean, raw, rtol=1e-4, atol=1e-5)
     plain = BlockInputs.measured(model.decoder, [corpus()], 0)
