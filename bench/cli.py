@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mc_kernels.registry import BACKENDS
 
 from .compare import compare, comparison_table
+from .dtypes import DTYPES
 from .e2e.command import e2e
 from .e2e.engines import engines
 from .e2e.forward import forward
@@ -35,7 +36,6 @@ from .suite import Options, run_case
 from .table import furthest, limits_line, notes, table
 from .workloads import OPS, choose
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS, QUICK_SECONDS = 0.5, 0.15
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)

@@ -20,13 +20,13 @@ import torch
 # `bench` is no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.dtypes import DTYPES
 from bench.limits import flusher
 from bench.machine import last_level_cache
 from bench.suite import CachePlan, Options, plan_cache
 from bench.workloads import CASES, HEADLINE, OPS, Candidate, Workload
 from mc_kernels.registry import IMPLS, PREFERENCE
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE = DTYPES[os.environ.get("MC_BENCH_DTYPE", "bf16")]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Rounds where every call is preceded by a flush, so that pytest-benchmark cannot choose their number.

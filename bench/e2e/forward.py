@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.dtypes import DTYPES
 from bench.e2e.history import made_up_text
 from bench.e2e.report import Spread
 from bench.e2e.transformers_window import missing
@@ -24,7 +25,6 @@ from mc_kernels import native
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import DEFAULT_MODEL, Decoder, load_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNTIMED = 1
 
 

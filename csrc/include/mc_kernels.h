@@ -294,7 +294,7 @@ typedef struct mc_packed_weight {
  *   out[r] = y[r], or with swiglu silu(y[r, :O/2]) * y[r, O/2:]; then + residual[r]
  *
  * Everything between x and out is fp32, rounded once. The weight is read as it lies and not copied: for the handful of
- * rows of a decode step it is one stream, once for up to 32 rows; many rows it meets in matrix products, of bf16 where x and
+ * rows of a decode step it is one stream, once for up to 24 rows; more it meets in matrix products, of bf16 where x and
  * weight are that and the level multiplies it, else of fp32. Memory: N * E floats, E + O for norm and bias, and for a weight
  * that is widened 64 of its rows for each thread. */
 typedef struct mc_fused_linear_args {

@@ -24,8 +24,8 @@ CLASSES = {
 
 
 class FusedLinear(nn.Linear):
-    """`nn.Linear` whose few rows on a CPU go through `fused_linear`, as the decoder's do: it reads weights at the
-    rate of memory, which is what a decode step waits for. Results agree within rounding."""
+    """`nn.Linear` whose rows on a CPU go through `fused_linear` where the decoder's do (`fuses`): it reads weights at
+    the rate of memory, which is what a decode step waits for. Results agree within rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fused_linear(x, self.weight, bias=self.bias) if fuses(x) else super().forward(x)

@@ -1,7 +1,7 @@
 """Hugging Face Transformers as the engine: its model computes, over this package's cache.
 
 The model is built from the decoder's own weights, which it shares: nothing is downloaded or copied. Its attention
-layers write to and read from the memory's store (`mc_kernels.integrations.transformers`), and linear maps of a few rows
+layers write to and read from the memory's store (`mc_kernels.integrations.transformers`), and linear maps on a CPU
 go through `fused_linear`.
 """
 

@@ -15,6 +15,7 @@ from small_cases import OTHERS, TINY, install, spoilt
 from torch import Tensor
 
 from bench import cli, suite
+from bench.dtypes import DTYPES
 from bench.limits import Limits
 from bench.peers import peers, torch_eager
 from bench.rows import Row
@@ -24,7 +25,6 @@ from bench.workloads.base import PEER_ALLOWANCE, Check, error_rule
 from mc_kernels.registry import IMPLS, PREFERENCE
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIGURES = ("median_s", "spread", "limit_s", "fraction_of_limit", "fraction_at_rows", "peer", "peer_ratio")
 
 
