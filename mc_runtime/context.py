@@ -162,6 +162,11 @@ class WorkingContext(Layout):
             return output
         return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
 
+    def announce(self, ids: Sequence[int]) -> None:
+        """Pending tokens that the next `relayout` runs, in one forward with what it opens. Nothing may be appended
+        before."""
+        self.pending += [int(i) for i in ids]
+
     def extend(self, ids: Sequence[int]) -> None:
         """Record tokens that have just been run into the slots after the used ones."""
         slots = torch.arange(self.used, self.used + len(ids), device=self.slots.device)

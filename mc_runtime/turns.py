@@ -1,8 +1,8 @@
 """One user turn over a Working Context: read the prompt, refocus on it, decode.
 
-The prompt is read first, so that its attention can say what to focus on; after the refocus it is recomputed on the new
-context together with what was expanded, in one forward. While decoding, a refocus follows every K tokens; it leaves K
-slots free, so that the budget holds at every step in between.
+A policy that looks at attention gets the prompt read first, and after the refocus it is recomputed on the new context
+together with what was expanded, in one forward; for any other the prompt is run in that forward alone. While decoding,
+a refocus follows every K tokens; it leaves K slots free, so that the budget holds at every step in between.
 """
 
 from __future__ import annotations
@@ -57,30 +57,40 @@ class Turn:
         self.query = query
         self.focus.turn_start = self.context.length
         self.stats.prompt, self.stats.prompt_tokens = query, len(ids)
-        hidden, edited = self._append_in_parts(ids, want_mass=self.focus.policy.needs_mass)
+        want_mass = self.focus.policy.needs_mass
+        parts = self._parts(ids)
+        # What is announced cannot be collapsed before it has run: only what the refocus keeps in full anyway.
+        announced = [] if want_mass or len(parts[-1]) > self.focus.turn_tokens else parts.pop()
+        hidden, edited = self._append_in_parts(parts, want_mass=want_mass)
+        self.context.announce(announced)
         mode, newest = self.focus.config.refresh, min(len(ids), self.focus.turn_tokens)
         if edited and mode == "full":  # what was edited between the parts, too
             newest = self.context.capacity
         report = self._refocus(query, newest, mode, new_turn=True)
-        return self._logits(hidden if report.last_hidden is None else report.last_hidden)
+        if announced and self.commit is not None:
+            self.commit(self.context)
+        last = hidden if report.last_hidden is None else report.last_hidden
+        assert last is not None, "a prompt has at least one token"
+        return self._logits(last)
 
-    def _append_in_parts(self, ids: Sequence[int], *, want_mass: bool) -> tuple[Tensor, bool]:
+    def _parts(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        size = part_size(self.context, self.focus)
+        return [ids[i : i + size] for i in range(0, len(ids), size)]
+
+    def _append_in_parts(self, parts: Sequence[Sequence[int]], *, want_mass: bool) -> tuple[Tensor | None, bool]:
         """The final hidden state [E] of the last token, and whether nodes were collapsed to make room. They are
         refreshed as while decoding: a full refresh for every part would cost many times what the parts do."""
         hidden, edited = None, False
-        size = part_size(self.context, self.focus)
-        for i in range(0, len(ids), size):
-            part, last = ids[i : i + size], i + size >= len(ids)
+        for i, part in enumerate(parts, start=1):
             edited |= self.focus.make_room(self.context, len(part), mode=self.focus.config.refresh_decode) > 0
             with timed("prefill"):
                 # Ranks move when room is made: only the last part's mass speaks of the entries as they are then.
-                output = self.context.append(part, return_mass=want_mass and last)
+                output = self.context.append(part, return_mass=want_mass and i == len(parts))
             hidden = output.hidden[0, -1]
             self._mass = None
             self._add_mass(output.mass)
             if self.commit is not None:
                 self.commit(self.context)
-        assert hidden is not None, "a prompt has at least one token"
         return hidden, edited
 
     def _add_mass(self, mass: Tensor | None) -> None:
@@ -140,7 +150,7 @@ class Turn:
             return
         try:
             if ids:
-                self._append_in_parts(ids, want_mass=False)
+                self._append_in_parts(self._parts(ids), want_mass=False)
             elif self.commit is not None:
                 self.focus.make_room(self.context, 0)  # what was broken off may have left the context empty
                 self.commit(self.context)
