@@ -49,7 +49,7 @@ class MemoryConfig:
     gist_kind: GistKind = "pooled"
     gist_bias: float | None = None
     ingest: IngestMode = "contextual"
-    refresh: RefreshMode = "full"
+    refresh: RefreshMode = "none"
     refresh_decode: RefreshMode = "none"
     refresh_tail: int = 64
     refresh_share: float = 0.15

@@ -37,9 +37,7 @@ def asked(session: Session) -> tuple[list[int], str]:
 
 @pytest.mark.parametrize("refresh", ["none", "tail", "full"])
 @pytest.mark.parametrize("remembered", [True, False])
-def test_a_prompt_is_run_once(
-    memory: Memory, monkeypatch: pytest.MonkeyPatch, refresh: str, remembered: bool
-) -> None:
+def test_a_prompt_is_run_once(memory: Memory, monkeypatch: pytest.MonkeyPatch, refresh: str, remembered: bool) -> None:
     session = memory(refresh=refresh, refresh_tail=8, budget=512, recent_tokens=64)
     session.ingest(words(600))
     session.generate("hello", max_new_tokens=3)

@@ -69,7 +69,7 @@ def test_a_prompt_longer_than_the_budget_is_read_in_parts(memory: Memory, monkey
 
 def test_a_prompt_longer_than_the_budget_costs_what_it_is_long(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Making room for its next part runs little again, and after the last part all is recomputed once."""
-    session = memory()
+    session = memory(refresh="full")
     session.ingest(words(600))
     with counted_forwards(monkeypatch) as entries:
         session.generate(words(1500, seed=7), max_new_tokens=1)
