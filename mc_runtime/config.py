@@ -10,7 +10,7 @@ from .focus.allocator import FocusParams
 
 GistKind = Literal["pooled", "projected", "embedding"]
 IngestMode = Literal["contextual", "fast"]
-RefreshMode = Literal["none", "tail", "top", "full"]
+RefreshMode = Literal["none", "tail", "top", "text", "full"]
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant. Answer questions about the text briefly and exactly."
@@ -49,7 +49,7 @@ class MemoryConfig:
     gist_kind: GistKind = "pooled"
     gist_bias: float | None = None
     ingest: IngestMode = "contextual"
-    refresh: RefreshMode = "none"
+    refresh: RefreshMode = "text"
     refresh_decode: RefreshMode = "none"
     refresh_tail: int = 64
     refresh_share: float = 0.15

@@ -2,8 +2,10 @@
 
 Entries behind an edit keep keys and values that were computed under the old content. `none` leaves them; `tail`
 recomputes the newest `refresh_tail`; `top` recomputes the share whose keys deviate most in an early layer (CacheBlend,
-Yao et al. 2024); `full` recomputes every token behind the earliest edit, which makes the context equal to one that is
-assembled from scratch. Pooled and projected gists have no computation to repeat.
+Yao et al. 2024); `text` recomputes every token behind the earliest edit that is not part of the conversation: questions
+and answers keep what they were read with, which later ones profit from (docs/quality.md); `full` recomputes these too,
+which makes the context equal to one that is assembled from scratch. Pooled and projected gists have no computation to
+repeat.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from .config import RefreshMode
+from .turn_weights import TURN_KINDS
 
 if TYPE_CHECKING:
     from .context import WorkingContext
@@ -42,6 +45,8 @@ def entries_to_recompute(
         behind[earliest:] = True
     if mode == "full":
         always |= behind
+    elif mode == "text":
+        always |= behind & ~_of_turns(context)
     elif mode == "tail" and context.config.refresh_tail:
         behind[: -context.config.refresh_tail] = False
         always |= behind
@@ -49,6 +54,19 @@ def entries_to_recompute(
         candidates = (behind & runnable).nonzero()[0]
         always[_most_deviating(context, candidates, context.config.refresh_share)] = True
     return (always & runnable).nonzero()[0]
+
+
+def _of_turns(context: WorkingContext) -> NDArray[np.bool_]:
+    """[N]: which entries are tokens of questions and answers: what is pending is, too."""
+    entries = context.entries
+    result = (entries.levels == 0) & (entries.index >= context.tree.length)
+    tokens = (entries.levels == 0).nonzero()[0]
+    for run in np.split(tokens, (np.diff(entries.index[tokens]) != 1).nonzero()[0] + 1) if len(tokens) else ():
+        start, stop = int(entries.index[run[0]]), int(entries.index[run[-1]]) + 1
+        for document in context.tree.documents_over(start, stop):
+            if document.kind in TURN_KINDS:
+                result[run[max(0, document.start - start) : document.stop - start]] = True
+    return result
 
 
 def _most_deviating(context: WorkingContext, candidates: NDArray[np.int64], share: float) -> NDArray[np.int64]:

@@ -34,7 +34,7 @@ def chat(
     budget: Budget = 2048,
     policy: Policy = "retrieval",
     gist_kind: GistKind = "pooled",
-    refresh: Refresh = "none",
+    refresh: Refresh = "text",
     engine: EngineName = "native",
     gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,

@@ -35,7 +35,7 @@ def generate(
     budget: Budget = 2048,
     policy: Policy = "retrieval",
     gist_kind: GistKind = "pooled",
-    refresh: Refresh = "none",
+    refresh: Refresh = "text",
     engine: EngineName = "native",
     gistnet: Gistnet = SHIPPED_GISTS,
     lensnet: Lensnet = None,

@@ -23,7 +23,7 @@ Policy = Annotated[
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="What runs the model: native or transformers.")]
 GistKind = Annotated[str, typer.Option(help="What a gist is in the cache: pooled, projected or embedding.")]
-Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top or full.")]
+Refresh = Annotated[str, typer.Option(help="What is recomputed after an edit: none, tail, top, text or full.")]
 SHIPPED_GISTS = Path(SHIPPED)
 Gistnet = Annotated[
     Path, typer.Option(help="Gists: a safetensors file, `shipped` (the package's, if it has some) or `untrained`.")

@@ -57,6 +57,13 @@ class DocumentIndex:
         """The documents that start at token `start` or later, by start, then by id."""
         return [self.by_id[id] for _, id in self._order[bisect_left(self._order, (start, 0)) :]]
 
+    def over(self, start: int, stop: int) -> list[Document]:
+        """The documents that have tokens in [start, stop), in their order."""
+        first = self.last_before(min(start + 1, stop))
+        begun = self._order[bisect_left(self._order, (start + 1, 0)) : bisect_left(self._order, (stop, 0))]
+        documents = [self.by_id[id] for _, id in begun]
+        return [d for d in ([] if first is None else [first]) + documents if d.stop > max(d.start, start)]
+
     def last_before(self, token: int, skip: int = 0) -> Document | None:
         """The last document with tokens that starts before `token`, leaving out the one with id `skip`."""
         for place in range(bisect_left(self._order, (token, 0)) - 1, -1, -1):

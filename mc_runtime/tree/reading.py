@@ -94,6 +94,10 @@ class TreeReads:
         """All documents that start at token `start` or later, in the order of their tokens."""
         return self._snapshot.documents.in_order(start)
 
+    def documents_over(self, start: int, stop: int) -> list[Document]:
+        """The documents that have tokens in [start, stop), in their order."""
+        return self._snapshot.documents.over(start, stop)
+
     def count_documents(self, kind: str | None = None) -> int:
         """How many documents there are, of one kind if given."""
         documents = self._snapshot.documents

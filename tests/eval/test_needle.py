@@ -279,6 +279,8 @@ def test_command(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "n = 2 questions" in table[0]
     with pytest.raises(InputError, match="readers"):
         CliRunner().invoke(cli.app, ["eval", "needle", "--tasks", "vt", "--readers", "x"], catch_exceptions=False)
+    with pytest.raises(InputError, match="refresh: expected one of none, tail, top, text, full, got 'half'"):
+        CliRunner().invoke(cli.app, [*arguments, "--refresh", "half"], catch_exceptions=False)
 
 
 def test_articles_that_do_not_suffice_are_refused(model: LoadedModel, articles: list[Article]) -> None:

@@ -141,12 +141,14 @@ def test_command(model: LoadedModel, tmp_path: Path, corpus: Corpus, monkeypatch
     out, picture = tmp_path / "report.json", tmp_path / "report.png"
     arguments = [
         "eval", "pivot", str(tmp_path / "text.txt"), "--size", "4k", "--readers", "none,bm25", "-n", "1",
-        "--topics", "2", "--work", str(tmp_path / "work"), "--out", str(out), "--plot", str(picture),
+        "--topics", "2", "--refresh", "tail", "--work", str(tmp_path / "work"), "--out", str(out),
+        "--plot", str(picture),
     ]  # fmt: skip
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
     assert len(report["turns"]) == 12
+    assert report["setting"]["refresh"] == "tail"
     assert {row["kind"] for row in report["rows"]} == {"first", "stay", "pivot", "return", "updated"}
     assert picture.stat().st_size > 10_000
     table = CliRunner().invoke(cli.app, ["eval", "table", str(out)], catch_exceptions=False).output.splitlines()
@@ -154,3 +156,5 @@ def test_command(model: LoadedModel, tmp_path: Path, corpus: Corpus, monkeypatch
     assert [line.split(" | ")[0] for line in table[4:]] == ["| no text", "| BM25 append (RAG)"]
     with pytest.raises(InputError, match="readers"):
         CliRunner().invoke(cli.app, ["eval", "pivot", "x", "--readers", "retro"], catch_exceptions=False)
+    with pytest.raises(InputError, match="refresh: expected one of none, tail, top, text, full, got 'half'"):
+        CliRunner().invoke(cli.app, [*arguments, "--refresh", "half"], catch_exceptions=False)

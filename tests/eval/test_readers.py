@@ -80,7 +80,7 @@ def test_budget_and_no_trace(
 def test_a_memory_that_shows_all_is_the_full_context(
     model: LoadedModel, tmp_path: Path, history: History, question: Question
 ) -> None:
-    store = MemoryStore(tmp_path / "work", model, replace(CONFIG, budget=1400))
+    store = MemoryStore(tmp_path / "work", model, replace(CONFIG, budget=1400, refresh="full"))
     ours = MemoryReader("all", store, lambda spans: EvidencePolicy([(0, 2000)])).open(history).ask(question)
     full = FullContext(model, system(model), 2000).open(history).ask(question)
     assert ours.seen == full.seen == 1.0

@@ -34,7 +34,7 @@ Memory = Callable[..., Session]
         ({"block_size": 12}, "block_size: expected one of"),
         ({"gist_kind": "mean"}, "gist_kind: expected one of pooled, projected, embedding, got 'mean'"),
         ({"ingest": "slow"}, "ingest: expected one of contextual, fast"),
-        ({"refresh": "half"}, "refresh: expected one of none, tail, top, full"),
+        ({"refresh": "half"}, "refresh: expected one of none, tail, top, text, full"),
         ({"refresh_share": 1.5}, "refresh_share: expected a number from 0 to 1, got 1.5"),
         ({"refresh_share": "all"}, "refresh_share: expected a number"),
         ({"refresh_tail": -1}, "refresh_tail: expected an integer of at least 0"),

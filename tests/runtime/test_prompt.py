@@ -35,7 +35,7 @@ def asked(session: Session) -> tuple[list[int], str]:
     return session.model.chat.user_turn_ids(text), text
 
 
-@pytest.mark.parametrize("refresh", ["none", "tail", "full"])
+@pytest.mark.parametrize("refresh", ["none", "tail", "text", "full"])
 @pytest.mark.parametrize("remembered", [True, False])
 def test_a_prompt_is_run_once(memory: Memory, monkeypatch: pytest.MonkeyPatch, refresh: str, remembered: bool) -> None:
     session = memory(refresh=refresh, refresh_tail=8, budget=512, recent_tokens=64)

@@ -21,7 +21,7 @@ from mc_runtime.context import WorkingContext
 from mc_runtime.refresh import entries_to_recompute
 
 Memory = Callable[..., Session]
-MODES: tuple[RefreshMode, ...] = ("none", "tail", "top", "full")
+MODES: tuple[RefreshMode, ...] = ("none", "tail", "top", "text", "full")
 EDITS = (1, 8, 32)
 
 
@@ -112,6 +112,12 @@ def test_what_each_mode_runs(memory: Memory) -> None:
     assert ranks("tail") == [start, *range(n - 10, n)]
     assert ranks("full", earliest=None) == [start]
     top = ranks("top")
+    turns = [d for d in session.tree.documents() if d.kind in ("user", "assistant")]
+    assert len(turns) == 2
+    level, index = context.entries.levels, context.entries.index
+    said = [r for r in behind if level[r] == 0 and any(d.start <= index[r] < d.stop for d in turns)]
+    assert 0 < len(said) < len(behind)
+    assert ranks("text") == [r for r in behind.tolist() if r not in said]
     assert set(top) <= set(behind.tolist())
     assert round(0.25 * len(behind)) <= len(top) <= round(0.25 * len(behind)) + 1
 

@@ -355,6 +355,9 @@ def test_documents(tree):
         assert seen.document(2) == second
         found = [seen.document_at(i) for i in range(-1, 21)]
         assert [d and d.id for d in found] == [None, 1, 1, 1, 1, None, None, *[2] * 9, 3, 3, 3, None, None, None]
+        spans = ((0, 4), (0, 6), (3, 7), (4, 6), (14, 16), (0, 20), (18, 20), (15, 15))
+        found = [[d.id for d in seen.documents_over(*span)] for span in spans]
+        assert found == [[1], [1], [1, 2], [], [2, 3], [1, 2, 3], [], []]
         with pytest.raises(InputError, match="no document with id 9"):
             seen.document(9)
     tree = Tree.open(tree.path)

@@ -37,7 +37,7 @@ def layout(
     cycles: Annotated[
         int, typer.Option(help="Blocks read before each point with a refocus after each, as while decoding.")
     ] = 4,
-    refresh: Annotated[str, typer.Option(help="After each refocus: none, tail, top or full.")] = "full",
+    refresh: Annotated[str, typer.Option(help="After each refocus: none, tail, top, text or full.")] = "full",
     n: Annotated[int, typer.Option("-n", help="Measuring points per text.")] = 34,
     seed: Seed = 1,
     out: Out = None,

@@ -15,6 +15,7 @@ Readers = Annotated[str, typer.Option(help="Names with commas, or `all`; see `mc
 Work = Annotated[Path, typer.Option(help="Memories of the histories are kept here and used again.")]
 Budget = Annotated[int, typer.Option(help="Cache slots that every reader but the ceiling has.")]
 Recent = Annotated[int, typer.Option(help="Newest tokens at full detail.")]
+Refresh = Annotated[str, typer.Option(help="What ours recomputes after an edit: none, tail, top, text or full.")]
 Gistnet = Annotated[Path | None, typer.Option(help="Trained GistNet weights.", show_default="untrained")]
 Lensnet = Annotated[Path | None, typer.Option(help="Trained weights for the lensnet readers.", show_default="none")]
 
@@ -41,6 +42,7 @@ def needle(
     model: Model = "smollm2-135m",
     budget: Budget = 2048,
     recent: Recent = 32,
+    refresh: Refresh = "text",
     n: Annotated[int, typer.Option("-n", help="Questions per task and size.")] = 100,
     keys: Annotated[int, typer.Option(help="Questions that one history serves, at most.")] = 20,
     candidates: Annotated[int, typer.Option(help="Answers that are ranked, the right one included.")] = 10,
@@ -80,7 +82,9 @@ def needle(
     corpora = [Corpus.open(path, loaded.tokenizer, cache_dir() / "tokens") for path in files]
     articles = [article for path in questions or [] for article in read_articles(path)]
     chosen = make_tasks(names, loaded.tokenizer, corpora, candidates, parse_size(read_limit), articles)
-    store, lineup = open_readers(loaded, readers, work, budget=budget, recent=recent, gistnet=gistnet, lensnet=lensnet)
+    store, lineup = open_readers(
+        loaded, readers, work, budget=budget, recent=recent, refresh=refresh, gistnet=gistnet, lensnet=lensnet
+    )
     about: dict[str, object] = {
         "model": model,
         "model_fingerprint": loaded.fingerprint,
@@ -90,6 +94,7 @@ def needle(
         "texts": [path.name for path in [*files, *(questions or [])]],
         "budget": budget,
         "recent": recent,
+        "refresh": refresh,
         "candidates": candidates,
         **asdict(setting),
     }

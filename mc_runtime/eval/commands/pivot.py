@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .needle import Budget, Gistnet, Lensnet, Recent, Work
+from .needle import Budget, Gistnet, Lensnet, Recent, Refresh, Work
 from .shared import Model, Out, Plot, Seed, Texts, check_at_least, err_console, out_console, progress_bar
 
 READERS = ("retrieval", "blend", "lensnet", "lensnet+retrieval", "attention", "focus-recency", "random", "oracle")
@@ -27,6 +27,7 @@ def pivot(
     model: Model = "smollm2-135m",
     budget: Budget = 2048,
     recent: Recent = 32,
+    refresh: Refresh = "text",
     n: Annotated[int, typer.Option("-n", help="Conversations; each has one pivot, one return, one update.")] = 100,
     topics: Annotated[int, typer.Option(help="Topics of a history, and conversations over it.")] = 8,
     turns: Annotated[int, typer.Option(help="Questions in a row on one topic.")] = 2,
@@ -59,7 +60,9 @@ def pivot(
     files = [path for path, _ in parse_texts(texts)]
     corpora = [Corpus.open(path, loaded.tokenizer, cache_dir() / "tokens") for path in files]
     planner = Planner(loaded.tokenizer, corpora, topics=topics, turns=turns, candidates=candidates)
-    store, lineup = open_readers(loaded, names, work, budget=budget, recent=recent, gistnet=gistnet, lensnet=lensnet)
+    store, lineup = open_readers(
+        loaded, names, work, budget=budget, recent=recent, refresh=refresh, gistnet=gistnet, lensnet=lensnet
+    )
     about: dict[str, object] = {
         "model": model,
         "model_fingerprint": loaded.fingerprint,
@@ -69,6 +72,7 @@ def pivot(
         "texts": [path.name for path in files],
         "budget": budget,
         "recent": recent,
+        "refresh": refresh,
         **asdict(setting),
     }
     records: list[Record] = []

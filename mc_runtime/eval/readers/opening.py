@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
-from mc_runtime.config import MemoryConfig
+from mc_runtime.config import MemoryConfig, RefreshMode
 from mc_runtime.errors import InputError
 from mc_runtime.model import LoadedModel
 
@@ -43,11 +44,13 @@ def open_readers(
     *,
     budget: int,
     recent: int,
+    refresh: str,
     gistnet: Path | None,
     lensnet: Path | None,
 ) -> tuple[MemoryStore, list[Reader]]:
-    """names: with commas. recent: newest tokens that ours keeps at full detail. Raises InputError, BudgetError or
-    ModelError."""
+    """names: with commas. recent, refresh: newest tokens that ours keeps at full detail, and what it recomputes after a
+    question's edits. Raises InputError, BudgetError or ModelError."""
     chosen = parse_names("readers", names, READERS)
-    store = MemoryStore(work, model, MemoryConfig(budget=budget, recent_tokens=recent), gistnet)
+    config = MemoryConfig(budget=budget, recent_tokens=recent, refresh=cast(RefreshMode, refresh))
+    store = MemoryStore(work, model, config, gistnet)
     return store, make_readers(chosen, store, lensnet)
