@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from mc_runtime.train.corpus import Corpus
 from .contexts import assembled, coarsest, follow, level_one, slots_of
 from .pasts import draw_windows
 
-MODES: tuple[RefreshMode, ...] = get_args(RefreshMode)
+# No conversation is read here: `text` would be `full` again.
+MODES: tuple[RefreshMode, ...] = ("none", "tail", "top", "full")
 ANEW = "assembled anew"
 
 
