@@ -145,9 +145,14 @@ class WorkingContext(Layout):
     def append(self, ids: Sequence[int], *, return_mass: bool = False) -> DecoderOutput:
         """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N].
 
-        Raises BudgetError, before anything changes, if there are not enough free slots. Whatever else ends it early
-        leaves an empty context, as in `relayout`, and the tokens unread.
+        Raises BudgetError, before anything changes, if there are not enough free slots, and ValueError for a context
+        that does not show all of the history (it was emptied, or what was announced has not run). Whatever else ends
+        it early leaves an empty context, as in `relayout`, and the tokens unread.
         """
+        if self.entries.stop != self.length:
+            raise ValueError(
+                f"context: expected all {self.length} tokens of the history in it, got {self.entries.stop}; lay it out"
+            )
         used = self.used + len(ids)
         if used > self.cache.capacity:
             raise BudgetError(f"budget: the new tokens need {used} slots, the cache has {self.cache.capacity}")
@@ -163,8 +168,7 @@ class WorkingContext(Layout):
         return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
 
     def announce(self, ids: Sequence[int]) -> None:
-        """Pending tokens that the next `relayout` runs, in one forward with what it opens. Nothing may be appended
-        before."""
+        """Pending tokens that the next `relayout` runs, in one forward with what it opens; `append` has to wait."""
         self.pending += [int(i) for i in ids]
 
     def extend(self, ids: Sequence[int]) -> None:

@@ -61,11 +61,12 @@ def _of_turns(context: WorkingContext) -> NDArray[np.bool_]:
     entries = context.entries
     result = (entries.levels == 0) & (entries.index >= context.tree.length)
     tokens = (entries.levels == 0).nonzero()[0]
-    for run in np.split(tokens, (np.diff(entries.index[tokens]) != 1).nonzero()[0] + 1) if len(tokens) else ():
-        start, stop = int(entries.index[run[0]]), int(entries.index[run[-1]]) + 1
-        for document in context.tree.documents_over(start, stop):
+    index = entries.index[tokens]
+    for span in entries.token_spans():
+        for document in context.tree.documents_over(*span):
             if document.kind in TURN_KINDS:
-                result[run[max(0, document.start - start) : document.stop - start]] = True
+                first, stop = np.searchsorted(index, (document.start, document.stop))
+                result[tokens[first:stop]] = True
     return result
 
 

@@ -41,6 +41,14 @@ class Entries:
         """Tokens of history that the entries tile: [0, stop)."""
         return (int(self.index[-1]) + 1) * self.block_size ** int(self.levels[-1]) if len(self) else 0
 
+    def token_spans(self) -> list[tuple[int, int]]:
+        """Spans [start, stop) of the history that stand here as tokens, in order; neighbours are one span."""
+        index = self.index[self.levels == 0]
+        if not len(index):
+            return []
+        cuts = (np.diff(index) != 1).nonzero()[0] + 1
+        return [(int(run[0]), int(run[-1]) + 1) for run in np.split(index, cuts)]
+
     def with_tokens(self, count: int) -> Entries:
         """These entries followed by `count` tokens."""
         stop = self.stop

@@ -16,7 +16,7 @@ from mc_runtime.errors import InputError
 from mc_runtime.eval.readers import READERS, History, MemoryStore, Question, Reader, Span, make_readers
 from mc_runtime.eval.readers.base import share_covered
 from mc_runtime.eval.readers.decoding import prompt_ids
-from mc_runtime.eval.readers.memory import MemoryReader, OpenedMemory, tokens_shown
+from mc_runtime.eval.readers.memory import MemoryReader, OpenedMemory
 from mc_runtime.eval.readers.policies import EvidencePolicy
 from mc_runtime.eval.readers.window import FullContext
 from mc_runtime.lensnet import LensNet
@@ -216,12 +216,12 @@ def test_share_covered() -> None:
     assert np.isnan(share_covered([], [(0, 3)]))
 
 
-def test_tokens_shown_are_runs_of_level_0(store: MemoryStore, history: History) -> None:
+def test_token_spans_are_runs_of_level_0(store: MemoryStore, history: History) -> None:
     session = store.shared(history)
     with torch.inference_mode():
         session.focus.make_room(session.context, 0)
     entries = session.context.entries
-    runs = tokens_shown(entries)
+    runs = entries.token_spans()
     assert sum(b - a for a, b in runs) == int((entries.levels == 0).sum())
     assert runs[0][0] == 0
     assert runs[-1][1] == session.tree.length

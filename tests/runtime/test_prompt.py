@@ -52,10 +52,10 @@ def test_a_prompt_is_run_once(memory: Memory, monkeypatch: pytest.MonkeyPatch, r
     assert session.context.pending == ([] if remembered else ids)
     check_context(session.context)
 
-    hidden = session.context.fork(session.context.cache.stacked(1))
-    hidden.assemble(hidden.expanded)
     if refresh == "full":
-        got, expected = kv_by_rank(session.context), kv_by_rank(hidden)
+        twin = session.context.fork(session.context.cache.stacked(1))
+        twin.assemble(twin.expanded)
+        got, expected = kv_by_rank(session.context), kv_by_rank(twin)
         assert max(relative_error(a, b) for a, b in zip(got, expected, strict=True)) < 1e-5
     last = session.context.run(torch.arange(session.context.used)[-1:].numpy())
     assert relative_error(logits, session.context.engine.logits(last.hidden[0, -1])) < 1e-5
@@ -98,6 +98,19 @@ def test_parts_of_a_long_prompt(memory: Memory, monkeypatch: pytest.MonkeyPatch,
     assert (0 < last <= session.focus.turn_tokens) or (last == 0 and appended[-1] > session.focus.turn_tokens)
     assert session.tree.length == before + len(prompt)
     turn.finish([])
+    check_session(session)
+
+
+def test_nothing_is_appended_behind_what_was_announced(memory: Memory) -> None:
+    session = memory()
+    session.generate("hello", max_new_tokens=3)
+    session.context.announce([65, 66])
+    kv = kv_by_rank(session.context)
+    with pytest.raises(ValueError, match=r"expected all \d+ tokens of the history in it, got \d+; lay it out"):
+        session.context.append([67])
+    assert session.context.pending == [65, 66]
+    assert all(torch.equal(a, b) for a, b in zip(kv, kv_by_rank(session.context), strict=True))
+    session.context.drop_pending()
     check_session(session)
 
 

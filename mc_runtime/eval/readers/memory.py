@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from mc_runtime.answers import TurnDocuments
 from mc_runtime.context import WorkingContext
 from mc_runtime.errors import InputError
 from mc_runtime.focus import FocusPolicy
-from mc_runtime.timeline import Entries
 from mc_runtime.turns import Turn
 
 from .base import History, Opened, Progress, Question, Reply, Tokens, share_covered
@@ -87,7 +85,7 @@ class OpenedMemory:
         else:
             logits = turn.read(prompt, question.prompt)
         context, begun = turn.context, len(turn.generated)
-        seen, slots = share_covered(evidence, tokens_shown(context.entries)), context.used
+        seen, slots = share_covered(evidence, context.entries.token_spans()), context.used
         refocus = len(prompt) if seen == 1 else None
         k, v = context.cache.gather(context.slots)
         logprobs = rank(model.decoder, k, v, logits, [model.tokenizer.encode(c) for c in question.candidates])
@@ -96,7 +94,7 @@ class OpenedMemory:
             nonlocal slots, refocus
             after = turn.step(token)
             slots = max(slots, context.used)
-            if refocus is None and share_covered(evidence, tokens_shown(context.entries)) == 1:
+            if refocus is None and share_covered(evidence, context.entries.token_spans()) == 1:
                 refocus = len(prompt) + len(turn.generated) - begun
             return after
 
@@ -114,12 +112,3 @@ class OpenedMemory:
 
     def close(self) -> None:
         self._stack.close()
-
-
-def tokens_shown(entries: Entries) -> list[tuple[int, int]]:
-    """Spans of tokens that stand in a layout as tokens, in order."""
-    index = entries.index[entries.levels == 0]
-    if not len(index):
-        return []
-    cuts = (np.diff(index) != 1).nonzero()[0] + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(index, cuts)]
