@@ -31,7 +31,12 @@ def gist(
     kind: Annotated[str, typer.Option(help="pooled, projected or embedding.")] = "pooled",
     levels: Annotated[int, typer.Option(help="1: gists of tokens; 2: gists of gists too.")] = 1,
     train_levels: Annotated[
-        str, typer.Option("--train-levels", help="Levels that learn, as 1, 2 or 1,2 (pooled).", show_default="all")
+        str,
+        typer.Option(
+            "--train-levels",
+            help="Levels that learn, as 1, 2 or 1,2 (pooled); 2: each sample has one of level 2.",
+            show_default="all",
+        ),
     ] = "",
     block_size: Annotated[int, typer.Option(help="Tokens per block, K.")] = 32,
     gists_per_block: Annotated[int, typer.Option(help="Gists per block (pooled): K / G is the compression.")] = 1,

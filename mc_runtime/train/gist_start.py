@@ -22,6 +22,7 @@ from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource
 from .gist_task import GistTask
 from .layouts import LayoutOptions
+from .level2_task import Level2Task
 from .pooled_maker import OUTSIDE, PooledMaker, split_blocks
 from .ridge import collect, ridge_projector
 from .vector_makers import EmbeddingMaker, ProjectedMaker
@@ -139,6 +140,8 @@ def make_task(
     Raises InputError where `start` holds weights of another shape than the settings ask for.
     """
     maker = _maker(decoder, corpora, settings, start, resumes, seed, say)
+    if settings.train_levels == (2,) and isinstance(maker, PooledMaker):
+        return Level2Task(decoder, corpora, maker, settings.task_options(), questions)
     return GistTask(decoder, corpora, maker, settings.task_options(), questions=questions)
 
 

@@ -82,9 +82,13 @@ class GistTask(GistRuns):
     def loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         """Loss of one micro-batch and figures for the log: loss, nll in nats a token (of objective `logits`), and the
         unweighted extra losses."""
-        o = self.options
-        if self.questions is not None and rng.random() < o.questions:
+        if self.questions is not None and rng.random() < self.options.questions:
             return self._question_loss(rng, self.questions)
+        return self._text_loss(rng)
+
+    def _text_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        """Of a micro-batch of texts that go on."""
+        o = self.options
         which = rng.choices(range(len(o.lengths)), o.length_weights)[0]
         far, cuts = o.lengths[which], o.cuts[which]
         length = far + o.near
