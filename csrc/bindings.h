@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "exchange.h"
 #include "mc_kernels.h"
 
 namespace py = pybind11;
@@ -16,11 +17,50 @@ using namespace py::literals;
 
 namespace {
 
+// The library's number of a dtype, -1 where it has none.
+int32_t dtype_code(const dlpack::DataType& t) {
+    if (t.lanes != 1) return -1;
+    switch (t.code << 8 | t.bits) {
+        case 2 << 8 | 32: return MC_F32;
+        case 2 << 8 | 16: return MC_F16;
+        case 4 << 8 | 16: return MC_BF16;
+        case 0 << 8 | 32: return MC_I32;
+        case 0 << 8 | 64: return MC_I64;
+        case 10 << 8 | 8: return MC_F8E4M3;
+        default: return -1;
+    }
+}
+
+mc_tensor as_view(const dlpack::Tensor& t) {
+    mc_tensor out{};
+    out.data = static_cast<char*>(t.data) + t.byte_offset;
+    out.dtype = dtype_code(t.dtype);
+    out.ndim = t.ndim;
+    int64_t dense = 1;
+    for (int32_t i = t.ndim - 1; i >= 0; --i) {
+        out.size[i] = t.shape[i];
+        out.stride[i] = t.strides ? t.strides[i] : dense;
+        dense *= t.shape[i];
+    }
+    return out;
+}
+
+// Of None, of (address, dtype code, sizes, strides in elements), or of a tensor that says itself where it is (exchange.h).
 mc_tensor tensor(const char* name, const py::handle& given) {
     mc_tensor out{};
     if (given.is_none()) return out;
-    const auto parts = py::cast<py::tuple>(given);
-    if (parts.size() != 4) throw py::value_error(std::string(name) + ": expected (address, dtype, sizes, strides)");
+    dlpack::Tensor seen{};
+    if (!PyTuple_Check(given.ptr()) && dlpack::look(given.ptr(), &seen)) {
+        if (seen.ndim > MC_MAX_DIMS) {
+            throw py::value_error(std::string(name) + ": expected at most " + std::to_string(MC_MAX_DIMS) +
+                                  " dimensions, got " + std::to_string(seen.ndim));
+        }
+        return as_view(seen);
+    }
+    if (!PyTuple_Check(given.ptr()) || PyTuple_GET_SIZE(given.ptr()) != 4) {
+        throw py::type_error(std::string(name) + ": expected a tensor in memory or (address, dtype, sizes, strides)");
+    }
+    const auto parts = py::reinterpret_borrow<py::tuple>(given);
     const auto sizes = py::cast<py::tuple>(parts[2]), strides = py::cast<py::tuple>(parts[3]);
     if (sizes.size() != strides.size() || sizes.size() > MC_MAX_DIMS) {
         throw py::value_error(std::string(name) + ": expected as many sizes as strides, at most " +

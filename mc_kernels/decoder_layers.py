@@ -7,7 +7,7 @@ With norm(x, g) = x / sqrt(mean(x^2) + eps) * g, for each layer:
     x = x + out attention(q, slots of the cache) + out_bias
     x = x + down (silu(gate) * up),   gate, up = gate_up norm(x, ffn_norm)
 
-and at the end, if wanted, x = norm(x, final_norm).
+and at the end, if wanted, x = norm(x, final_norm) and logits = head x of each sequence's last entry.
 
 It is `fused_linear` and `context_attention` called one after the other (csrc/decoder_layers), with the same bits as
 these give on a CPU; a normed q, k or result is rounded once. From Python, the five calls of a layer spend much of a
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +77,6 @@ class CacheSlots(NamedTuple):
 
 
 _TENSORS = tuple(name for name in LayerWeights._fields if not name.endswith("_packed"))
-_dtype, _device, _version = attrgetter("dtype"), attrgetter("device"), attrgetter("_version")
 
 
 class DecoderLayers:
@@ -89,8 +87,8 @@ class DecoderLayers:
     over caches of their own; weights must not be replaced meanwhile. No gradients: with gradients enabled, tensors that
     require them are refused. A copy, pickled or not, is prepared anew, from the weights that are copied with it.
 
-    layers: their weights, of the same shapes. eps: of all norms. rope: how queries and, while they are read, keys turn;
-        None: not at all. Logits are scaled by D ** -0.5.
+    layers: their weights, of the same shapes. eps: of all norms. rope: how queries and, while they are read, keys turn,
+        as it is now; None: not at all. Logits are scaled by D ** -0.5.
     Raises RuntimeError where there is no native library, TypeError and ValueError for weights that do not fit.
     """
 
@@ -101,8 +99,8 @@ class DecoderLayers:
             raise ValueError("rope: expected inv_freq [D_rot/2] (one for all layers), got one row per layer")
         self._layers, self._eps, self._rope = tuple(layers), eps, rope
         self._tensors = tuple(x for layer in self._layers for x in layer.tensors().values())
-        self._replaced = tuple(w for layer in self._layers for w, p in layer.packed().values() if p is not None)
-        # Together, so that a thread sees addresses with the tensors they are of.
+        if rope is not None:
+            self._inv_freq = rope.inv_freq.to("cpu", torch.float64, copy=True)
         self._prepared = self._prepare()
 
     @property
@@ -118,7 +116,8 @@ class DecoderLayers:
 
     def __call__(
         self, x: Tensor, positions: Tensor, cache: CacheSlots, *, first: int = 0, end: int | None = None,
-        mass: Tensor | None = None, final_norm: Tensor | None = None,
+        mass: Tensor | None = None, final_norm: Tensor | None = None, head: Tensor | None = None,
+        head_packed: Tensor | None = None, logits: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Run entries through layers [first, end).
 
@@ -127,30 +126,55 @@ class DecoderLayers:
         mass: [end - first, B, used] fp32, contiguous, or None; gets the attention probability of each slot, summed over
             heads and entries.
         final_norm: [E] gain of a norm of the result, or None.
+        head: [V, E], or None; with it logits: [B, V] in x's dtype, contiguous, get the product with the result of each
+            sequence's last entry (T >= 1). head_packed: what stands for the head, see `fused_linear`, or None.
 
         Returns [B, T, E] in x's dtype, contiguous, aliasing nothing.
         Raises TypeError (dtype, device) or ValueError (shape, stride, slot) before anything is written.
         """
         end = len(self) if end is None else end
+        if not isinstance(x, Tensor):
+            check_tensor("x", x, FLOAT_DTYPES)
+        if torch.is_grad_enabled():
+            _check_no_gradient({"x": x, "k": cache.k, "v": cache.v}, self._tensors)
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        call = (
+            first, end, x, positions, *cache, out, mass, final_norm, head, head_packed, logits, torch.get_num_threads(),
+        )  # fmt: skip
+        if not self._current().run(*call):
+            # The library looks at what usually comes alone: the other calls are refused here, or brought into its form.
+            call = self._checked(*call)
+            if not self._current().run(*call):
+                raise AssertionError("decoder_layers: the library refused what had been checked")
+        if not cache.k.is_inference():
+            torch.autograd.graph.increment_version((cache.k, cache.v))
+        return out
+
+    def _checked(
+        self, first: int, end: int, x: Tensor, positions: Tensor, k: Tensor, v: Tensor, slots: Tensor, kv_pos: Tensor,
+        kv_bias: Tensor | None, out: Tensor, mass: Tensor | None, final_norm: Tensor | None, head: Tensor | None,
+        head_packed: Tensor | None, logits: Tensor | None, n_threads: int,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """The arguments of the library's call as it takes them. Raises what `__call__` raises for them."""
         check_tensor("x", x, FLOAT_DTYPES)
-        tensors = {"positions": positions, "slots": cache.slots, "kv_pos": cache.kv_pos}
+        tensors = {"positions": positions, "slots": slots, "kv_pos": kv_pos}
         for name, t in tensors.items():
             check_tensor(name, t, (torch.int64,))
         dims: dict[str, int] = {"L": len(self)}
         check_shape("x", x, ("B", "T", None), dims)
         check_shape("positions", positions, ("B", "T"), dims)
-        for name, t in (("k", cache.k), ("v", cache.v)):
+        for name, t in (("k", k), ("v", v)):
             check_tensor(name, t, FLOAT_DTYPES)
             check_shape(name, t, ("L", "B", "Hkv", "S", "D"), dims)
             check_contiguous_rows(name, t)
-        check_same_dtype(("x", x), k=cache.k, v=cache.v)
-        check_shape("slots", cache.slots, ("B", "T"), dims)
-        check_shape("kv_pos", cache.kv_pos, ("B", "used"), dims)
-        tensors |= {"x": x, "k": cache.k, "v": cache.v}
-        if cache.kv_bias is not None:
-            check_tensor("kv_bias", cache.kv_bias, FLOAT_DTYPES)
-            check_shape("kv_bias", cache.kv_bias, ("B", "used"), dims)
-            tensors["kv_bias"] = cache.kv_bias
+        check_same_dtype(("x", x), k=k, v=v)
+        check_shape("slots", slots, ("B", "T"), dims)
+        check_shape("kv_pos", kv_pos, ("B", "used"), dims)
+        tensors |= {"x": x, "k": k, "v": v}
+        if kv_bias is not None:
+            check_tensor("kv_bias", kv_bias, FLOAT_DTYPES)
+            check_shape("kv_bias", kv_bias, ("B", "used"), dims)
+            tensors["kv_bias"] = kv_bias
         if self._rope is not None:
             self._rope.check_head_dim(dims["D"])
         if mass is not None:
@@ -163,83 +187,57 @@ class DecoderLayers:
             check_tensor("final_norm", final_norm, FLOAT_DTYPES)
             check_shape("final_norm", final_norm, (x.shape[2],), {})
             tensors["final_norm"] = final_norm = final_norm.contiguous()
+        if head is not None:
+            check_tensor("head", head, FLOAT_DTYPES)
+            check_shape("head", head, ("V", x.shape[2]), dims)
+            check_tensor("logits", logits, FLOAT_DTYPES)
+            assert logits is not None
+            check_shape("logits", logits, ("B", "V"), dims)
+            check_same_dtype(("x", x), logits=logits)
+            if not logits.is_contiguous():
+                raise ValueError(f"logits: expected a contiguous tensor, got strides {logits.stride()}")
+            tensors |= {"head": head, "logits": logits}
+            head = head.contiguous()
+        elif logits is not None or head_packed is not None:
+            raise ValueError("head: expected a tensor beside logits or head_packed, got None")
+        if head_packed is not None and head is not None:
+            check_packed(head_packed, head)
         _check_on_cpu(tensors)
-        if torch.is_grad_enabled():
-            _check_no_gradient({"x": x, "k": cache.k, "v": cache.v}, self._tensors)
-        # Held in names: the library gets addresses.
-        x, at, slots, kv_pos = (t.contiguous() for t in (x, positions, cache.slots, cache.kv_pos))
-        bias = native.array(cache.kv_bias, torch.float32)
-        freq, scale = None, dims["D"] ** -0.5
-        if self._rope is not None and self._rope.rotary_dim:
-            freq = native.array(self._rope.inv_freq_on(x.device), torch.float64)
-        elif self._rope is not None:  # nothing turns
-            scale *= self._rope.attention_scaling**2
-        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-        sizes, strides = (x.shape[0] * x.shape[1], x.shape[2]), (x.shape[2], 1)
-        dtype = native.dtype_code(x.dtype)
-        self._current().run(
-            first,
-            end,
-            self._eps,
-            (x.data_ptr(), dtype, sizes, strides),
-            at.data_ptr(),
-            native.view(cache.k[first:end]),
-            native.view(cache.v[first:end]),
-            slots.data_ptr(),
-            kv_pos.shape[1],
-            kv_pos.data_ptr(),
-            native.address(bias),
-            native.address(freq),
-            0 if freq is None else len(freq),
-            False if self._rope is None else self._rope.interleaved,
-            1.0 if self._rope is None else self._rope.attention_scaling,
-            scale,
-            (out.data_ptr(), dtype, sizes, strides),
-            native.address(mass),
-            torch.get_num_threads(),
-            None if final_norm is None else native.view(final_norm),
-        )
-        if not cache.k.is_inference():
-            torch.autograd.graph.increment_version((cache.k, cache.v))
-        return out
+        x, positions, slots, kv_pos = (t.contiguous() for t in (x, positions, slots, kv_pos))
+        kv_bias = native.array(kv_bias, torch.float32)
+        return (
+            first, end, x, positions, k, v, slots, kv_pos, kv_bias, out, mass, final_norm, head, head_packed, logits,
+            n_threads,
+        )  # fmt: skip
 
     def _current(self) -> Any:
         """The library's object, made again where a weight has moved."""
-        where, prepared = self._prepared
-        if self._where() != where:
-            self._prepared = self._prepare()
-            prepared = self._prepared[1]
+        prepared = self._prepared
+        if prepared.moved():
+            self._prepared = prepared = self._prepare()
         return prepared
 
-    def _where(self) -> list[Any]:
-        # By `map`: a loop over 300 tensors would cost a step a percent.
-        each = (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype, _device)
-        where = [value for of in each for value in map(of, self._tensors)]
-        where += map(_version, self._replaced)
-        return where
-
-    def _prepare(self) -> tuple[list[Any], Any]:
+    def _prepare(self) -> Any:
+        given, counted = [], []
         for layer in self._layers:
-            tensors = layer.tensors()
+            tensors, parts = layer.tensors(), []
             for name, t in tensors.items():
                 check_tensor(name, t, FLOAT_DTYPES)
                 check_contiguous_rows(name, t)
             _check_on_cpu(tensors)
-        where = self._where()
-        views = [_views(layer) for layer in self._layers]
-        return where, native.library().DecoderLayers(views)
-
-
-def _views(layer: LayerWeights) -> tuple[Any, ...]:
-    """As the library takes them."""
-    tensors, packed = layer.tensors(), []
-    views = [native.view(tensors[name]) if name in tensors else None for name in _TENSORS]
-    for name, (weight, given) in layer.packed().items():
-        data = None if given is None else given.of(weight)
-        if data is not None:
-            check_packed(data, weight, swiglu=name == "gate_up")
-        packed.append(None if data is None else (data.data_ptr(), packed_bits(data)))
-    return *views, *packed
+            for name, (weight, packed) in layer.packed().items():
+                data = None if packed is None else packed.of(weight)
+                if data is not None:
+                    check_packed(data, weight, swiglu=name == "gate_up")
+                if packed is not None:
+                    counted.append(weight)
+                parts.append(None if data is None else (data.data_ptr(), packed_bits(data)))
+            given.append((*(tensors.get(name) for name in _TENSORS), *parts))
+        rope = None
+        if self._rope is not None:
+            freq = self._inv_freq
+            rope = (freq.data_ptr(), len(freq), self._rope.interleaved, self._rope.attention_scaling)
+        return native.library().DecoderLayers(given, counted, self._eps, rope)
 
 
 def _with(layers: Sequence[LayerWeights], eps: float, rope: RopeSpec | None) -> DecoderLayers:

@@ -62,6 +62,19 @@ DecoderShape shape_of(const mc_decoder_layers_args& a) {
     return s;
 }
 
+void check_head(const mc_decoder_layers_args& a, DecoderShape& s) {
+    if (!a.head.ndim != !a.logits.ndim) invalid("logits: expected them with a head, and no others");
+    if (!a.head.ndim) return;
+    check_view("head", a.head, 2);
+    check_view("logits", a.logits, 2);
+    s.vocab = a.head.size[0];
+    check_sizes("head", a.head, {-1, s.embed});
+    check_sizes("logits", a.logits, {s.batch, s.vocab});
+    check_dtype("logits", a.logits, "x", a.x);
+    check_no_overlap("logits", a.logits);
+    if (s.batch && !s.length) invalid("logits: expected at least one entry of each sequence, got none");
+}
+
 // Heads and width, which the first layer's weights tell; all others must have them too.
 void shape_of_weights(const mc_decoder_layers_args& a, DecoderShape& s) {
     if (!s.layers) return;
@@ -206,8 +219,9 @@ LayerCalls calls_of(const mc_decoder_layers_args& a, const DecoderShape& s, cons
 
 DecoderCall check_decoder_layers(const mc_decoder_layers_args& a) {
     check_struct(a);
-    DecoderCall call{shape_of(a), {}, {}};
+    DecoderCall call{shape_of(a), {}, {}, {}};
     DecoderShape& s = call.shape;
+    check_head(a, s);
     shape_of_weights(a, s);
     check_arrays(a, s);
     for (int64_t l = 0; l < s.layers; ++l) check_present(a.layers[l], s);
@@ -223,6 +237,14 @@ DecoderCall check_decoder_layers(const mc_decoder_layers_args& a) {
         check_fused_linear(layer.out);
         check_fused_linear(layer.gate_up);
         check_fused_linear(layer.down);
+    }
+    if (a.head.ndim) {
+        mc_tensor last = a.out;  // of each sequence
+        last.size[0] = s.batch;
+        last.stride[0] *= s.length;
+        if (s.batch) last.data = static_cast<char*>(last.data) + (s.length - 1) * a.out.stride[0] * dtype_bytes(a.x.dtype);
+        call.head = linear(last, a.head, a.head_packed, {}, a.logits);
+        check_fused_linear(call.head);
     }
     return call;
 }

@@ -16,7 +16,7 @@ struct LayerCalls {
 };
 
 struct DecoderShape {
-    int64_t layers, batch, length, embed, heads, kv_heads, dims, ffn, slots;
+    int64_t layers, batch, length, embed, heads, kv_heads, dims, ffn, slots, vocab;  // vocab: 0 without a head
     int64_t rows() const { return batch * length; }
     int64_t qkv_rows() const { return (heads + 2 * kv_heads) * dims; }
 };
@@ -31,6 +31,7 @@ struct DecoderCall {
     DecoderShape shape;
     Between between;
     std::vector<LayerCalls> layers;
+    mc_fused_linear_args head;  // with a head
 };
 
 // Throws Error for whatever the ABI promises to refuse, std::bad_alloc. Nothing has been written then.

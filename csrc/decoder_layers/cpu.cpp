@@ -27,12 +27,16 @@ public:
 
     // What its largest job, a product, is worth: each has fewer of them where there is less to do.
     int threads() const {
-        const int64_t bytes = s_.layers > 0 && s_.rows() > 0 ? 2 * s_.ffn * s_.embed * bytes_ : 0;
+        const int64_t widest = std::max(s_.layers ? 2 * s_.ffn : 0, s_.vocab);
+        const int64_t bytes = s_.rows() ? widest * s_.embed * bytes_ : 0;
         return static_cast<int>(std::min<int64_t>(default_threads(n_threads_), bytes / kThreadBytes));
     }
 
     void run() {
-        if (s_.rows() == 0 || s_.embed == 0) return clear_mass();
+        if (s_.rows() == 0 || s_.embed == 0) {
+            clear_mass();
+            return look_up();
+        }
         if (!s_.layers) pass_on();
         for (int64_t l = 0; l < s_.layers; ++l) {
             const LayerCalls& layer = call_.layers[static_cast<size_t>(l)];
@@ -47,13 +51,14 @@ public:
             must(mc_fused_linear_cpu(&layer.down, n_threads_));
         }
         norm_out();
+        look_up();
     }
 
 private:
     // Arguments have been checked: all that may be lacking is memory.
     static void must(int32_t status) {
         if (status == MC_OUT_OF_MEMORY) {
-            throw Error(status, "out of memory: no scratch for a layer; slots, out and mass may have been written");
+            throw Error(status, "out of memory: no scratch for a layer; slots, out, mass and logits may have been written");
         }
         if (status != MC_OK) throw Error(status, mc_last_error());
     }
@@ -104,6 +109,10 @@ private:
             char* out = static_cast<char*>(a_.out.data) + row * a_.out.stride[0] * bytes_;
             norm_row(out, s_.embed, final_gain_.get(), final_row_.get());
         }
+    }
+
+    void look_up() const {
+        if (s_.vocab) must(mc_fused_linear_cpu(&call_.head, n_threads_));
     }
 
     // Heads [first, first + Hkv) of all entries to their slots of layer l.

@@ -357,6 +357,8 @@ typedef struct mc_decoder_layers_args {
     const mc_decoder_layer* layers; /* [L], all of the same shapes */
     double eps;                     /* of all norms; finite, >= 0 */
     mc_tensor final_norm;           /* [E] gain, or absent: out = norm(x after the last layer, final_norm) */
+    mc_tensor head;                 /* [V, E], or absent: logits = head out of each sequence's last entry */
+    mc_packed_weight head_packed;   /* or absent: as for mc_fused_linear_cpu */
 
     /* [B T, E], row b T + t is entry t of sequence b; f32, f16 or bf16, last dimension contiguous. */
     mc_tensor x;
@@ -379,11 +381,13 @@ typedef struct mc_decoder_layers_args {
 
     mc_tensor out; /* [B T, E] in x's dtype, as x; written. Apart from all that is read */
     float* mass;   /* [L, B, used] contiguous, or NULL: attention probability by slot, summed over heads and entries */
+    mc_tensor logits; /* [B, V] in x's dtype, last dimension contiguous; written. Absent where there is no head; with one
+                         T >= 1 */
 } mc_decoder_layers_args;
 
 /* Meant for any number of entries of bf16 where the level multiplies that, else for some tens. Memory: B T rows of what passes between the parts, and theirs.
  * n_threads: as for mc_kv_splice_cpu. The result does not depend on it. L, B, T, S or used may be 0. With
- * MC_OUT_OF_MEMORY slots, out and mass may have been written. */
+ * MC_OUT_OF_MEMORY slots, out, mass and logits may have been written. */
 MC_API int32_t mc_decoder_layers_cpu(const mc_decoder_layers_args* args, int32_t n_threads);
 
 /* LensNet: what each of N entries would gain expanded and cost collapsed, in nats.

@@ -33,7 +33,9 @@ def context_attention_native(
         for x, dtype in ((sigma, torch.float32), (kv_bias, torch.float32), (inv_freq, torch.float64))
     )
     native.library().context_attention(
-        *(native.view(x) for x in (q, k, v)),
+        q,
+        k,
+        v,
         native.address(q_at),
         native.address(kv_at),
         native.address(freq),
@@ -43,7 +45,7 @@ def context_attention_native(
         native.address(spread),
         native.address(bias),
         scale,
-        native.view(out),
+        out,
         native.address(lse),
         native.address(mass),
         torch.get_num_threads(),

@@ -39,10 +39,10 @@ def fused_linear_cpu(
     dtype = native.dtype_code(out.dtype)
     native.library().fused_linear(
         (x.data_ptr(), dtype, (rows, inputs), (inputs, 1)),
-        native.view(weight),
-        None if norm is None else native.view(norm),
+        weight,
+        norm,
         eps,
-        None if bias is None else native.view(bias),
+        bias,
         swiglu,
         None if residual is None else (residual.data_ptr(), dtype, (rows, outputs), (outputs, 1)),
         (out.data_ptr(), dtype, (rows, outputs), (outputs, 1)),

@@ -73,11 +73,10 @@ class _PackedWeights:
     @staticmethod
     def _pack(tensors: tuple[Tensor, ...], dtype: torch.dtype, *constants: Any) -> Tensor:
         library, code = native.library(), native.dtype_code(dtype)
-        views = [native.view(x) for x in tensors]
-        size = library.gist_encode_packed_bytes(views, *constants, code)
+        size = library.gist_encode_packed_bytes(tensors, *constants, code)
         memory = torch.empty(size + 63, dtype=torch.uint8)
         packed = memory[-memory.data_ptr() % 64 :][:size]
-        library.gist_encode_pack(views, *constants, code, packed.data_ptr(), size, torch.get_num_threads())
+        library.gist_encode_pack(tensors, *constants, code, packed.data_ptr(), size, torch.get_num_threads())
         return packed
 
 
@@ -102,9 +101,7 @@ def gist_encode_cpu(
     )  # fmt: skip
     tensors = tuple(x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous() for x in given)
     packed = _packed.get(tensors, blocks.dtype, n_heads, POOLS.index(pool), rope_theta, target_rms)
-    native.library().gist_encode(
-        packed.data_ptr(), packed.shape[0], native.view(blocks), native.view(out), level, torch.get_num_threads()
-    )
+    native.library().gist_encode(packed.data_ptr(), packed.shape[0], blocks, out, level, torch.get_num_threads())
     return out
 
 

@@ -29,8 +29,7 @@ def gist_pool_cpu(k: Tensor, v: Tensor, w: Tensor, b: Tensor, m: Tensor, c: Tens
     r, h, n, _, d = k.shape
     shape = (r, h, n, w.shape[2], d)
     k_gist, v_gist = torch.empty(shape, dtype=k.dtype), torch.empty(shape, dtype=k.dtype)
-    held = [k, v, *_views(w, b, m, c), k_gist, v_gist]  # the library gets addresses
-    native.library().gist_pool(*(native.view(x) for x in held), torch.get_num_threads())
+    native.library().gist_pool(k, v, *_views(w, b, m, c), k_gist, v_gist, torch.get_num_threads())
     return k_gist, v_gist
 
 
@@ -51,10 +50,11 @@ def collapse_cpu(
     moves: Tensor,
 ) -> None:
     """See `collapse.py` for the arguments, `collapse_ref.py` for what they mean."""
-    held = [k, v, *_views(w, b, m, c)]  # the library gets addresses
-    arrays = [x.contiguous() for x in (children, slots, moves)]
+    arrays = [x.contiguous() for x in (children, slots, moves)]  # the library gets addresses
     native.library().collapse(
-        *(native.view(x) for x in held),
+        k,
+        v,
+        *_views(w, b, m, c),
         arrays[0].shape[0],
         native.address(arrays[0]),
         native.address(arrays[1]),

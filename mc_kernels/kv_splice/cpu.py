@@ -41,8 +41,11 @@ def kv_splice_cpu(
     ]
     freq = native.array(inv_freq, torch.float64)
     native.library().kv_splice(
-        *(native.view(x) for x in (k, v, k_new, v_new)),
-        None if table is None else native.view(table),
+        k,
+        v,
+        k_new,
+        v_new,
+        table,
         offsets.shape[0] - 1,
         *(native.address(x) for x in arrays),
         0 if freq is None else 1 if freq.dim() == 1 else freq.shape[0],

@@ -31,23 +31,23 @@ def lens_score_cpu(
     """See `ref.lens_score_ref`. Sums are fp32, whatever the inputs; what entries are multiplied with is rounded to bf16
     where entries and weights are, if the processor multiplies it."""
     out = torch.empty(entries.shape[0], 2, dtype=torch.float32)
-    # Held in names: the library gets addresses.
-    weights = [
+    weights = tuple(
         _rows(x)
         for x in (
             w_in, read_norm, read_q, read_k, read_v, read_out, mlp_norm, mlp_gate_up, mlp_down, score_norm, score_q,
             score_k, score_v, direct, head_in, head_bias, head_out, head_out_bias,
         )
-    ]  # fmt: skip
+    )  # fmt: skip
+    # Held in a name: the library gets its address.
     mask = None if legal is None else legal.contiguous()
     native.library().lens_score(
-        native.view(entries),
-        native.view(features),
-        native.view(queries),
-        tuple(native.view(x) for x in weights),
+        entries,
+        features,
+        queries,
+        weights,
         n_heads,
         native.address(mask),
-        native.view(out),
+        out,
         torch.get_num_threads(),
     )
     return out

@@ -74,6 +74,10 @@ class Step:
         bias = normal(3, batch, used) if biased else None
         self.cache = CacheSlots(self.k.view, self.v.view, self.slots, kv_pos, bias)
 
+    @property
+    def given(self) -> tuple[Tensor, Tensor, CacheSlots]:
+        return self.x, self.positions, self.cache
+
     def check(self) -> None:
         self.k.check()
         self.v.check()
@@ -153,6 +157,46 @@ def test_the_result_is_normed(backend: str, dtype: torch.dtype, layers: int) -> 
     strided = torch.stack((gain, gain), 1)[:, 0]
     again = Step(dtype)
     assert torch.equal(call(again.x, again.positions, again.cache, end=layers, final_norm=strided), out)
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "length"), [(LAYERS, 1), (LAYERS, 3), (0, 2)])
+def test_logits_are_those_of_the_last_entries(backend: str, dtype: torch.dtype, layers: int, length: int) -> None:
+    call = DecoderLayers(weights(dtype, 16), eps=EPS, rope=None)
+    head, gain = normal(5, 33, EMBED, std=EMBED**-0.5, dtype=dtype), (1 + normal(7, EMBED, std=0.2)).to(dtype)
+    want = call(*Step(dtype, length=length).given, end=layers, final_norm=gain)
+    logits = Guarded(torch.full((2, 33), float("nan"), dtype=dtype))
+    with poisoned_empty():
+        out = call(
+            *Step(dtype, length=length).given, end=layers, final_norm=gain, head=head, logits=logits.view.contiguous()
+        )
+    assert torch.equal(out, want)
+    written = torch.full((2, 33), float("nan"), dtype=dtype)
+    for given in (head, torch.cat((head, head), 1)[:, :EMBED]):  # the second: rows that do not lie close together
+        call(*Step(dtype, length=length).given, end=layers, final_norm=gain, head=given, logits=written)
+        assert torch.equal(written, fused_linear(want[:, -1], head))
+
+
+@each_level
+def test_calls_in_other_forms(backend: str) -> None:
+    """Strided numbers, weights of slots in bf16: what the library does not take is brought into its form."""
+    layers, spec = weights(torch.float32, 16), rope(16, "half-split")
+    call, step = DecoderLayers(layers, eps=EPS, rope=spec), Step(torch.float32)
+    bias = step.cache.kv_bias
+    assert bias is not None
+    bias.copy_(bias.bfloat16())
+    want = call(*step.given)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack((x, x), -1)[..., 0]
+
+    again = Step(torch.float32)
+    cache = again.cache._replace(
+        slots=strided(again.slots), kv_pos=strided(again.cache.kv_pos), kv_bias=bias.bfloat16()
+    )
+    assert torch.equal(call(strided(again.x), strided(again.positions), cache), want)
+    assert torch.equal(again.k.view, step.k.view)
 
 
 def plain_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -259,6 +303,21 @@ def test_autograd_sees_the_write_and_is_refused() -> None:
         call(step.x, step.positions, step.cache)
 
 
+def test_a_head_needs_an_entry() -> None:
+    call = DecoderLayers(weights(torch.float32, 16), eps=EPS, rope=None)
+    for batch, length in ((0, 2), (0, 0), (2, 0)):
+        cache = CacheSlots(
+            *(torch.zeros(LAYERS, batch, KV_HEADS, 8, 16) for _ in range(2)),
+            torch.arange(length).repeat(batch, 1), torch.full((batch, 5), -1),
+        )  # fmt: skip
+        x, head, logits = normal(1, batch, length, EMBED), torch.ones(9, EMBED), torch.zeros(batch, 9)
+        if batch:
+            with pytest.raises(ValueError, match="logits: expected at least one entry of each sequence, got none"):
+                call(x, cache.slots, cache, head=head, logits=logits)
+        else:
+            assert call(x, cache.slots, cache, head=head, logits=logits).shape == x.shape
+
+
 @pytest.mark.parametrize(("batch", "length", "used"), [(0, 2, 5), (2, 0, 5), (1, 2, 0)])
 def test_empty_sizes(batch: int, length: int, used: int) -> None:
     call = DecoderLayers(weights(torch.float32, 16), eps=EPS, rope=None)
@@ -286,6 +345,14 @@ def replaced(**changes: Callable[[Any], Any]) -> Change:
                 call["cache"] = call["cache"]._replace(**{name: fn(getattr(call["cache"], name))})
             else:
                 call[name] = fn(call[name])
+
+    return change
+
+
+def headed(**changes: Callable[[Any], Any]) -> Change:
+    def change(call: dict[str, Any]) -> None:
+        call |= {"head": torch.ones(9, EMBED), "logits": torch.zeros(2, 9)}
+        replaced(**changes)(call)
 
     return change
 
@@ -322,6 +389,16 @@ REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
     "final_norm dtype": (
         replaced(final_norm=lambda _: torch.ones(EMBED).double()), TypeError, "final_norm: expected dtype"
     ),
+    "logits alone": (replaced(logits=lambda _: torch.ones(2, 9)), ValueError, "head: expected a tensor beside logits"),
+    "no logits": (replaced(head=lambda _: torch.ones(9, EMBED)), TypeError, "logits: expected a tensor, got NoneType"),
+    "head": (headed(head=lambda t: t[:, :39]), ValueError, "head: expected shape [V, 40]"),
+    "head dtype": (headed(head=Tensor.double), TypeError, "head: expected dtype"),
+    "logits": (headed(logits=lambda t: t[:, :8].contiguous()), ValueError, "logits: expected shape [B, V]"),
+    "logits dtype": (headed(logits=Tensor.half), TypeError, "logits: expected dtype float32 as x"),
+    "logits strided": (headed(logits=lambda t: t.mT.contiguous().mT), ValueError, "logits: expected a contiguous"),
+    "packed head": (
+        headed(head_packed=lambda _: torch.zeros(1, 1, 384, dtype=torch.uint8)), ValueError, "packed: expected a weight"
+    ),
     "mass dtype": (replaced(mass=lambda _: torch.zeros(3, 2, 90).half()), TypeError, "mass: expected dtype float32"),
 }  # fmt: skip
 
@@ -332,7 +409,7 @@ def test_refused_before_anything_is_written(name: str) -> None:
     step = Step(torch.float32)
     before = step.k.view.clone(), step.v.view.clone()
     call: dict[str, Any] = {"x": step.x, "positions": step.positions, "cache": step.cache}
-    call |= {"end": None, "mass": None, "final_norm": None}
+    call |= {"end": None, "mass": None, "final_norm": None, "head": None, "head_packed": None, "logits": None}
     change(call)
     layers = DecoderLayers(weights(torch.float32, 16), eps=EPS, rope=rope(16, "half-split"))
     with pytest.raises(error) as caught:

@@ -297,6 +297,19 @@ def test_decoder_layers_read_packed_weights(backend: str, bits: int) -> None:
     assert (by_layers(call).double() - dense.double()).norm() < 0.02 * dense.double().norm()
 
 
+@each_level
+@each_bits
+def test_a_packed_head_serves_the_logits(backend: str, bits: int) -> None:
+    packed, exact = weight_of(40, EMBED, bits)
+    head = exact.bfloat16()
+    call = DecoderLayers(packed_layers(bits), eps=EPS, rope=rope(DIMS, "half-split"))
+    hidden, logits = by_layers(call), torch.full((1, 40), float("nan"), dtype=torch.bfloat16)
+    step = one_entry()
+    call(step.x, step.positions, step.cache, head=head, head_packed=packed, logits=logits)
+    assert torch.equal(logits, fused_linear(hidden[:, -1], head, packed=packed))
+    assert not torch.equal(logits, fused_linear(hidden[:, -1], head))
+
+
 @needs_library
 @pytest.mark.parametrize("change", ["in place", "another storage"])
 def test_a_packed_weight_ends_with_its_weight(change: str) -> None:
