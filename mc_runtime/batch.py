@@ -84,13 +84,15 @@ def answer_batch(
             positions,
             cache.writer(slots, max(at) + 1),
             return_mass=focus.policy.needs_mass,
+            logits=True,
         )
+        assert output.logits is not None
         for b in active:
             turn = turns[b]
             turn.context.extend([tokens[b]])
             mass = None if output.mass is None else output.mass[:, b : b + 1, turn.context.slots]
             try:
-                logits[b] = turn.after_step(tokens[b], engine.logits(output.hidden[b, -1]), mass)
+                logits[b] = turn.after_step(tokens[b], output.logits[b], mass)
             except BudgetError:
                 full.add(b)
         active = [b for b in active if b not in full]

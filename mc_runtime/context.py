@@ -9,6 +9,7 @@ them, and the nodes that they complete, to the tree. Positions are packed: an en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -48,6 +49,38 @@ class WorkingContext(Layout):
         self.cache = cache
         self.archive = BlockArchive(config.archive_kv)
         self.clear()
+
+    # Tokens are read one by one, and nobody looks at the layout before the next refocus: what they add to it is written
+    # down when somebody does.
+
+    @property
+    def entries(self) -> Entries:
+        self._write_down()
+        return self._entries
+
+    @entries.setter
+    def entries(self, entries: Entries) -> None:
+        self._entries, self._behind = entries, 0
+
+    @property
+    def slots(self) -> Tensor:
+        self._write_down()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Tensor) -> None:
+        self._slots = slots
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return len(self._entries) + self._behind
+
+    def _write_down(self) -> None:
+        if self._behind:
+            count, used = self._behind, self.used
+            self._slots = torch.cat((self._slots, torch.arange(used - count, used, device=self._slots.device)))
+            self.entries = self._entries.with_tokens(count)
 
     def clear(self) -> None:
         """Forget the layout and what is in the cache; pending tokens stay."""
@@ -142,30 +175,30 @@ class WorkingContext(Layout):
         store = self.cache.writer(self.slots[rank][None], self.used)
         return self.engine.forward(self.inputs(ranks)[None], rank[None], store, stop_layer=stop_layer)
 
-    def append(self, ids: Sequence[int], *, return_mass: bool = False) -> DecoderOutput:
-        """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N].
+    def append(self, ids: Sequence[int], *, return_mass: bool = False, logits: bool = False) -> DecoderOutput:
+        """Run new tokens at the end of the timeline. The output's mass is by rank: [L, 1, N]. logits: [1, vocab] too.
 
         Raises BudgetError, before anything changes, if there are not enough free slots, and ValueError for a context
         that does not show all of the history (it was emptied, or what was announced has not run). Whatever else ends
         it early leaves an empty context, as in `relayout`, and the tokens unread.
         """
-        if self.entries.stop != self.length:
-            raise ValueError(
-                f"context: expected all {self.length} tokens of the history in it, got {self.entries.stop}; lay it out"
-            )
-        used = self.used + len(ids)
+        stop = self._entries.stop + self._behind
+        if stop != self.length:
+            raise ValueError(f"context: expected all {self.length} tokens of the history in it, got {stop}; lay it out")
+        first, used = self.used, self.used + len(ids)
         if used > self.cache.capacity:
             raise BudgetError(f"budget: the new tokens need {used} slots, the cache has {self.cache.capacity}")
         device = self.decoder.device
-        slots = torch.arange(self.used, used, device=device)  # the used slots are [0, N): new ones follow
+        slots = torch.arange(first, used, device=device)  # the used slots are [0, N): new ones follow
         x = self.engine.embed(torch.tensor([list(ids)], dtype=torch.int64, device=device))
         with self._all_or_nothing():
-            self.cache.pos[0, slots] = slots
-            output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], used), return_mass=return_mass)
+            self.cache.pos[0, first:used] = slots
+            store = self.cache.writer(slots[None], used)
+            output = self.engine.forward(x, slots[None], store, return_mass=return_mass, logits=logits)
             self.extend(ids)
         if output.mass is None:
             return output
-        return DecoderOutput(output.hidden, output.mass[:, :, self.slots], output.tapped)
+        return replace(output, mass=output.mass[:, :, self.slots])
 
     def announce(self, ids: Sequence[int]) -> None:
         """Pending tokens that the next `relayout` runs, in one forward with what it opens; `append` has to wait."""
@@ -173,9 +206,7 @@ class WorkingContext(Layout):
 
     def extend(self, ids: Sequence[int]) -> None:
         """Record tokens that have just been run into the slots after the used ones."""
-        slots = torch.arange(self.used, self.used + len(ids), device=self.slots.device)
-        self.slots = torch.cat((self.slots, slots))
-        self.entries = self.entries.with_tokens(len(ids))
+        self._behind += len(ids)
         self.pending += [int(i) for i in ids]
 
     def drop_pending(self) -> None:

@@ -23,12 +23,13 @@ from .model import ModelConfig
 class KVCache:
     """Keys, values, positions and weights of B rows of S slots.
 
-    data [L, 2, B, Hkv, S, D]; pos [B, S] int64; bias [B, S] fp32, or None where all entries weigh alike. `row(b)` is a
-    view: what is written through it lands here.
+    data [L, 2, B, Hkv, S, D]; k, v [L, B, Hkv, S, D]: views of it; pos [B, S] int64; bias [B, S] fp32, or None where
+    all entries weigh alike. `row(b)` is a view: what is written through it lands here.
     """
 
     def __init__(self, data: Tensor, pos: Tensor, bias: Tensor | None = None) -> None:
         self.data, self.pos, self.bias = data, pos, bias
+        self.k, self.v = data[:, 0], data[:, 1]
 
     @classmethod
     def allocate(
@@ -46,16 +47,6 @@ class KVCache:
         data = HugePages(chunk=0).zeros(shape, dtype, device)
         bias = torch.zeros(batch, capacity, device=device) if weighted else None
         return cls(data, torch.full((batch, capacity), -1, dtype=torch.int64, device=device), bias)
-
-    @property
-    def k(self) -> Tensor:
-        """[L, B, Hkv, S, D] view."""
-        return self.data[:, 0]
-
-    @property
-    def v(self) -> Tensor:
-        """[L, B, Hkv, S, D] view."""
-        return self.data[:, 1]
 
     @property
     def batch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ class Entries:
         """[N] what names each entry: its start and its level, which stays far below 64; strictly increasing."""
         return self.starts * 64 + self.levels
 
-    @property
+    @functools.cached_property
     def stop(self) -> int:
         """Tokens of history that the entries tile: [0, stop)."""
         return (int(self.index[-1]) + 1) * self.block_size ** int(self.levels[-1]) if len(self) else 0

@@ -121,10 +121,10 @@ class Turn:
         """Read one generated token; returns the logits [vocab] of the next."""
         start = time.perf_counter()
         with timed("decode"):
-            output = self.context.append([token], return_mass=self.focus.policy.needs_mass)
-            logits = self._logits(output.hidden[0, -1])
+            output = self.context.append([token], return_mass=self.focus.policy.needs_mass, logits=True)
         self.stats.decode.append(time.perf_counter() - start)
-        return self.after_step(token, logits, output.mass)
+        assert output.logits is not None
+        return self.after_step(token, output.logits[0], output.mass)
 
     def after_step(self, token: int, logits: Tensor, mass: Tensor | None) -> Tensor:
         """Book-keeping of a decoded token; every K tokens a commit and a refocus, after which the logits are those of

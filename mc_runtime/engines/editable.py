@@ -28,6 +28,7 @@ class CacheEngine(Engine):
         stop_layer: int | None = None,
         return_mass: bool = False,
         hidden_layer: int | None = None,
+        logits: bool = False,
     ) -> DecoderOutput:
         """Run entries: see `Decoder.forward`, whose contract this is."""
 
@@ -66,5 +67,6 @@ class CacheReading(Reading):
         slots = torch.arange(self.used, self.used + x.shape[1], device=self.engine.device)
         self.used += x.shape[1]
         self.cache.pos[0, slots] = slots
-        output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], self.used))
-        return self.engine.logits(output.hidden[0, -1])
+        output = self.engine.forward(x, slots[None], self.cache.writer(slots[None], self.used), logits=True)
+        assert output.logits is not None
+        return output.logits[0]

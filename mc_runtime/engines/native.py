@@ -23,9 +23,16 @@ class NativeEngine(CacheEngine):
         stop_layer: int | None = None,
         return_mass: bool = False,
         hidden_layer: int | None = None,
+        logits: bool = False,
     ) -> DecoderOutput:
         output: DecoderOutput = self.decoder(
-            x, positions, store, stop_layer=stop_layer, return_mass=return_mass, hidden_layer=hidden_layer
+            x,
+            positions,
+            store,
+            stop_layer=stop_layer,
+            return_mass=return_mass,
+            hidden_layer=hidden_layer,
+            logits=logits,
         )
         return output
 

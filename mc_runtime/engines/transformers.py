@@ -78,8 +78,9 @@ class TransformersEngine(CacheEngine):
         stop_layer: int | None = None,
         return_mass: bool = False,
         hidden_layer: int | None = None,
+        logits: bool = False,
     ) -> DecoderOutput:
-        self.decoder.check_forward(x, positions, stop_layer, hidden_layer)
+        self.decoder.check_forward(x, positions, stop_layer, hidden_layer, logits=logits)
         cache = _StoreCache(
             SelfStore() if store is None else store, positions, self.config.n_layers, return_mass=return_mass
         )
@@ -91,7 +92,8 @@ class TransformersEngine(CacheEngine):
                 assert stop_layer is not None
                 hidden = taken[stop_layer]
         mass = torch.stack(cache.masses) if cache.masses else None
-        return DecoderOutput(hidden, mass, None if hidden_layer is None else taken[hidden_layer])
+        tapped = None if hidden_layer is None else taken[hidden_layer]
+        return DecoderOutput(hidden, mass, tapped, self.logits(hidden[:, -1]) if logits else None)
 
     @contextmanager
     def _tapped(self, wanted: set[int | None], stop_layer: int | None, taken: dict[int, Tensor]) -> Iterator[None]:

@@ -18,7 +18,7 @@ chunk of a text that is read, is a CUDA graph (`graphed_layers.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,13 @@ class DecoderOutput:
     """hidden: [B, T, E], after the final norm; the raw residual stream when `stop_layer` was given.
     mass: [layers run, B, S], attention probability summed over heads and queries, in the store's slot order; or None.
     tapped: [B, T, E], the residual stream after `hidden_layer` layers; or None.
+    logits: [B, vocab], of each row's last entry; or None.
     """
 
     hidden: Tensor
     mass: Tensor | None = None
     tapped: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -121,6 +123,7 @@ class Decoder(nn.Module):
         stop_layer: int | None = None,
         return_mass: bool = False,
         hidden_layer: int | None = None,
+        logits: bool = False,
     ) -> DecoderOutput:
         """Run entries through the model.
 
@@ -128,9 +131,20 @@ class Decoder(nn.Module):
             and it attends to nothing.
         store: what the layers write to and read from; None: the T entries attend to themselves alone.
         stop_layer: run only the first so many layers. hidden_layer: tap the stream after so many layers (0: x itself).
+        logits: also of each row's last entry; not with `stop_layer`.
         Raises `InputError` for shapes and layer numbers that do not fit.
         """
-        n_layers = self.check_forward(x, positions, stop_layer, hidden_layer)
+        n_layers = self.check_forward(x, positions, stop_layer, hidden_layer, logits=logits)
+        output = self._forward(x, positions, store, n_layers, stop_layer, return_mass, hidden_layer, logits)
+        if logits and output.logits is None:
+            return replace(output, logits=self.logits(output.hidden[:, -1]))
+        return output
+
+    def _forward(
+        self, x: Tensor, positions: Tensor, store: KVStore | None, n_layers: int, stop_layer: int | None,
+        return_mass: bool, hidden_layer: int | None, logits: bool,
+    ) -> DecoderOutput:  # fmt: skip
+        """With logits where they cost no call of their own."""
         context = SelfStore() if store is None else store
         if n_layers and graphs(x, context):
             norm = self.norm if stop_layer is None else None
@@ -145,8 +159,9 @@ class Decoder(nn.Module):
         fused = fuses(x)
         if fused and n_layers:
             norm = self.norm if stop_layer is None else None
+            head = (self.head, self._packed_head()) if logits else None
             done = self._native_layers.run(
-                self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass, norm
+                self.layers, x, positions, context, self.rope, n_layers, hidden_layer, return_mass, norm, head
             )
             if done is not None:
                 return DecoderOutput(*done)
@@ -173,10 +188,14 @@ class Decoder(nn.Module):
         """hidden [..., E] -> [..., vocab] in the model's dtype."""
         if not fuses(hidden):
             return F.linear(hidden, self.head)
-        packed = None if self.head_packed is None else self.head_packed.of(self.head)
-        return fused_linear(hidden, self.head, packed=packed)
+        return fused_linear(hidden, self.head, packed=self._packed_head())
 
-    def check_forward(self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None) -> int:
+    def _packed_head(self) -> Tensor | None:
+        return None if self.head_packed is None else self.head_packed.of(self.head)
+
+    def check_forward(
+        self, x: Tensor, positions: Tensor, stop_layer: int | None, hidden_layer: int | None, *, logits: bool = False
+    ) -> int:
         """Raise what `forward` raises for its arguments; returns how many layers are run."""
         if x.dim() != 3 or x.shape[-1] != self.config.embed_dim or x.dtype != self.dtype:
             raise InputError(
@@ -190,4 +209,6 @@ class Decoder(nn.Module):
             raise InputError(f"stop_layer: expected 0 to {self.config.n_layers}, got {stop_layer}")
         if hidden_layer is not None and not 0 <= hidden_layer <= n_layers:
             raise InputError(f"hidden_layer: expected 0 to {n_layers}, got {hidden_layer}")
+        if logits and (stop_layer is not None or x.shape[1] == 0):
+            raise InputError("logits: expected all layers and at least one entry a row")
         return n_layers

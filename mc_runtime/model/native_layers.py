@@ -40,10 +40,12 @@ class NativeLayers:
     def run(
         self, layers: nn.ModuleList, x: Tensor, positions: Tensor, store: KVStore, rope: RopeSpec, n_layers: int,
         hidden_layer: int | None, return_mass: bool, norm: nn.Module | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
-        """x after n_layers, normed with `norm` if that is not None; the masses [n_layers, B, used] if wanted; and x
-        after `hidden_layer` of them if that is not None. Or None where the layers have to be called one by one: nothing
-        has been done then."""
+        head: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+        """x after n_layers, normed with `norm` if that is not None; the masses [n_layers, B, used] if wanted; x after
+        `hidden_layer` of them if that is not None; and the logits [B, vocab] of each row's last entry by `head` (its
+        weight, and what stands for it), where that is given and the call serves it too. Or None where the layers have
+        to be called one by one: nothing has been done then."""
         cache = _cache(x, store)
         call = None if cache is None else self._call(layers, rope)
         if cache is None or call is None or len(call) != len(cache.k):
@@ -55,13 +57,17 @@ class NativeLayers:
         first = 0
         # In the same call, where it is this package's and what is before it is not asked for.
         gain = norm.weight if hidden_layer != n_layers and _is_plain(norm, call.eps) else None
+        logits, of_head = None, {}
+        if head is not None and gain is not None and head[0].device.type == "cpu":
+            logits = torch.empty((x.shape[0], len(head[0])), dtype=x.dtype)
+            of_head = {"head": head[0], "head_packed": head[1], "logits": logits}
         for end in stops:
             part = None if mass is None else mass[first:end]
-            last = gain if end == n_layers else None
-            x = call(x, positions, cache, first=first, end=end, mass=part, final_norm=last)
+            last = {"final_norm": gain, **of_head} if end == n_layers else {}
+            x = call(x, positions, cache, first=first, end=end, mass=part, **last)
             tapped = x if end == hidden_layer else tapped
             first = end
-        return (x if norm is None or gain is not None else norm(x)), mass, tapped
+        return (x if norm is None or gain is not None else norm(x)), mass, tapped, logits
 
     def _call(self, layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
         prepared = self._prepared

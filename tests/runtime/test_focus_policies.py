@@ -77,9 +77,9 @@ def test_mass_is_only_asked_for_where_it_is_used(memory: Memory, monkeypatch: py
     asked: list[bool] = []
     plain = WorkingContext.append
 
-    def append(self: WorkingContext, ids: list[int], *, return_mass: bool = False):
+    def append(self: WorkingContext, ids: list[int], *, return_mass: bool = False, **rest: bool):
         asked.append(return_mass)
-        return plain(self, ids, return_mass=return_mass)
+        return plain(self, ids, return_mass=return_mass, **rest)
 
     monkeypatch.setattr(WorkingContext, "append", append)
     memory("a", policy="retrieval").generate("hello", max_new_tokens=9)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mc_kernels import RopeSpec, native
 from mc_kernels.decoder_layers import DecoderLayers
+from mc_runtime.errors import InputError
 from mc_runtime.kv_cache import KVCache
 from mc_runtime.model import Decoder, DecoderOutput, ModelConfig, RopeConfig
 from mc_runtime.model.layers import Linear
@@ -68,7 +69,7 @@ def random_decoder(config: ModelConfig = LLAMA, dtype: torch.dtype = torch.float
 
 def step(
     decoder: Decoder, *, batch: int = 1, length: int = 1, weighted: bool = True, mass: bool = False,
-    stop: int | None = None, hidden: int | None = None,
+    stop: int | None = None, hidden: int | None = None, logits: bool = False,
 ) -> tuple[DecoderOutput, Tensor]:  # fmt: skip
     """A forward over a cache that others have filled, and the cache after it."""
     generator = torch.Generator().manual_seed(2)
@@ -80,7 +81,8 @@ def step(
     slots = torch.stack([torch.randperm(USED, generator=generator)[:length] for _ in range(batch)])
     x = torch.randn(batch, length, decoder.config.embed_dim, generator=generator).to(decoder.dtype)
     writer = cache.writer(slots, USED)
-    return decoder(x, slots, writer, return_mass=mass, stop_layer=stop, hidden_layer=hidden), cache.data
+    output = decoder(x, slots, writer, return_mass=mass, stop_layer=stop, hidden_layer=hidden, logits=logits)
+    return output, cache.data
 
 
 def one_by_one(decoder: Decoder, **how: object) -> tuple[DecoderOutput, Tensor]:
@@ -121,6 +123,27 @@ def test_every_family_has_the_bits_of_its_layers(
     finally:
         native.library().set_cpu_isa(None)
     assert calls == [True] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [None, "hook", "norm"])
+def test_logits_come_with_the_layers(change: str | None, dtype: torch.dtype, calls: list[bool]) -> None:
+    decoder, heads = random_decoder(FAMILIES["mistral"], dtype), []
+    if change == "hook":
+        decoder.layers[1].register_forward_hook(lambda *_: None)
+    elif change == "norm":
+        decoder.norm.register_forward_hook(lambda module, given, out: out * 2)
+    of_call = decoder.logits
+    decoder.logits = lambda hidden: heads.append(hidden) or of_call(hidden)  # type: ignore[method-assign, func-returns-value]
+    for how in ({}, {"batch": 2, "length": 3, "mass": True, "hidden": 1}):
+        output, _ = step(decoder, logits=True, **how)  # type: ignore[arg-type]
+        assert output.logits is not None
+        assert torch.equal(output.logits, of_call(output.hidden[:, -1]))
+        assert step(decoder, **how)[0].logits is None  # type: ignore[arg-type]
+    assert bool(heads) == (change is not None)
+    for wrong in ({"stop": 2}, {"length": 0}):
+        with pytest.raises(InputError, match="logits: expected all layers and at least one entry a row"):
+            step(decoder, logits=True, **wrong)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,18 @@ def test_greedy_takes_the_first_of_the_best() -> None:
     assert Sampler(SamplingParams(top_k=3, top_p=0.2))(LOGITS) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [-40.0, -8.0, 0.0, 8.0])
+def test_greedy_whatever_the_sign(dtype: torch.dtype, shift: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for size in (1, 7, 1000):
+        logits = (torch.randn(size, generator=generator) * 3 + shift).to(dtype)
+        assert Sampler(SamplingParams())(logits) == int(logits.double().argmax())
+    for first in ([0.0, -0.0], [-0.0, 0.0], [-float("inf"), -0.0, 0.0], [2.0, float("inf"), float("inf")]):
+        logits = torch.tensor(first, dtype=dtype)
+        assert Sampler(SamplingParams())(logits) == int(logits.double().argmax())
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature(temperature: float) -> None:
     assert_drawn_from(frequencies(temperature=temperature), softmax(temperature))
