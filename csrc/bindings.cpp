@@ -1,7 +1,8 @@
-// Python's way to the C ABI: addresses, sizes and strides come in as integers, a status goes out as an exception. No
-// torch header: one build serves every torch version.
+// Python's way to the C ABI: tensors and integers come in, a status goes out as an exception. No torch header: one build
+// serves every torch version.
 //
-// A tensor is (address, dtype code, sizes, strides in elements) or None; an array of the plan is an address, 0: NULL.
+// A tensor says itself where it lies (exchange.h), or is (address, dtype code, sizes, strides in elements), or None; an
+// array of the plan is an address, 0: NULL.
 #include <iterator>
 #include <string>
 #include <utility>

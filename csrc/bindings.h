@@ -1,4 +1,4 @@
-// What the extensions share: addresses and integers to the structs of the C ABI, a status to an exception.
+// What the extensions share: tensors and integers to the structs of the C ABI, a status to an exception.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -26,7 +26,9 @@ mc_packed_weight packed_weight(const py::handle& given) {
 class Watched {
 public:
     explicit Watched(py::handle given) : given_(py::reinterpret_borrow<py::object>(given)) {
-        if (!dlpack::look(given_.ptr(), &was_)) throw py::type_error("expected a tensor");
+        if (!dlpack::look(given_.ptr(), &was_) || (was_.ndim && !was_.strides)) {
+            throw py::type_error("layers: expected tensors that lie in memory");
+        }
         sizes_.assign(was_.shape, was_.shape + was_.ndim);
         strides_.assign(was_.strides, was_.strides + was_.ndim);
     }

@@ -145,7 +145,7 @@ class DecoderLayers:
             # The library looks at what usually comes alone: the other calls are refused here, or brought into its form.
             call = self._checked(*call)
             if not self._current().run(*call):
-                raise AssertionError("decoder_layers: the library refused what had been checked")
+                raise TypeError("decoder_layers: expected tensors that lie in memory")
         if not cache.k.is_inference():
             torch.autograd.graph.increment_version((cache.k, cache.v))
         return out

@@ -145,9 +145,10 @@ class GistEncodeWeights:
     def n_levels(self) -> int:
         return self.level_emb.shape[0]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistEncodeWeights:
-        """The same weights on another device or in another dtype (fields that already fit are shared)."""
-        return self.with_tensors(*(x.to(device=device, dtype=dtype) for x in self.tensors()))
+    def to(self, *args: Any, **kwargs: Any) -> GistEncodeWeights:
+        """The same weights on another device, in another dtype or both, as `Tensor.to` is asked for them; fields that
+        already fit are shared."""
+        return self.with_tensors(*(x.to(*args, **kwargs) for x in self.tensors()))
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Detached contiguous tensors by name, as safetensors takes them."""

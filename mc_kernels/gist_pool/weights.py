@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,10 @@ class GistPoolWeights:
     def head_dim(self) -> int:
         return self.c.shape[2] // 2
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GistPoolWeights:
-        """The same weights on another device or in another dtype (fields that already fit are shared)."""
-        return GistPoolWeights(*(x.to(device=device, dtype=dtype) for x in self.tensors()))
+    def to(self, *args: Any, **kwargs: Any) -> GistPoolWeights:
+        """The same weights on another device, in another dtype or both, as `Tensor.to` is asked for them; fields that
+        already fit are shared."""
+        return GistPoolWeights(*(x.to(*args, **kwargs) for x in self.tensors()))
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Detached contiguous tensors by name, as safetensors takes them."""

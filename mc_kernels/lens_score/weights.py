@@ -139,9 +139,10 @@ class LensScoreWeights:
         """F: what the head's input leaves after values, match and direct projections."""
         return self.head_in.shape[1] - self.score_v.shape[0] - self.n_heads - self.direct.shape[0]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LensScoreWeights:
-        """The same weights on another device or in another dtype (fields that already fit are shared)."""
-        return self.with_tensors(*(x.to(device=device, dtype=dtype) for x in self.tensors()))
+    def to(self, *args: Any, **kwargs: Any) -> LensScoreWeights:
+        """The same weights on another device, in another dtype or both, as `Tensor.to` is asked for them; fields that
+        already fit are shared."""
+        return self.with_tensors(*(x.to(*args, **kwargs) for x in self.tensors()))
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Detached contiguous tensors by name, as safetensors takes them."""
