@@ -285,3 +285,42 @@ def test_no_arguments_at_all_are_refused() -> None:
     assert library.mc_gist_encode_pack_cpu(None, 2, None, ctypes.c_int64(0), 1) == 1
     assert library.mc_gist_encode_packed_bytes(None, 2, None) == 1
     assert library.mc_last_error() == b"weights: expected an address, got NULL"
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["tensor", "parameter", "strided", "inference"])
+def test_the_library_looks_at_tensors_itself(dtype: torch.dtype, kind: str) -> None:
+    """What it sees is what it is told by `view`."""
+    with torch.inference_mode(kind == "inference"):
+        x, weight = torch.arange(24).view(3, 8).to(dtype), torch.arange(40).view(5, 8).to(dtype)
+    if kind == "parameter":
+        weight = torch.nn.Parameter(weight)
+    elif kind == "strided":
+        weight = torch.stack((weight, -weight), 1)[:, 0]
+    outs = []
+    for given in (lambda t: t, native.view):
+        outs.append(out := torch.zeros(3, 5, dtype=dtype))
+        native.library().fused_linear(given(x), given(weight), None, 0.0, None, False, None, given(out), 1)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], (x.double() @ weight.detach().double().T).to(dtype))
+
+
+@built
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (torch.ones(3, 8, device="meta"), TypeError, "x: expected a tensor in memory"),
+        (torch.ones(3, 8).to_sparse(), TypeError, "x: expected a tensor in memory"),
+        ("abc", TypeError, "x: expected a tensor in memory"),
+        ((1, 2, 3), TypeError, "x: expected a tensor in memory"),
+        (torch.ones(1, 1, 1, 1, 3, 8), ValueError, "x: expected at most 5 dimensions, got 6"),
+        (torch.ones(3, 8, dtype=torch.float64), TypeError, "x: expected dtype"),
+    ],
+)
+def test_it_refuses_what_is_no_tensor(x: Any, error: type[Exception], words: str) -> None:
+    weight, out = torch.ones(5, 8), torch.zeros(3, 5)
+    with pytest.raises(error) as caught:
+        native.library().fused_linear(x, weight, None, 0.0, None, False, None, out, 1)
+    assert words in str(caught.value)
+    assert not out.any()
