@@ -79,8 +79,10 @@ class WorkingContext(Layout):
     def _write_down(self) -> None:
         if self._behind:
             count, used = self._behind, self.used
-            self._slots = torch.cat((self._slots, torch.arange(used - count, used, device=self._slots.device)))
-            self.entries = self._entries.with_tokens(count)
+            slots = torch.cat((self._slots, torch.arange(used - count, used, device=self._slots.device)))
+            entries = self._entries.with_tokens(count)
+            # Without a call in between, at which Ctrl-C could come.
+            self._slots, self._entries, self._behind = slots, entries, 0
 
     def clear(self) -> None:
         """Forget the layout and what is in the cache; pending tokens stay."""
