@@ -62,5 +62,6 @@ class RecentWindow:
         slots = torch.arange(at, at + len(ids), device=device)
         self._cache.pos[0, slots] = slots
         x = self.model.decoder.embed(torch.tensor([list(ids)], device=device))
-        output = self.model.decoder(x, slots[None], self._cache.writer(slots[None], at + len(ids)))
-        return self.model.decoder.logits(output.hidden[0, -1])
+        output = self.model.decoder(x, slots[None], self._cache.writer(slots[None], at + len(ids)), logits=True)
+        assert output.logits is not None
+        return output.logits[0]

@@ -36,8 +36,9 @@ def _native(decoder: Decoder, ids: Tensor, entries: int) -> Callable[[int], Tens
         slots = torch.arange(first, first + rows)
         cache.pos[0, slots] = slots
         x = decoder.embed(ids[None, first : first + rows])
-        hidden = decoder(x, slots[None], cache.writer(slots[None], first + rows)).hidden
-        return decoder.logits(hidden[0, -1])
+        output = decoder(x, slots[None], cache.writer(slots[None], first + rows), logits=True)
+        assert output.logits is not None
+        return output.logits[0]
 
     run(entries, 0)
     return run

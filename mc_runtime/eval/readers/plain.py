@@ -59,9 +59,10 @@ class PlainContext:
         slots = torch.arange(start, stop, device=decoder.device)
         self.cache.pos[0, slots] = slots
         x = decoder.embed(torch.tensor([list(ids)], device=decoder.device))
-        output = decoder(x, slots[None], self.cache.writer(slots[None], stop))
+        output = decoder(x, slots[None], self.cache.writer(slots[None], stop), logits=True)
         self.ids.extend(int(i) for i in ids)
-        return decoder.logits(output.hidden[0, -1])
+        assert output.logits is not None
+        return output.logits[0]
 
     def rank(self, logits: Tensor, candidates: Sequence[Sequence[int]]) -> list[float]:
         """See `decoding.rank`."""
