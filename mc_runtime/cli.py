@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from io import TextIOWrapper
+from typing import Annotated
 
 import typer
 
@@ -12,6 +13,7 @@ from .commands.generate import generate
 from .commands.ingest import ingest
 from .commands.inspect import inspect
 from .commands.terminal import err
+from .commands.version import show_version
 from .errors import MegaContextError
 from .eval.command import app as eval_app
 from .printable import printable
@@ -30,6 +32,17 @@ app = typer.Typer(
     "[bold]mc chat[/] goes on with a conversation that survives a restart, [bold]mc inspect[/] shows what it holds, "
     "[bold]mc serve[/] answers OpenAI's clients from many of them.",
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command; the help text is the app's own."""
+
+
 for command in (ingest, generate, chat, inspect, serve):
     app.command()(command)
 app.add_typer(train_app, name="train")

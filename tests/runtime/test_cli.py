@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checks import Run, words
 
+from mc_kernels import extension
 from mc_runtime import Session
 from mc_runtime.config import DEFAULT_SYSTEM_PROMPT
 from mc_runtime.model import LoadedModel
@@ -204,6 +207,18 @@ def test_usage_errors_and_help(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert "inspect" in out
+    assert "A memory that outgrows" in " ".join(out.split())
+
+
+def test_version_says_what_serves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    package, torch_line, kernels = out.splitlines()
+    assert package == f"megacontext {importlib.metadata.version('megacontext')}"
+    assert torch.__version__ in torch_line
+    assert any(kernels == f"CPU kernels: C++ ({level})" for level in extension.isa_levels())
+    monkeypatch.setattr(extension, "available", lambda: "native code was not built: no compiler")
+    assert run("--version")[1].splitlines()[2] == "CPU kernels: PyTorch (native code was not built: no compiler)"
 
 
 def test_a_memory_in_use_or_of_another_model(run: Run, memory: Callable[..., Session], tmp_path: Path) -> None:
