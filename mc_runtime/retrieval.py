@@ -36,6 +36,8 @@ READ_BLOCKS = 4096
 CANDIDATES = 64
 # Of those, the best first, that are asked what of a conversation is told there (`TurnWeights`).
 LOOKED_AT = 16
+# Scores of which the largest stands for all, where the best of very many are looked for.
+STRETCH = 256
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,19 @@ class Hit:
     kind: str | None
 
 
+def _reached(scores: NDArray[np.float64], most: int) -> float:
+    """What at least `most` scores reach, as far as the largest of each stretch tell; 0 where there are too few
+    stretches. Two passes over millions of scores, where a partition of them takes ten times as long."""
+    largest = scores[: len(scores) // STRETCH * STRETCH].reshape(-1, STRETCH).max(1)
+    return float(np.partition(largest, -most)[-most]) if len(largest) >= most else 0.0
+
+
 def best_first(scores: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     """Places of the `most` largest scores above 0, largest first; of equal ones the earliest. No sort of them all."""
     if most < 1:
         raise InputError(f"most: expected at least 1, got {most!r}")
-    found = (scores > 0).nonzero()[0]
+    least = _reached(scores, most)
+    found = (scores >= least if least > 0 else scores > 0).nonzero()[0]
     if len(found) > most:
         least = np.partition(scores[found], -most)[-most]
         found = found[scores[found] >= least]

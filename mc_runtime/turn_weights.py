@@ -40,8 +40,8 @@ class TurnWeights:
         """Take from the scores of blocks [0, n), in place, what turns take from them. candidates: blocks of which the
         words are looked at; the others count as if nothing were told in them."""
         turns = self._index.turn_counts()[: len(scores)]
-        plain, found = scores[candidates], scores.nonzero()[0]
-        scores[found] *= TURN_SHARE ** turns[found].astype(np.float64)
+        plain, parts = scores[candidates], turns.nonzero()[0]  # few of many blocks
+        scores[parts] *= TURN_SHARE ** turns[parts].astype(np.float64)
         for block, score in zip(candidates.tolist(), plain, strict=True):
             if turns[block]:
                 words = self._index.words(self._query, block - self._before, block + self._after + 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mc_runtime import Session
 from mc_runtime.errors import InputError
-from mc_runtime.retrieval import BlockIndex, best_first
+from mc_runtime.retrieval import STRETCH, BlockIndex, best_first
 
 Memory = Callable[..., Session]
 FACT = " The violet lighthouse is kept by Agnes. "
@@ -108,6 +108,20 @@ def test_best_first_is_a_stable_sort_cut_short(scores: list[float], most: int) -
     array = np.asarray(scores)
     order = np.argsort(-array, kind="stable")
     assert best_first(array, most).tolist() == order[array[order] > 0][:most].tolist()
+
+
+@pytest.mark.parametrize("length", [STRETCH * 9, STRETCH * 9 + 57])
+@pytest.mark.parametrize("matching", [0.0005, 0.02, 1.0])
+@pytest.mark.parametrize("distinct", [2, 50, 10**9])
+def test_best_first_of_many_stretches(length: int, matching: float, distinct: int) -> None:
+    """Some or all of them match; ties; the best at the very end, behind the last whole stretch."""
+    rng = np.random.default_rng(int(length + distinct + 1e4 * matching))
+    scores = np.where(rng.random(length) < matching, rng.integers(1, distinct + 1, length), 0).astype(np.float64)
+    scores[-1] = distinct
+    order = np.argsort(-scores, kind="stable")
+    wanted = order[scores[order] > 0]
+    for most in (1, 3, 9, 10, 64, length):
+        assert best_first(scores, most).tolist() == wanted[:most].tolist()
 
 
 def test_best_first_wants_at_least_one() -> None:
