@@ -173,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("fused_linear", &fused_linear, "x"_a, "weight"_a, "norm"_a, "eps"_a, "bias"_a, "swiglu"_a, "residual"_a,
           "out"_a, "n_threads"_a, "packed"_a = py::none());
     define_decoder_layers(m);
+    define_watched_tables(m);
     m.def("lens_score", &lens_score, "entries"_a, "features"_a, "queries"_a, "weights"_a, "n_heads"_a, "legal"_a,
           "out"_a, "n_threads"_a);
     m.def("gist_encode_packed_bytes", &gist_encode_packed_bytes, "tensors"_a, "n_heads"_a, "pool"_a, "rope_theta"_a,

@@ -27,7 +27,7 @@ from torch.nn.modules import module as torch_module
 from mc_kernels import RopeSpec, for_graphs
 from mc_kernels.decoder_layers import CacheSlots
 from mc_kernels.registry import ENV_BACKEND
-from mc_runtime.model.module_tree import ModuleTree
+from mc_runtime.model.module_tree import HOOKED, OTHER, ModuleTree
 from mc_runtime.model.stores import KVStore
 
 logger = logging.getLogger(__name__)
@@ -128,13 +128,15 @@ class GraphedLayers:
         """Whether the layers and where their weights lie are those of the graphs, which are dropped otherwise, and have
         no hooks."""
         tree = self._tree
-        if tree is None or not tree.is_of(layers) or rope is not self._rope or self._now() != self._addresses:
+        seen = OTHER if tree is None or rope is not self._rope else tree.look(layers)
+        if tree is None or seen == OTHER or self._now() != self._addresses:
             self._tree = tree = ModuleTree(layers)
+            seen = tree.look(layers)
             self._rope = rope
             self._weights = tuple(layers.parameters())
             self._addresses = self._now()
             self._graphs.clear()
-        return not tree.hooked()
+        return seen != HOOKED
 
     def _now(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._weights))

@@ -18,7 +18,7 @@ from mc_kernels.decoder_layers import CacheSlots, DecoderLayers, LayerWeights
 from mc_kernels.registry import ENV_BACKEND
 from mc_kernels.rope import RopeSpec
 from mc_runtime.model.layers import Attention, FeedForward, Layer, Linear, RMSNorm
-from mc_runtime.model.module_tree import ModuleTree
+from mc_runtime.model.module_tree import HOOKED, OTHER, ModuleTree
 from mc_runtime.model.stores import KVStore
 
 _PARTS = (Layer, Attention, FeedForward, Linear, RMSNorm)
@@ -71,9 +71,11 @@ class NativeLayers:
 
     def _call(self, layers: nn.ModuleList, rope: RopeSpec) -> DecoderLayers | None:
         prepared = self._prepared
-        if prepared is None or not prepared[0].is_of(layers) or prepared[1] is not rope:
+        seen = OTHER if prepared is None or prepared[1] is not rope else prepared[0].look(layers)
+        if prepared is None or seen == OTHER:
             self._prepared = prepared = ModuleTree(layers), rope, _prepare(layers, rope)
-        return None if prepared[0].hooked() else prepared[2]
+            seen = prepared[0].look(layers)
+        return None if seen == HOOKED else prepared[2]
 
 
 def _is_plain(norm: nn.Module | None, eps: float) -> TypeGuard[RMSNorm]:
