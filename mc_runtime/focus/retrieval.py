@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..retrieval import LOOKED_AT, best_first
+from ..tree import Tree
 from ..turn_weights import TurnWeights
 from .view import Floats, FocusView, Ints, Utilities
 
@@ -26,6 +28,9 @@ class RetrievalPolicy:
     What was asked and answered counts less than what was told (`TurnWeights`). What is told since the conversation
     began (see `mc_runtime.told`) may correct what was known before: the newest such passage that holds all words of the
     question which the best one holds is opened with it.
+
+    What stands word for word in a passage that is opened already (a text that was read twice, a quotation) is not
+    opened again: it would take the place of another passage and say nothing new.
 
     passages: how many at most. before, after: blocks that a passage adds to its centre.
     """
@@ -52,7 +57,7 @@ class RetrievalPolicy:
         turns = view.retrieval.turn_counts()[:stop]
         if turns.any():
             self._raise_correction(weights, scores, candidates, int(turns.nonzero()[0][0]))
-        blocks, best = self._passages(scores)
+        blocks, best = self._passages(scores, view.context.tree)
         top = float(scores.max())
         nats = self.scale * top / (top + HALF_SCORE) * (best / top) ** self.sharpness
         return {1: (blocks, nats)}
@@ -70,18 +75,29 @@ class RetrievalPolicy:
             newest = [b for b in correcting if b >= max(correcting) - self.before - self.after]
             scores[max(newest, key=lambda b: float(scores[b]))] = scores[best]
 
-    def _passages(self, scores: Floats) -> tuple[Ints, Floats]:
+    def _passages(self, scores: Floats, tree: Tree) -> tuple[Ints, Floats]:
         """Sorted blocks of the chosen passages, and the score of the best passage that each is in."""
         worth: dict[int, float] = {}
-        centres = 0
-        # A passage takes up its own blocks and no others: so many candidates give as many centres as there can be.
-        for centre in best_first(scores, max(1, self.passages) * (self.before + 1 + self.after)):
-            if centres == self.passages:
+        texts: list[NDArray[np.integer]] = []
+        size = tree.spec.block_size
+        # A passage takes up its own blocks and no others; of the rest some may be repetitions.
+        for centre in best_first(scores, max(LOOKED_AT, max(1, self.passages) * (self.before + 1 + self.after))):
+            if len(texts) == self.passages:
                 break
             if int(centre) in worth:
                 continue
-            centres += 1
-            for block in range(max(0, centre - self.before), min(len(scores), centre + self.after + 1)):
+            own = tree.tokens(int(centre) * size, (int(centre) + 1) * size)
+            if any(holds(text, own) for text in texts):
+                continue
+            passage = range(max(0, int(centre) - self.before), min(len(scores), int(centre) + self.after + 1))
+            texts.append(tree.tokens(passage.start * size, passage.stop * size))
+            for block in passage:
                 worth.setdefault(block, float(scores[centre]))
         blocks = np.array(sorted(worth), np.int64)
         return blocks, np.array([worth[int(block)] for block in blocks])
+
+
+def holds(text: NDArray[np.integer], part: NDArray[np.integer]) -> bool:
+    """Whether the tokens of `part`, one at least, stand in `text` one after the other."""
+    starts = (text[: len(text) - len(part) + 1] == part[0]).nonzero()[0] if len(part) <= len(text) else ()
+    return any(np.array_equal(text[at : at + len(part)], part) for at in starts)

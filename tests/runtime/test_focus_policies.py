@@ -21,6 +21,7 @@ from mc_runtime.focus import (
     Utilities,
     make_policy,
 )
+from mc_runtime.focus.retrieval import holds
 
 Memory = Callable[..., Session]
 FACT = " The violet lighthouse is kept by Agnes. "
@@ -144,6 +145,41 @@ def test_retrieval_expands_a_planted_fact(memory: Memory) -> None:
     session.generate("violet?", max_new_tokens=2)
     shown = session.context.entries
     assert {start, start + 5} <= set(shown.index[shown.levels == 0].tolist())
+
+
+def test_retrieval_opens_what_is_repeated_once(memory: Memory) -> None:
+    """Word for word, wherever its blocks begin; not what says something else in the same words."""
+    session = memory(policy=RetrievalPolicy(), block_size=32, budget=400)
+    told = words(90, seed=70) + " The violet lamp has number {} today. " + words(90, seed=80)
+    spans = {}
+    for name, number in (("first", 27), ("again", 27), ("changed", 28), ("once more", 27)):
+        before = words(317 if name == "again" else 320, seed=len(spans))
+        start = session.ingest(before + told.format(number) + words(300, seed=9 + len(spans))).start + len(before)
+        spans[name] = range(start // 32, (start + len(told)) // 32 + 1)
+    query = "What number has the violet lamp today?"
+    scores = session.retrieval.ranked(query)
+    assert all(max(scores[block] for block in span) > 0.5 * scores.max() for span in spans.values())
+    opened = {
+        passages: set(RetrievalPolicy(passages=passages).utilities(view_of(session, query))[1][0].tolist())
+        for passages in (1, 2, 4)
+    }
+    found = {
+        passages: {name for name, span in spans.items() if blocks & set(span)} for passages, blocks in opened.items()
+    }
+    assert [len(found[passages]) for passages in (1, 2, 4)] == [1, 2, 2]
+    assert "changed" in found[2]
+    assert len(opened[4]) > 6  # what matches less has the place of the repetitions
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "found"),
+    [
+        ([1, 2, 3, 4], [2, 3], True), ([1, 2, 3, 4], [1, 2, 3, 4], True), ([1, 2, 1, 3], [1, 3], True),
+        ([1, 2, 3], [3, 4], False), ([1, 2, 3], [1, 3], False), ([1, 2], [1, 2, 3], False), ([], [1], False),
+    ],
+)  # fmt: skip
+def test_what_a_text_holds(text: list[int], part: list[int], found: bool) -> None:
+    assert holds(np.array(text, np.uint32), np.array(part, np.uint32)) == found
 
 
 def view_of(session: Session, query: str = "", mass: np.ndarray | None = None) -> FocusView:
