@@ -67,6 +67,17 @@ class LayerProjector:
         return torch.stack(keys), torch.stack(values)
 
 
+def row_statistics(rows: Tensor) -> tuple[Tensor, float]:
+    """Mean [E], in fp32, and root mean square of rows [N, E]: a stretch of them at a time, since a copy in fp32 of all
+    of a vocabulary's embeddings takes longer than all else that opening a memory does."""
+    total, squares = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device), 0.0
+    for part in rows.split(1 << 12):
+        values = part.float()
+        total += values.sum(0)
+        squares += float(torch.linalg.vector_norm(values, dim=1).double().square().sum())
+    return (total / len(rows)).float(), (squares / rows.numel()) ** 0.5
+
+
 @dataclass(frozen=True)
 class GistNet:
     """Weights of all three parts. `pool_weights[i]` serves level i + 1; levels above are means.
@@ -85,7 +96,7 @@ class GistNet:
     def untrained(cls, decoder: Decoder, block_size: int) -> GistNet:
         """The baselines by construction, without any transformer layer to run for nothing."""
         c = decoder.config
-        embeddings = decoder.embedding.float()
+        mean, rms = row_statistics(decoder.embedding)
         encode = GistEncodeWeights.init(
             c.embed_dim,
             UNTRAINED_WIDTH,
@@ -93,8 +104,8 @@ class GistNet:
             n_heads=1,
             ffn_dim=UNTRAINED_WIDTH,
             max_block_size=block_size,
-            mu=embeddings.mean(0),
-            target_rms=float(embeddings.square().mean().sqrt()),
+            mu=mean,
+            target_rms=rms,
             generator=torch.Generator().manual_seed(0),
             device=decoder.device,
         )
