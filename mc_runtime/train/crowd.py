@@ -36,8 +36,15 @@ class Crowd:
         self.texts, self.group = texts, min(texts, POOLED)
         ids = sample_mixture(corpora, random.Random("crowd"), texts, size + size**2)
         self.ids = torch.from_numpy(ids).to(decoder.device)
-        parts = [[x[:, :, :, size:].contiguous() for x in read_text(decoder, rows)] for rows in self.ids.split(4)]
+        parts = []
+        for rows in self.ids.split(4):
+            k, v = read_text(decoder, rows)
+            parts.append(self._kept(k[:, :, :, size:], v[:, :, :, size:]))
         self.ids, (self.k, self.v) = self.ids[:, size:], (torch.cat(x, 1) for x in zip(*parts, strict=True))
+
+    def _kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of keys and values [L, n, Hkv, K**2, D] of some texts."""
+        return k.contiguous(), v.contiguous()
 
     def gists(self, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Keys and values [L, Hkv, M, D] of some texts' gists: K of level 1 per text, one of level 2 per text (if

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .gist_options import LOGITS, GistTaskOptions
 from .gist_questions import QuestionSource
 from .gist_task import GistTask
 from .layouts import Entry
+from .level2_crowd import Level2Crowd
 from .pooled_maker import PooledMaker
 
 # Samples of a text that was read.
@@ -52,6 +54,11 @@ class Level2Task(GistTask):
                 f"train_levels: level 2 alone is trained by objective {LOGITS}, without reconstruction, contrast and "
                 "curriculum"
             )
+
+    @cached_property
+    def crowd(self) -> Level2Crowd:
+        """The same texts for the same corpora."""
+        return Level2Crowd(self.decoder, self.corpora, self.maker, self.options.crowd)
 
     def _text_loss(self, rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         o, size = self.options, self.size
