@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..retrieval import LOOKED_AT, best_first
+from ..retrieval import CANDIDATES, LOOKED_AT, best_first
 from ..tree import Tree
 from ..turn_weights import TurnWeights
 from .view import Floats, FocusView, Ints, Utilities
@@ -81,7 +81,7 @@ class RetrievalPolicy:
         texts: list[NDArray[np.integer]] = []
         size = tree.spec.block_size
         # A passage takes up its own blocks and no others; of the rest some may be repetitions.
-        for centre in best_first(scores, max(LOOKED_AT, max(1, self.passages) * (self.before + 1 + self.after))):
+        for centre in best_first(scores, max(CANDIDATES, self.passages * (self.before + 1 + self.after))):
             if len(texts) == self.passages:
                 break
             if int(centre) in worth:
