@@ -1,9 +1,9 @@
 """The crowd (see `crowd`) where level 2 learns and level 1 does not: a gist of its own for every text, of many texts.
 
 A memory of 100,000 tokens has a hundred gists of level 2 around what is open, each another one. Trained among a few
-that are repeated, those of level 2 still spoke up: of 200 facts with the very sentence open 0.86 were said where it had
-been 0.93. Level 1 is frozen here, so what is kept of a text are its gists of level 1, a thirty-second of its keys and
-values: hundreds of texts fit, and all of them are pooled anew for each micro-batch.
+that are repeated, those of level 2 still spoke up: replies went on as the texts around would (docs/quality.md). Level 1
+is frozen here, so what is kept of a text are its gists of level 1, a thirty-second of its keys and values: hundreds of
+texts fit, and all of them are pooled anew for each micro-batch.
 """
 
 from __future__ import annotations
