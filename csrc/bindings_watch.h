@@ -2,6 +2,7 @@
 // weights and modules when nothing of them is in the caches: so what will be looked at is brought near first.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -65,6 +66,14 @@ private:
 // What must stay the very same: the classes of Python objects, the entries of dicts in their order, single items of other
 // dicts. And dicts that are looked at for being empty.
 class WatchedTables {
+    using Objects = std::vector<py::object>;
+
+    template <class Self>
+    static auto held_by(Self& self) {
+        return std::array{&self.objects_,   &self.types_,       &self.tables_,         &self.item_dicts_,
+                          &self.item_keys_, &self.item_values_, &self.expected_empty_, &self.entries_};
+    }
+
 public:
     enum Look { kSame = 0, kFilled = 1, kOther = 2 };
 
@@ -122,8 +131,20 @@ public:
         return kSame;
     }
 
+    // What Python's collector of cycles has to know: a hook may hold the very decoder that holds this.
+    int traverse(visitproc visit, void* arg) const {
+        for (const Objects* held : held_by(*this)) {
+            for (const auto& one : *held) Py_VISIT(one.ptr());
+        }
+        return 0;
+    }
+
+    void clear() {
+        ends_.clear();
+        for (Objects* held : held_by(*this)) Objects().swap(*held);
+    }
+
 private:
-    using Objects = std::vector<py::object>;
     static constexpr size_t kAhead = 8;
 
     static py::object dict(const char* name, const py::handle& given) {
@@ -158,8 +179,26 @@ private:
     std::vector<size_t> ends_;  // of each table among the entries
 };
 
+// Null before its constructor has run.
+WatchedTables* watched_tables(PyObject* self) {
+    const auto value = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+    return value.holder_constructed() ? static_cast<WatchedTables*>(value.value_ptr()) : nullptr;
+}
+
 void define_watched_tables(py::module_& m) {
-    py::class_<WatchedTables>(m, "WatchedTables")
+    py::class_<WatchedTables>(m, "WatchedTables", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+        PyTypeObject& type = heap_type->ht_type;
+        type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+        type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+            Py_VISIT(Py_TYPE(self));
+            const WatchedTables* tables = watched_tables(self);
+            return tables ? tables->traverse(visit, arg) : 0;
+        };
+        type.tp_clear = [](PyObject* self) {
+            if (WatchedTables* tables = watched_tables(self)) tables->clear();
+            return 0;
+        };
+    }))
         .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, const py::sequence&>(),
              "objects"_a, "tables"_a, "items"_a, "expected_empty"_a)
         .def("look", &WatchedTables::look);

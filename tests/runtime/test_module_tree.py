@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +111,16 @@ def test_tables_that_have_grown(make: Callable[[nn.Module], ModuleTree]) -> None
     assert tree.look(root) == SAME
     root[39].eps = 1e-6
     assert tree.look(root) == OTHER
+
+
+def test_a_hook_that_holds_what_holds_the_tree_is_collected(make: Callable[[nn.Module], ModuleTree]) -> None:
+    decoder = tiny_model().decoder
+    decoder.tree = make(decoder.layers)  # type: ignore[assignment]
+    decoder.layers[0].register_forward_hook(functools.partial(lambda *_: None, decoder))
+    gone = weakref.ref(decoder)
+    del decoder
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("wrong", [([], [1], [], []), ([], [], [], [[]]), ([], [], [(1, "a")], [])])
