@@ -19,7 +19,7 @@ from mc_kernels import gist_pool
 
 from .crowd import RUNS, TOPS, Crowd
 from .layouts import Entry
-from .pooled_maker import PooledMaker
+from .pooled_maker import PooledMaker, pool_levels
 
 # Share of samples whose number of gists is drawn evenly; the others' over orders of magnitude.
 EVENLY = 0.5
@@ -32,9 +32,7 @@ class Level2Crowd(Crowd):
 
     @torch.no_grad()
     def _kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        first, size = self.maker.weights()[0], self.maker.size
-        keys, values = (x.unflatten(3, (-1, size)).flatten(0, 1) for x in (k, v))
-        k1, v1 = (x.flatten(2, 3).unflatten(0, k.shape[:2]) for x in gist_pool(keys, values, first))
+        ((k1, v1),) = pool_levels(k, v, self.maker.weights()[:1], self.maker.size)
         return k1, v1
 
     def gists(self, rng: random.Random) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from .gist_questions import QuestionSource
 from .gist_task import GistTask
 from .layouts import Entry
 from .level2_crowd import Level2Crowd
-from .pooled_maker import PooledMaker
+from .pooled_maker import PooledMaker, pool_levels
 
 # Samples of a text that was read.
 WINDOWS = 16
@@ -94,13 +94,7 @@ class Level2Task(GistTask):
         the windows that begin at (row, block)."""
         size, (first, second) = self.size, self.maker.weights()
         with torch.no_grad():
-            whole = k.shape[3] // size * size
-
-            def blocks(x: Tensor) -> Tensor:
-                return x[:, :, :, :whole].unflatten(3, (-1, size)).flatten(0, 1)
-
-            made = gist_pool(blocks(k), blocks(v), first)  # [L * B, Hkv, blocks, G, D]
-            k1, v1 = (x.flatten(2, 3).unflatten(0, k.shape[:2]) for x in made)
+            ((k1, v1),) = pool_levels(k, v, [first], size)
             spans = [slice(start * first.n_gists, (start + size) * first.n_gists) for _, start in starts]
             rows = [row for row, _ in starts]
             children = [
